@@ -1,0 +1,167 @@
+"""Forget and retain sets: text from the Hub or from local files, as token sequences and as batches."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.presets import Corpus, is_local
+
+TEXT_FILES = (".txt", ".md", ".jsonl")
+_WIKITEXT_TITLE = re.compile(r"(?:^|\n)[ \t]*\n = ([^=\n].*?) = \n[ \t]*\n")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token sequences of one corpus or several: those to train on, and those that training never sees."""
+
+    train: list[list[int]]
+    held_out: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`input_ids` and `is_token` (False at padding) are `(batch, sequence)`; `attention_mask` is None where causality hides the padding."""
+
+    input_ids: Tensor
+    is_token: Tensor
+    attention_mask: Tensor | None
+
+
+def load_samples(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Samples:
+    """Reads, splits and tokenises a corpus. Raises UserError where there is nothing to read or nothing left to train on."""
+    documents = read_documents(corpus)
+    train, held_out = split_held_out(documents, corpus.held_out)
+    samples = Samples(*(tokenise(part, tokenizer, max_tokens, corpus.long_documents == "split") for part in (train, held_out)))
+    if not samples.train:
+        raise UserError(f"The corpus {corpus.source} is empty: {len(documents)} documents, none of them with text to train on.")
+    return samples
+
+
+def read_documents(corpus: Corpus) -> list[str]:
+    """The documents of a corpus that hold any text, in their order."""
+    texts = list(_local_texts(Path(corpus.source), corpus.text_field) if is_local(corpus.source) else _hub_texts(corpus))
+    if corpus.title_matches is not None or corpus.title_excludes is not None:
+        articles = wikitext_articles("\n".join(text.rstrip("\n") for text in texts))
+        texts = [
+            text
+            for title, text in articles
+            if (corpus.title_matches is None or re.search(corpus.title_matches, title))
+            and (corpus.title_excludes is None or not re.search(corpus.title_excludes, title))
+        ]
+        if not texts:
+            raise UserError(f"The corpus {corpus.source} has {len(articles)} articles, but no title that was asked for.")
+    return [text for text in texts if text.strip() and len(text) >= corpus.min_characters]
+
+
+def wikitext_articles(text: str) -> list[tuple[str, str]]:
+    """Splits WikiText into `(title, article)`: a title stands as ` = Title = ` between empty lines."""
+    parts = _WIKITEXT_TITLE.split("\n \n" + text.lstrip() if text.lstrip().startswith("= ") else text)
+    return [(title, f" = {title} = \n{article}") for title, article in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def split_held_out(documents: list[str], share: float) -> tuple[list[str], list[str]]:
+    """`(train, held out)`: at least one document is held out where a share is asked for, the same ones every time."""
+    if share == 0:
+        return documents, []
+    count = max(1, round(share * len(documents)))
+    chosen = set(random.Random(0).sample(range(len(documents)), min(count, len(documents))))
+    return (
+        [text for index, text in enumerate(documents) if index not in chosen],
+        [text for index, text in enumerate(documents) if index in chosen],
+    )
+
+
+def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, split: bool) -> list[list[int]]:
+    """Sequences of 2 to `max_tokens` tokens; each starts with what the tokenizer puts in front of a text."""
+    front = tokenizer("")["input_ids"]
+    room = max_tokens - len(front)
+    sequences = []
+    for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
+        pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
+        sequences += [front + piece for piece in (pieces if split else pieces[:1])]
+    return [sequence for sequence in sequences if len(sequence) >= 2]
+
+
+def batch_at(sequences: list[list[int]], position: int, batch_size: int, shuffle_seed: str | None) -> list[list[int]]:
+    """The batch number `position` of an endless pass over the sequences: a function of its arguments alone, so a run can resume anywhere.
+
+    Every epoch is shuffled anew from `shuffle_seed`; None keeps the order of the corpus.
+    """
+    batch = []
+    for index in range(position * batch_size, (position + 1) * batch_size):
+        epoch, place = divmod(index, len(sequences))
+        if shuffle_seed is not None:
+            place = _order(len(sequences), f"{shuffle_seed} {epoch}")[place]
+        batch.append(sequences[place])
+    return batch
+
+
+def pad(sequences: list[list[int]], pad_id: int, side: str, device: torch.device) -> Batch:
+    """One batch: padded on the right, causal attention already hides the padding and needs no mask; on the left it takes one."""
+    longest = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), longest), pad_id)
+    is_token = torch.zeros((len(sequences), longest), dtype=torch.bool)
+    for row, ids in enumerate(sequences):
+        columns = slice(longest - len(ids), longest) if side == "left" else slice(0, len(ids))
+        input_ids[row, columns] = torch.tensor(ids)
+        is_token[row, columns] = True
+    input_ids, is_token = input_ids.to(device), is_token.to(device)
+    needs_mask = side == "left" and not bool(is_token.all())
+    return Batch(input_ids, is_token, is_token.long() if needs_mask else None)
+
+
+def _order(length: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(length), length)
+
+
+def _local_texts(path: Path, text_field: str) -> Iterator[str]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES and file.is_file())
+        if not files:
+            raise UserError(f"The corpus folder {path} holds no {', '.join(TEXT_FILES)} file.")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(f"The corpus {path} does not exist.\nGive a {', '.join(TEXT_FILES)} file, or a folder of them.")
+    for file in files:
+        yield from _file_texts(file, text_field)
+
+
+def _file_texts(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).\nSave it as UTF-8.") from error
+    if path.suffix != ".jsonl":
+        yield content
+        return
+    for line, text in enumerate(content.splitlines(), start=1):
+        if text.strip():
+            try:
+                value = json.loads(text)[text_field]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(f'{path}, line {line}: expected a JSON object with the key "{text_field}".') from error
+            if not isinstance(value, str):
+                raise UserError(f'{path}, line {line}: "{text_field}" is no text.')
+            yield value
+
+
+def _hub_texts(corpus: Corpus) -> Iterator[str]:
+    from datasets import load_dataset  # slow to import, and only the Hub needs it
+
+    with hub_errors("data set", corpus.source):
+        try:
+            rows = load_dataset(corpus.source, corpus.subset, split=corpus.split)
+        except ValueError as error:  # unknown subset or split
+            raise UserError(f"The data set {corpus.source} cannot be read: {error}") from error
+    if corpus.text_field not in rows.column_names:
+        raise UserError(f'The data set {corpus.source} has no column "{corpus.text_field}". There is: {", ".join(rows.column_names)}.')
+    yield from rows[corpus.text_field]

@@ -1,0 +1,86 @@
+"""The decoder's layers: running the untouched ones once, and the updated ones as often as needed.
+
+    tokens -> [layers below the first updated one] -> Trunk -> [first updated .. target layer] -> activations
+               no gradients, shared by all paths               once frozen, once updated
+
+Nothing above the target layer is run and no logits are computed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowmem_rmu.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What enters the first updated layer: `hidden` `(batch, sequence, hidden)`, and the arguments that each layer is called with."""
+
+    hidden: Tensor
+    layer_arguments: list[dict[str, Any]]
+
+
+class _Recorded(Exception):
+    """Ends a forward pass once every updated layer's arguments are known."""
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's list of layers, whatever wraps it. Raises UserError for an architecture without one."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = getattr(inner.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(f"{type(inner).__name__} is no decoder with a list of layers, which is what RMU steers.")
+    return layers
+
+
+def run_trunk(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, updated: slice) -> Trunk:
+    """Runs the layers below `updated` without gradients; `updated` ends with the target layer.
+
+    The model's own forward pass prepares masks and position embeddings, so that every architecture gets what it needs.
+    """
+    layers = list(decoder_layers(model)[updated])
+    with torch.no_grad(), _recording(layers) as calls, suppress(_Recorded):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return Trunk(calls[0][0], [arguments for _, arguments in calls])
+
+
+def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkpointing: bool = False) -> Tensor:
+    """The activations `(batch, sequence, hidden)` that leave the target layer (before any final norm)."""
+    hidden = trunk.hidden
+    for layer, arguments in zip(decoder_layers(model)[updated], trunk.layer_arguments, strict=True):
+        if activation_checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
+        else:
+            hidden = layer(hidden, **arguments)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return hidden
+
+
+@contextmanager
+def _recording(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Lends the layers a forward that computes nothing, notes how it was called, and ends the pass at the last one."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    own = [layer.__dict__.get("forward") for layer in layers]  # set where accelerate has hooked the layer
+
+    def record(hidden_states: Tensor, **arguments: Any) -> Tensor:
+        calls.append((hidden_states, arguments))
+        if len(calls) == len(layers):
+            raise _Recorded
+        return hidden_states
+
+    for layer in layers:
+        layer.forward = record  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward  # type: ignore[method-assign]

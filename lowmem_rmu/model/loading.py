@@ -1,0 +1,144 @@
+"""Models and tokenizers: 4-bit or not, whole or only their first layers, from a local folder or the Hub."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lowmem_rmu.errors import UserError, causes, hub_errors
+from lowmem_rmu.presets import ModelSettings, is_local
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the best there is. Raises UserError where the device asked for is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if name not in there:
+        raise UserError(f'There is no device "{name}": choose auto, cpu, cuda or mps.')
+    if not there[name]:
+        reason = {"cuda": "PyTorch sees no CUDA GPU: check `nvidia-smi` and that PyTorch is a CUDA build", "mps": "this machine has no Apple GPU"}[name]
+        raise UserError(f"--device {name}: {reason}.\nWithout one: --device cpu (slow for large models).")
+    return torch.device(name)
+
+
+def resolve_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, settings.dtype)
+
+
+def load_config(settings: ModelSettings) -> PretrainedConfig:
+    """The model's own configuration. Raises UserError where there is none, or where its weights are quantised already."""
+    _check_local(settings.name)
+    with hub_errors("model", settings.name):
+        try:
+            config = AutoConfig.from_pretrained(settings.name, revision=settings.revision, trust_remote_code=False)
+        except ValueError as error:
+            raise UserError(f"The model {settings.name} cannot be read: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"The model {settings.name} is quantised already.\nGive the original checkpoint: it is brought to 4-bit while loading.")
+    return config
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; padding falls back to the end-of-sequence token."""
+    _check_local(settings.name)
+    with hub_errors("model", settings.name):
+        tokenizer = AutoTokenizer.from_pretrained(settings.name, revision=settings.revision, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(settings: ModelSettings, device: torch.device, layers: int | None = None) -> PreTrainedModel:
+    """The model on `device`, frozen and in eval mode; with `layers`, only its first ones and no head.
+
+    Raises UserError where the checkpoint cannot be had, is cut short or lacks weights.
+    """
+    config = load_config(settings)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    dtype = resolve_dtype(settings, device)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels that are not used here
+    with hub_errors("model", settings.name):
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                settings.name,
+                revision=settings.revision,
+                config=config,
+                dtype=dtype,
+                quantization_config=_nf4(dtype) if settings.quantisation == "nf4" else None,
+                device_map={"": device},
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except (SafetensorError, OSError) as error:
+            raise _damaged(settings.name, error) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"The checkpoint {settings.name} lacks {len(missing)} weights, {missing[0]} among them.\n"
+            "It is incomplete, or not a causal language model: download it again, or choose another."
+        )
+    if layers is not None:
+        model.set_output_embeddings(torch.nn.Identity())  # no logits are computed: the head's memory goes back
+    keep_autograd_on_cpu(model)
+    return model.requires_grad_(False).eval()
+
+
+def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights for a CPU kernel that has no autograd.
+
+    On CPUs with AVX512-BF16 the first forward pass in eval mode would do so; gradients then go missing without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _check_local(name: str) -> None:
+    if is_local(name) and not (Path(name) / "config.json").is_file():
+        what = "holds no config.json" if Path(name).is_dir() else "does not exist"
+        raise UserError(f"The model folder {name} {what}.\nGive a folder with config.json, *.safetensors and tokenizer files, or a Hub id.")
+
+
+def _damaged(name: str, error: Exception) -> Exception:
+    """A UserError for a checkpoint that is cut short or has no safetensors; any other error as it is."""
+    if any(isinstance(cause, SafetensorError) for cause in causes(error)):
+        return UserError(f"The checkpoint {name} is damaged or cut short: {error}.\nDownload or copy it again.")
+    if is_local(name) and not list(Path(name).glob("*.safetensors")):
+        return UserError(f"The model folder {name} holds no *.safetensors file.\nOther formats are not read: pickled weights can run code.")
+    return error
+
+
+def describe_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """How many of the model's weights are 4-bit: `{"weights": n, "in_4bit": m}`, counted and not assumed."""
+    quantised = plain = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            plain += parameter.numel()
+        else:
+            quantised += state.shape.numel()
+    return {"weights": quantised + plain, "in_4bit": quantised}

@@ -1,0 +1,293 @@
+"""The stages in order: evaluate base -> unlearn -> evaluate unlearned -> report. The command line and the app both run this."""
+
+import errno
+import gc
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from platform import processor, python_version
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_rmu import __version__
+from lowmem_rmu.chat import answer
+from lowmem_rmu.data.corpora import Samples, load_samples
+from lowmem_rmu.data.questions import QuestionSet, load_questions
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
+from lowmem_rmu.evaluation.multiple_choice import evaluate
+from lowmem_rmu.evaluation.perplexity import text_loss
+from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, load_adapter, save_adapter
+from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer
+from lowmem_rmu.model.memory import memory_in_use, out_of_memory
+from lowmem_rmu.presets import Preset, Role
+from lowmem_rmu.report import write_report
+from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
+from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
+
+STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
+SIDE_OF = {"evaluate-base": "base", "evaluate-unlearned": "unlearned"}
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+HEARTBEAT_SECONDS = 1.0
+
+
+class Watcher(Protocol):
+    """Who follows a run: told when a stage starts and how far it is."""
+
+    def started(self, stage: str, total: int) -> None: ...
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None: ...
+
+    def asks_to_stop(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads besides the model: read before anything is computed, so that mistakes show at once."""
+
+    tokenizer: PreTrainedTokenizerBase
+    questions: list[QuestionSet]
+    forget: dict[str, Samples]
+    retain: Samples
+
+    @property
+    def texts(self) -> dict[str, list[list[int]]]:
+        """Held-out token sequences by name, where the preset holds any out."""
+        texts = {name: samples.held_out for name, samples in self.forget.items()} | {"retain": self.retain.held_out}
+        return {name: sequences for name, sequences in texts.items() if sequences}
+
+    @property
+    def text_roles(self) -> dict[str, Role]:
+        return {name: "forgotten" if name in self.forget else "kept" for name in self.texts}
+
+
+def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
+    """Checks the model's shape and reads every question and corpus. Raises UserError."""
+    check_layers(preset.rmu, load_config(preset.model).num_hidden_layers)
+    tokenizer = load_tokenizer(preset.model)
+    questions = load_questions(preset.evaluation)
+    needs_text = "unlearn" in stages or any(corpus.held_out for corpus in _corpora(preset))
+    if not needs_text:
+        return Inputs(tokenizer, questions, {}, Samples([], []))
+    forget = {name: load_samples(topic.corpus, tokenizer, topic.max_tokens) for name, topic in preset.topics.items()}
+    retained = [load_samples(corpus, tokenizer, preset.retain.max_tokens) for corpus in preset.retain.corpora]
+    retain = Samples(sum((part.train for part in retained), []), sum((part.held_out for part in retained), []))
+    rmu = preset.rmu
+    for name, samples, needed in [
+        *((f"topics.{name}", samples, rmu.batch_size) for name, samples in forget.items()),
+        ("retain", retain, rmu.retain_batch_size or rmu.batch_size),
+    ]:
+        if len(samples.train) < needed:
+            raise UserError(
+                f"The corpus of {name} gives {len(samples.train)} samples, fewer than one batch of {needed}.\nAdd text, or lower rmu.batch_size."
+            )
+    return Inputs(tokenizer, questions, forget, retain)
+
+
+def _corpora(preset: Preset) -> list[Any]:
+    return [topic.corpus for topic in preset.topics.values()] + preset.retain.corpora
+
+
+def run_config(name: str, preset: Preset, device: torch.device) -> dict[str, Any]:
+    """What `config.json` holds: everything that decides the run, and where it ran."""
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor() or device.type
+    return {
+        "preset": name,
+        "settings": preset.model_dump(),
+        "versions": {"python": python_version(), "lowmem-rmu": __version__} | {package: version(package) for package in PACKAGES},
+        "device": device.type,
+        "device_name": device_name,
+        "seed": preset.rmu.seed,
+        "model_revision": getattr(load_config(preset.model), "_commit_hash", None) or preset.model.revision,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@dataclass
+class Job:
+    """One run: `run` goes through `stages`, skipping those that the folder shows to be done."""
+
+    preset: Preset
+    folder: RunFolder
+    inputs: Inputs
+    device: torch.device
+    stages: list[str]
+    watcher: Watcher
+    _model: nn.Module | None = None
+    _stage: str = "prepare"
+    _step: int = 0
+    _total: int = 0
+    _beat: float = 0.0
+    _stage_peak: int = 0
+
+    def run(self) -> None:
+        """Raises UserError for what the user can mend, Stopped when asked to stop; `status.json` tells the same."""
+        (self.folder.path / "stop").unlink(missing_ok=True)
+        try:
+            with self._translated_errors():
+                for stage in self.stages:
+                    if not self._is_done(stage):
+                        self._run_stage(stage)
+        except (Stopped, KeyboardInterrupt):
+            self._write_status("stopped")
+            raise
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        self._write_status("done")
+
+    def _is_done(self, stage: str) -> bool:
+        if stage in SIDE_OF:
+            return self.folder.evaluation(SIDE_OF[stage]).exists()
+        return stage == "unlearn" and self.folder.adapter.exists()
+
+    def _run_stage(self, stage: str) -> None:
+        self._start(stage, 0)
+        if stage != "report":
+            self._ensure_model(stage)
+        started, self._stage_peak = time.monotonic(), 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        work = {"unlearn": self._unlearn, "report": self._report}.get(stage)
+        try:
+            work() if work else self._evaluate(SIDE_OF[stage])
+        finally:
+            if stage != "report":
+                self._note_cost(stage, time.monotonic() - started)
+
+    def _evaluate(self, side: str) -> None:
+        questions, texts, prompts = self.inputs.questions, self.inputs.texts, self.preset.evaluation.prompts
+        self._start(self._stage, sum(len(each.questions) for each in questions))
+        with base_only(self._model) if side == "base" else nullcontext():
+            scores: dict[str, Any] = {"tasks": {}, "groups": {}, "seconds": 0.0, "questions_per_second": 0.0}
+            answers: list[dict[str, Any]] = []
+            if questions:
+                evaluated = evaluate(self._model, self.inputs.tokenizer, questions, self.preset.evaluation.batch_tokens, self._on_answers)
+                scores, answers = evaluated.scores, evaluated.answers
+            scores["texts"] = {name: text_loss(self._model, sequences, self.inputs.tokenizer.pad_token_id) for name, sequences in texts.items()}
+            scores["samples"] = [{"prompt": prompt, "answer": self._answer(prompt)} for prompt in prompts]
+        write_lines(self.folder.answers(side), answers)
+        write_json(self.folder.evaluation(side), scores)
+
+    def _answer(self, prompt: str) -> str:
+        return answer(self._model, self.inputs.tokenizer, [{"role": "user", "content": prompt}], self.preset.evaluation.max_new_tokens)
+
+    def _unlearn(self) -> None:
+        rmu = self.preset.rmu
+        self._start("unlearn", rmu.steps)
+        data = UnlearningData(
+            {name: samples.train for name, samples in self.inputs.forget.items()}, self.inputs.retain.train, self.inputs.tokenizer.pad_token_id
+        )
+        if not isinstance(self._model, PeftModel):
+            self._model = add_adapter(self._model, rmu, self.preset.model)
+        unlearning = Unlearning(self._model, rmu, self.preset.topics, data)
+        unlearning.restore(self.folder.checkpoint)
+        self.folder.truncate_metrics(unlearning.progress.step)
+        if not unlearning.run(self.folder.checkpoint, self._on_step, self._asked_to_stop):
+            raise Stopped(self.folder.path)
+        with folder_replaced(self.folder.adapter) as new:
+            save_adapter(self._model, new)
+
+    def _report(self) -> None:
+        base, unlearned = self.folder.read_evaluation("base"), self.folder.read_evaluation("unlearned")
+        if base is None:
+            raise UserError(f"{self.folder.path} holds no measurement of the base model to report on.\nAdd evaluate-base to --stages.")
+        after = read_lines(self.folder.answers("unlearned")) if unlearned else None
+        rows = compare_tasks(self.inputs.questions, read_lines(self.folder.answers("base")), after)
+        texts = compare_texts(self.inputs.text_roles, base["texts"], unlearned and unlearned["texts"])
+        answers = {sample["prompt"]: sample["answer"] for sample in unlearned["samples"]} if unlearned else {}
+        summary = {
+            "preset": self.folder.config["preset"],
+            "title": self.preset.title,
+            "model": self.preset.model.name,
+            "verdict": verdict(rows, texts),
+            "rows": rows_as_json(rows),
+            "texts": texts,
+            "samples": [{"prompt": each["prompt"], "base": each["answer"], "unlearned": answers.get(each["prompt"])} for each in base["samples"]],
+            "stages": self.folder.read_stages(),
+            "limit": self.preset.evaluation.limit,
+        }
+        write_json(self.folder.path / "summary.json", summary)
+        write_report(self.folder)
+
+    def _ensure_model(self, stage: str) -> None:
+        """Loads what the remaining stages need: every layer if one of them evaluates, else only those up to the target layer."""
+        if self._model is not None:
+            return
+        evaluates = any(other in SIDE_OF and not self._is_done(other) for other in self.stages)
+        model = load_model(self.preset.model, self.device, None if evaluates else self.preset.rmu.target_layer + 1)
+        self._model = load_adapter(model, self.folder.adapter) if stage == "evaluate-unlearned" else model
+        write_json(self.folder.path / "weights.json", describe_weights(model))
+
+    def _on_answers(self, done: int, accuracy: float) -> None:
+        self._advance(done, {"accuracy": accuracy})
+        if self._asked_to_stop():
+            raise Stopped(self.folder.path)
+
+    def _on_step(self, row: dict[str, Any]) -> None:
+        self._stage_peak = max(self._stage_peak, row["peak_memory_bytes"])
+        self.folder.add_metrics(row)
+        self._advance(row["step"], {key: row[key] for key in ("topic", "forget_loss", "retain_loss")})
+
+    def _asked_to_stop(self) -> bool:
+        return self.watcher.asks_to_stop() or self.folder.stop_asked
+
+    def _start(self, stage: str, total: int) -> None:
+        self._stage, self._step, self._total = stage, 0, total
+        self.watcher.started(stage, total)
+        self._write_status("running")
+
+    def _advance(self, done: int, figures: dict[str, float | str]) -> None:
+        self._step = done
+        self._stage_peak = max(self._stage_peak, memory_in_use(self.device))
+        self.watcher.advanced(done, figures)
+        if time.time() - self._beat > HEARTBEAT_SECONDS:
+            self._write_status("running")
+
+    def _write_status(self, state: str, error: str | None = None) -> None:
+        self._beat = time.time()
+        self.folder.write_status(self._stage, self._step, self._total, state, error)
+
+    def _note_cost(self, stage: str, seconds: float) -> None:
+        """Adds to the stage's time, so that a resumed stage counts as a whole."""
+        stages = {each["stage"]: each for each in self.folder.read_stages()}
+        before = stages.get(stage, {"seconds": 0.0, "peak_memory_bytes": 0})
+        peak = max(before["peak_memory_bytes"], self._stage_peak, memory_in_use(self.device))
+        stages[stage] = {"stage": stage, "seconds": before["seconds"] + seconds, "peak_memory_bytes": peak}
+        write_json(self.folder.path / "stages.json", list(stages.values()))
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory(self.preset, self.device, self._stage) from error
+        except RuntimeError as error:
+            if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # the CPU allocator's words
+                raise out_of_memory(self.preset, self.device, self._stage) from error
+            raise
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(
+                    f"The disk that holds {self.folder.path} is full.\nMake room, then go on with --resume --name {self.folder.path.name}."
+                ) from error
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """A run that failed before it measured anything leaves nothing behind; any other keeps what it has."""
+        self._model = None
+        gc.collect()
+        if isinstance(error, UserError) and not self.folder.has_results:
+            shutil.rmtree(self.folder.path)
+        else:
+            with suppress(OSError):  # a full disk must not hide why the run failed
+                self._write_status("failed", str(error))
+

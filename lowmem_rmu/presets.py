@@ -1,0 +1,304 @@
+"""Typed presets: YAML in, a checked `Preset` out, or one complete list of what is wrong with it."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lowmem_rmu.errors import UserError, nearest
+
+PRESETS_FOLDER = Path(__file__).resolve().parent.parent / "presets"
+Role = Literal["forgotten", "measured", "adjacent", "kept"]
+
+
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_regex)]
+
+
+class Section(BaseModel):
+    """A part of a preset: unknown keys are errors and values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """Which model, and how it is kept in memory."""
+
+    name: str
+    """A Hub id (`owner/name`), or a local folder: a path that starts with `./`, `../`, `/` or `~`."""
+    revision: str | None = None
+    """The Hub commit, tag or branch."""
+    quantisation: Literal["nf4", "none"] = "nf4"
+    """`nf4`: 4-bit with double quantisation. `none`: in `dtype`."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of everything that is not quantised, and of the arithmetic. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    config: dict[str, Any] | None = None
+    """The model's shape (as in its `config.json`), so that the plan needs no download."""
+
+
+class Corpus(Section):
+    """Running text: a Hub data set, or local `.txt`, `.md` and `.jsonl` files and folders of them."""
+
+    source: str
+    """A Hub id, or a local path that starts with `./`, `../`, `/` or `~` (relative paths: from the preset's folder)."""
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    """The column of a Hub data set or the key of a JSON line that holds the text."""
+    title_matches: Regex | None = None
+    """Only for WikiText: keep the articles whose title matches."""
+    title_excludes: Regex | None = None
+    """Only for WikiText: keep the articles whose title does not match."""
+    long_documents: Literal["split", "truncate"] = "split"
+    """Text beyond the maximum tokens becomes further samples, or is left out as in the paper."""
+    min_characters: int = Field(0, ge=0)
+    """Shorter documents (headings, empty lines) are left out."""
+    held_out: float = Field(0.0, ge=0.0, lt=1.0)
+    """The share of documents that training never sees; their loss is reported before and after."""
+
+
+class Topic(Section):
+    """What is to be forgotten, and how hard."""
+
+    corpus: Corpus
+    alpha: float = Field(ge=0)
+    """Weight of the retain loss in this topic's steps."""
+    steering_coefficient: Annotated[float, Field(gt=0)] | Literal["adaptive"] = "adaptive"
+    """Length of the control vector; `adaptive`: `adaptive_scale` times the mean activation norm (arXiv 2408.06223)."""
+    adaptive_scale: float = Field(5.0, gt=0)
+    max_tokens: int = Field(512, ge=2)
+    """Tokens of a forget sample at most."""
+
+
+class Retain(Section):
+    """What must stay as it is: all corpora together, shuffled where `rmu.shuffle` is on."""
+
+    corpora: list[Corpus] = Field(min_length=1)
+    max_tokens: int = Field(512, ge=2)
+
+
+class Rmu(Section):
+    """Representation misdirection for unlearning (arXiv 2403.03218) through LoRA adapters."""
+
+    target_layer: int = Field(ge=0)
+    """0-based; its output is steered. Nothing above it takes part in training."""
+    adapter_layers: list[int] = Field(min_length=1)
+    """The layers that get adapters: at or below the target layer."""
+    modules: list[str] = Field(["down_proj"], min_length=1)
+    """Names of the linear modules that get adapters, as in PEFT's `target_modules`."""
+    rank: int = Field(16, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    """LoRA's scale is `lora_alpha / rank`; the rank if left out."""
+    learning_rate: float = Field(1e-3, gt=0)
+    steps: int = Field(150, ge=1)
+    """Optimiser steps in all; topics take turns."""
+    batch_size: int = Field(4, ge=1)
+    """Forget samples a step."""
+    retain_batch_size: int | None = Field(None, ge=1)
+    """Retain samples a step; `batch_size` if left out."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    shuffle: bool = True
+    """Off: samples in the order of the corpus, as in the paper."""
+    padding: Literal["masked", "paper"] = "masked"
+    """`masked`: losses over real tokens. `paper`: left padding, losses over every position, padding too."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints that `--resume` can go on from."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _layers_at_or_below_target(self) -> "Rmu":
+        above = [layer for layer in self.adapter_layers if layer > self.target_layer]
+        if above:
+            raise ValueError(f"adapter_layers {above} lie above target_layer {self.target_layer} and could not learn anything")
+        if min(self.adapter_layers) < 0:
+            raise ValueError("adapter_layers count from 0")
+        if len(set(self.adapter_layers)) < len(self.adapter_layers):
+            raise ValueError("adapter_layers names a layer twice")
+        return self
+
+
+class Task(Section):
+    """A-D questions: a Hub data set, a local JSONL file (`question, choices, answer`), or a folder with a file a subject."""
+
+    source: str
+    subset: str | None = None
+    split: str = "test"
+    about: str | None = None
+    """What the prompt says the questions are about; the subject's or the task's name if left out."""
+    subject_column: str | None = None
+    """The column of a Hub data set that splits it into subjects."""
+    role: Role
+    """What the verdict expects: `forgotten` to fall, `kept` and `adjacent` to stay, `measured` nothing."""
+    adjacent: list[str] = []
+    """Subjects that lie next to a forgotten topic: their role is `adjacent`."""
+
+
+class Evaluation(Section):
+    """What is measured before and after."""
+
+    tasks: dict[str, Task] = {}
+    limit: int | None = Field(None, ge=1)
+    """Questions a task or subject at most, the same sample every time."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens in one forward pass at most, padding included."""
+    prompts: list[str] = []
+    """Asked of base and unlearned for the report and as suggestions in the chat."""
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class Preset(Section):
+    """Everything that decides a run."""
+
+    title: str
+    model: ModelSettings
+    rmu: Rmu
+    topics: dict[str, Topic] = Field(min_length=1)
+    retain: Retain
+    evaluation: Evaluation = Evaluation()
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS_FOLDER.glob("*.yaml"))
+
+
+def find_preset(name_or_path: str) -> Path:
+    """The YAML file of a shipped preset, or of a path."""
+    if name_or_path in preset_names():
+        return PRESETS_FOLDER / f"{name_or_path}.yaml"
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise UserError(f"Preset file {path} does not exist.\nCheck the path, or see the shipped presets with --list.")
+    raise UserError(
+        f'There is no preset "{name_or_path}". {nearest(name_or_path, preset_names())}\nSee them all with --list, or give the path of a YAML file.'
+    )
+
+
+def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset:
+    """Reads and checks a preset; `overrides` are `key.path=value` with YAML values.
+
+    Raises UserError with every mistake at once, each with its line or, for an override, its path.
+    """
+    path = find_preset(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a preset: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no preset: expected keys such as model, rmu, topics, retain.")
+    overridden = {_override(content, override) for override in overrides or []}
+    content = resolve_paths(content, path.parent, overridden)
+    try:
+        return Preset.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_complaint(path, tree, error, overridden)) from error
+
+
+def is_local(source: str) -> bool:
+    """Whether a model or data source is a path and not a Hub id."""
+    return source.startswith(("./", "../", "/", "~", ".\\", "..\\")) or source in (".", "..") or Path(source).is_absolute()
+
+
+def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str = "") -> Any:
+    """Makes local `source` and `model.name` absolute: from the preset's folder, or from here where `--set` gave them."""
+    if isinstance(content, list):
+        return [resolve_paths(item, folder, overridden, f"{where}.{index}") for index, item in enumerate(content)]
+    if not isinstance(content, dict):
+        is_source = where.rpartition(".")[2] == "source" or where == "model.name"
+        if is_source and isinstance(content, str) and is_local(content):
+            start = Path.cwd() if where in overridden else folder
+            return str((start / Path(content).expanduser()).resolve())
+        return content
+    return {key: resolve_paths(value, folder, overridden, f"{where}.{key}" if where else str(key)) for key, value in content.items()}
+
+
+def _override(content: dict[str, Any], override: str) -> str:
+    """Writes one `key.path=value` into the raw preset and returns its path; whether the key exists is checked afterwards."""
+    path, separator, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise UserError(f'--set "{override}" is not of the form key.path=value, for example --set rmu.steps=50.')
+    node: Any = content
+    try:
+        for key in keys[:-1]:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        last = int(keys[-1]) if isinstance(node, list) else keys[-1]
+        node[last] = yaml.safe_load(value)
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f'--set "{override}": the preset has no place "{path}".') from error
+    except yaml.YAMLError as error:
+        raise UserError(f'--set "{override}": the value is not valid YAML.') from error
+    return ".".join(keys)
+
+
+def _complaint(path: Path, tree: yaml.Node, error: ValidationError, overridden: set[str]) -> str:
+    """Every mistake of a preset in one message, in the order of the file."""
+    # A wrong value of a union is reported once a member, with the member's name in the path: the place is what counts.
+    found: dict[str, tuple[int, list[str]]] = {}
+    for problem in error.errors():
+        line, place = _locate(tree, problem["loc"])
+        where = ".".join(place)
+        from_set = any(where == key or key.startswith(f"{where}.") or where.startswith(f"{key}.") for key in overridden)
+        label = f"--set {where}" if from_set else f"line {line}: {where}"
+        messages = found.setdefault(label, (line, []))[1]
+        if (message := _reason(problem)) not in messages:
+            messages.append(message)
+    lines = [f"  {label}: {', or '.join(messages)}" for label, (_, messages) in sorted(found.items(), key=lambda item: item[1][0])]
+    return f"{path} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n" + "\n".join(lines)
+
+
+def _locate(tree: yaml.Node, location: tuple[int | str, ...]) -> tuple[int, list[str]]:
+    """The 1-based line nearest to a pydantic location, and the location's own keys (union members left out)."""
+    node, line, place = tree, tree.start_mark.line + 1, []
+    for position, part in enumerate(location):
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        elif isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if pair:
+                line, node = pair[0].start_mark.line + 1, pair[1]
+            else:
+                return line, [*place, *map(str, location[position:])]
+        else:
+            return line, place
+        place.append(str(part))
+    return line, place
+
+
+def _reason(problem: Any) -> str:
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key. {nearest(str(problem['loc'][-1]), _known_keys(problem['loc'][:-1]))}"
+        case "missing":
+            return "is missing"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+    given = problem["input"]
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | None) else f" (it is a {type(given).__name__})"
+    return problem["msg"].replace("Input should be", "should be") + shown
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section at a pydantic location takes."""
+    section: Any = Preset
+    for part in location:
+        is_section = isinstance(section, type) and issubclass(section, Section)
+        # Otherwise it is a dict or a list, and what counts is the type of its values.
+        section = section.model_fields[str(part)].annotation if is_section else section.__args__[-1]
+    return list(section.model_fields)

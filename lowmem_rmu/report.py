@@ -1,0 +1,255 @@
+"""One self-contained HTML file about a run: what was done, whether it worked, and what that does not prove."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from datetime import datetime
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import yaml
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.runs import RunFolder, read_lines, write_atomically
+
+Row = dict[str, Any]
+
+ROLES = {"forgotten": "To be forgotten", "adjacent": "Close to it, should stay", "kept": "Should stay", "measured": "Only measured"}
+"""What is expected of a task, as the page says it and in its order."""
+SIDES = ("base", "unlearned")
+LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
+ACTIVATIONS = {
+    "forget_norm": "Activation norm, forget set",
+    "retain_norm": "Activation norm, retain set",
+    "forget_cosine": "Cosine with base, forget set",
+    "retain_cosine": "Cosine with base, retain set",
+}
+MEMBERS_IN_CHART = 12
+"""More members of groups than this (MMLU has 57 subjects) are told in the folded table only."""
+NOISE = 1.96
+"""Standard errors that a change must exceed to be called larger than noise: the two-sided 5% level."""
+
+# A figure of width / 72 inches has SVG units of a CSS pixel. Narrow windows get a drawing of their own: scaled, its text is lost.
+WIDTHS = {"wide": 720, "narrow": 344}
+# Matplotlib draws in stand-in colours that become CSS variables, so that one drawing suits the light and the dark page.
+TOPIC_COLOURS = [f"topic-{number}" for number in range(5)]
+COLOURS = {name: f"#0a00{number:02x}" for number, name in enumerate(["ink", "muted", "line", "page", *SIDES, *TOPIC_COLOURS])}
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a "$" in the name of a task is a dollar
+    "text.color": COLOURS["ink"],
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 1,
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+}
+
+
+def write_report(run: RunFolder) -> Path:
+    """Reads a finished run folder and writes its `report.html`; the same folder always gives the same bytes.
+
+    Raises UserError where the run has no `summary.json` yet.
+    """
+    source, target = run.path / "summary.json", run.path / "report.html"
+    if not source.exists():
+        raise UserError(f"Run {run.path} has no summary.json: it has not finished.\nGo on with it: --resume --name {run.path.name}")
+    summary = json.loads(source.read_text(encoding="utf-8"))
+    content = _content(run, summary, read_lines(run.metrics))
+    write_atomically(target, _environment().get_template("report.html.jinja").render(content))
+    return target
+
+
+def _content(run: RunFolder, summary: dict[str, Any], metrics: list[Row]) -> dict[str, Any]:
+    """What the template shows."""
+    config, rows = run.config, summary["rows"]
+    members = [row for row in rows if row["group"] is not None and not row["is_group"]]
+    headline = [row for row in rows if row["group"] is None or row["is_group"]]
+    charted = rows if len(members) <= MEMBERS_IN_CHART else headline
+    charts = {}
+    if charted:
+        charts["accuracy"] = _charts("accuracy", lambda width: _bars(charted, width))
+    if metrics:
+        charts["losses"] = _charts("losses", lambda width: _curves(metrics, LOSSES, width))
+        charts["activations"] = _charts("activations", lambda width: _curves(metrics, ACTIVATIONS, width, same_scale=True))
+    return {
+        "run": run.path.name,
+        "config": config,
+        "summary": summary,
+        "created": datetime.fromisoformat(config["created"]),
+        "settings": yaml.safe_dump(config["settings"], sort_keys=False, allow_unicode=True, width=100),
+        "metrics": metrics,
+        "topics_trained": _topics(metrics),
+        "headline": headline,
+        "members": members,
+        "charts": charts,
+    }
+
+
+def _environment() -> jinja2.Environment:
+    """Autoescape is on whatever the file is called: titles, names and answers are other people's text."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "percent": _or_dash("{:.1%}".format),
+        "points": _or_dash(lambda share: f"{100 * share:.1f}"),
+        "signed_points": _or_dash(lambda share: f"{100 * share:+.1f}"),
+        "nats": _or_dash("{:.3f}".format),
+        "signed_nats": _or_dash("{:+.3f}".format),
+        "perplexity": _or_dash(_perplexity),
+        "gigabytes": _or_dash(lambda size: f"{size / 1e9:.2f} GB"),
+        "duration": _duration,
+        "by_role": _by_role,
+        "above_noise": _above_noise,
+        "in_words": _in_words,
+    }
+    return environment
+
+
+def _or_dash(text: Callable[[float], str]) -> Callable[[float | None], str]:
+    """The same for numbers, with real minus signs; a dash for None: it was not measured."""
+    return lambda value: "–" if value is None else text(value).replace("-", "−")
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700.0))  # e^710 is beyond a float
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _by_role(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Heading and rows of each role that occurs, in the order of ROLES."""
+    groups = [(heading, [row for row in rows if row["role"] == role]) for role, heading in ROLES.items()]
+    return [(heading, group) for heading, group in groups if group]
+
+
+def _above_noise(row: Row) -> str:
+    if row["change"] is None:
+        return "–"
+    return "yes" if abs(row["change"]) > NOISE * row["change_stderr"] else "no"
+
+
+def _in_words(items: list[str]) -> Markup:
+    """`a, b and c`, each item escaped and in bold."""
+    shown = [Markup("<strong>{}</strong>").format(item) for item in items]
+    return Markup(" and ").join([Markup(", ").join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def _charts(name: str, draw: Callable[[int], Figure]) -> dict[str, Markup]:
+    """One chart as inline SVG for each of WIDTHS."""
+    return {size: _svg(f"{name}-{size}", draw, width) for size, width in WIDTHS.items()}
+
+
+def _svg(name: str, draw: Callable[[int], Figure], width: int) -> Markup:
+    """An `<svg>` to stand in HTML. `name` makes the ids in it differ from those of the page's other charts."""
+    buffer = StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+        draw(width).savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]  # an XML declaration and a doctype have no place inside HTML
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # "axes_1" and the like, which every chart has and nothing refers to
+    for colour, value in COLOURS.items():
+        svg = svg.replace(value, f"var(--{colour})")
+    return Markup(svg)
+
+
+def _bars(rows: list[Row], width: int) -> Figure:
+    """Accuracy of base and unlearned, a pair of bars a task under the heading of its role."""
+    lines = [line for heading, group in _by_role(rows) for line in (heading, *group)]
+    figure = Figure(figsize=(width / 72, (36 * len(lines) + 34) / 72), layout="constrained")
+    axes = figure.add_subplot(xlim=(0, 1.13), ylim=(len(lines) - 0.5, -0.3))
+    for y, line in enumerate(lines):
+        if isinstance(line, str):
+            place = {"xycoords": ("figure fraction", "data"), "va": "center", "in_layout": False}
+            axes.annotate(line, (0, y + 0.15), weight="bold", **place)
+        else:
+            _pair_of_bars(axes, y, line)
+    tasks = [(y, line["task"]) for y, line in enumerate(lines) if not isinstance(line, str)]
+    longest = width // 24  # of the task's names, in characters: about a third of the width
+    axes.set_yticks([y for y, _ in tasks], [name if len(name) <= longest else f"{name[: longest - 1]}…" for _, name in tasks])
+    axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(visible=False, axis="y")
+    axes.spines.bottom.set_bounds(0, 1)
+    return figure
+
+
+def _pair_of_bars(axes: Axes, y: float, row: Row) -> None:
+    for side, middle in zip(SIDES, (y - 0.19, y + 0.19), strict=True):
+        value, error = row[side], row[f"{side}_stderr"] or 0
+        if value is None:
+            continue
+        axes.barh(middle, value, 0.34, color=COLOURS[side])
+        axes.errorbar(value, middle, xerr=error, color=COLOURS["ink"], elinewidth=1.2, capsize=2.5)
+        box = {"facecolor": COLOURS["page"], "edgecolor": "none", "pad": 0.5}  # keeps the chance line out of the number
+        axes.text(value + error + 0.015, middle, f"{value:.1%}", va="center", size=10.5, bbox=box)
+    axes.vlines(row["chance"], y - 0.5, y + 0.5, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1.2)
+
+
+def _curves(metrics: list[Row], panels: dict[str, str], width: int, same_scale: bool = False) -> Figure:
+    """A panel a metric, a line a topic, two panels side by side where `width` allows.
+
+    `panels` maps keys of `metrics` to titles; with `same_scale` each two of them share their vertical axis.
+    """
+    columns = 2 if width == WIDTHS["wide"] else 1
+    figure = Figure(figsize=(width / 72, 210 * len(panels) / columns / 72), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    axes = list(figure.subplots(len(panels) // columns, columns, squeeze=False).flat)
+    for index, (key, title) in enumerate(panels.items()):
+        if same_scale and index % 2:
+            axes[index].sharey(axes[index - 1])
+        _curve(axes[index], metrics, key)
+        axes[index].set_title(title)
+        axes[index].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        if index >= len(panels) - columns:
+            axes[index].set_xlabel("Step")
+    return figure
+
+
+def _curve(axes: Axes, metrics: list[Row], key: str) -> None:
+    """One metric of every topic; a loss that spans more than a factor of 50 gets a logarithmic axis."""
+    seen = []
+    for number, topic in enumerate(_topics(metrics)):
+        found = [(row["step"], row[key]) for row in metrics if row["topic"] == topic and row.get(key) is not None]
+        steps, values = [step for step, _ in found], [value for _, value in found]
+        colour = COLOURS[TOPIC_COLOURS[number % len(TOPIC_COLOURS)]]
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker="." if len(steps) < 3 else None)
+        seen += [value for value in values if math.isfinite(value) and value > 0]
+    if key in LOSSES and seen and max(seen) > 50 * min(seen):
+        axes.set_yscale("log", nonpositive="mask")  # the first retain loss is zero: the adapter has not moved yet
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _topics(metrics: list[Row]) -> list[str]:
+    """In the order of their first step."""
+    return list(dict.fromkeys(row["topic"] for row in metrics))

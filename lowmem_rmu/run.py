@@ -1,0 +1,360 @@
+"""`python -m lowmem_rmu.run PRESET`: the main job from the command line."""
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lowmem_rmu.errors import UserError, nearest
+from lowmem_rmu.presets import Preset, find_preset, load_preset, preset_names
+from lowmem_rmu.runs import RunFolder, Stopped, write_json
+
+STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
+PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+class Interrupts:
+    """The first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("Stopping after this step; once more to stop at once.", file=sys.stderr)
+
+
+class Bars:
+    """Live progress in a terminal."""
+
+    def __init__(self, console: Console, interrupts: Interrupts) -> None:
+        name, figures = TextColumn("{task.description:<20}"), TextColumn("{task.fields[figures]}")
+        self.progress = Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), figures, console=console)
+        self.interrupts = interrupts
+        self.task: TaskID | None = None
+        self.stage = ""
+
+    def started(self, stage: str, total: int) -> None:
+        if self.stage != stage:
+            self.stage, self.task = stage, self.progress.add_task(stage, total=None, figures="")
+        self.progress.update(self.task, total=total or None)
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        self.progress.update(self.task, completed=done, figures=_words(figures))
+
+    def asks_to_stop(self) -> bool:
+        return self.interrupts.asked
+
+    def __enter__(self) -> "Bars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+class Lines:
+    """Plain lines, a few a minute, where the output is no terminal."""
+
+    def __init__(self, console: Console, interrupts: Interrupts) -> None:
+        self.console, self.interrupts = console, interrupts
+        self.stage, self.total, self.began, self.last = "", 0, 0.0, 0.0
+
+    def started(self, stage: str, total: int) -> None:
+        if stage != self.stage:
+            self._print(f"{stage} ...")
+        self.stage, self.total, self.began, self.last = stage, total, time.monotonic(), time.monotonic()
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        now = time.monotonic()
+        if now - self.last >= PLAIN_SECONDS or done == self.total:
+            left = (now - self.began) / done * (self.total - done)
+            self._print(f"{self.stage} {done}/{self.total}  {_words(figures)}  about {left:.0f} s left")
+            self.last = now
+
+    def asks_to_stop(self) -> bool:
+        return self.interrupts.asked
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _words(figures: dict[str, float | str]) -> str:
+    return "  ".join(f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else str(value) for key, value in figures.items())
+
+
+def run(
+    preset: Annotated[str | None, typer.Argument(help="The name of a preset (see --list), or the path of a YAML file.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting; may be given again.")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Where run folders are kept.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="The run's name; the preset and the time if left out.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    stages: Annotated[str, typer.Option(help="Which stages to go through, with commas between them.")] = ",".join(STAGES),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run --name, or with the newest one of this preset.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be loaded, downloaded and trained, and the memory; load nothing.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Loads a model in 4-bit, measures it, makes it forget, measures it again and writes a report."""
+    quiet_libraries()
+    with friendly_exit():
+        if list_:
+            Console().print(presets_table())
+            return
+        if preset is None:
+            raise UserError("Which preset? For example: python -m lowmem_rmu.run tiny\nSee them all with --list.")
+        chosen = load_preset(preset, set_)
+        wanted = parse_stages(stages)
+        if plan:
+            print_plan(chosen, device, wanted)
+            return
+        folder = main_job(find_preset(preset).stem, chosen, runs_dir, name, device, wanted, resume)
+        print_summary(folder, as_json)
+
+
+def parse_stages(text: str) -> list[str]:
+    """The stages in their own order, whatever order they are named in."""
+    named = [stage.strip() for stage in text.split(",") if stage.strip()]
+    for stage in named:
+        if stage not in STAGES:
+            raise UserError(f'There is no stage "{stage}". {nearest(stage, STAGES)}')
+    if not named:
+        raise UserError(f"--stages names no stage. There is: {', '.join(STAGES)}.")
+    return [stage for stage in STAGES if stage in named]
+
+
+def main_job(
+    preset_name: str, preset: Preset, runs_dir: Path, name: str | None, device: str, stages: list[str], resume: bool
+) -> RunFolder:
+    """Runs the stages in a new run folder, or goes on in an old one."""
+    from lowmem_rmu.model.loading import resolve_device  # heavy libraries load only once there is work for them
+    from lowmem_rmu.pipeline import Job, read_inputs, run_config
+
+    on = resolve_device(device)
+    folder = find_run(runs_dir, name, preset_name, preset) if resume else None
+    name = name or RunFolder.new_name(preset_name)
+    if folder is None:
+        RunFolder.free_path(runs_dir, name)
+    inputs = read_inputs(preset, stages)
+    if folder is None:
+        config = run_config(preset_name, preset, on)
+        folder = RunFolder.create(runs_dir, name)
+        write_json(folder.path / "config.json", config)
+    console, interrupts = Console(stderr=True), Interrupts()
+    console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
+    with interrupts.watched(), (Bars if console.is_terminal else Lines)(console, interrupts) as watcher:
+        Job(preset, folder, inputs, on, stages, watcher).run()
+    return folder
+
+
+def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset) -> RunFolder:
+    """The run to go on with. Raises UserError where there is none, or where its settings are others."""
+    if name is None:
+        runs = [each for each in RunFolder.all(runs_dir) if each.config["preset"] == preset_name]
+        if not runs:
+            raise UserError(f"There is no run of {preset_name} in {runs_dir} to go on with.\nStart one without --resume.")
+        folder = runs[0]
+    else:
+        folder = RunFolder.open(runs_dir, name)
+    different = sorted(differences(folder.config["settings"], preset.model_dump()))
+    if different:
+        raise UserError(
+            f"Run {folder.path} was started with other settings: {', '.join(different)}.\n"
+            "Give the same preset and --set, or start a new run without --resume."
+        )
+    return folder
+
+
+def differences(first: Any, second: Any, where: str = "") -> list[str]:
+    """The paths at which two settings differ."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = first.keys() | second.keys()
+        return [path for key in keys for path in differences(first.get(key), second.get(key), f"{where}.{key}" if where else key)]
+    return [] if first == second else [where]
+
+
+@contextmanager
+def friendly_exit() -> Iterator[None]:
+    """A user's mistake: one message and exit code 2. A stop: how to go on, and 130."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(f"Stopped. Nothing is lost; go on with: {resume_command(stopped.folder)}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        print("Stopped at once. Go on from the last checkpoint with the same command and --resume.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def resume_command(folder: Path) -> str:
+    """The command that was given, with what it takes to go on."""
+    given = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    named = [] if any(argument.startswith("--name") for argument in given) else ["--name", folder.name]
+    return " ".join(["python -m lowmem_rmu.run", *given, *named, "--resume"])
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' own notes out of the run's output; errors still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def presets_table() -> Table:
+    """Every preset: model, size, memory, what is forgotten."""
+    import torch
+
+    from lowmem_rmu.model.memory import config_for_plan, count_weights, gib
+    from lowmem_rmu.model.memory import plan as memory_plan
+
+    table = Table(title="Presets", title_justify="left")
+    for column in ("Preset", "Model", "Parameters", "GPU memory needed", "Forgets", "About"):
+        table.add_column(column, overflow="fold")
+    for name in preset_names():
+        preset = load_preset(name)
+        weights = count_weights(config_for_plan(preset), preset.rmu.modules)
+        needed = max(stage.total for stage in memory_plan(preset, torch.device("cuda"), whole_model=True))
+        table.add_row(name, Path(preset.model.name).name, _millions(weights.total()), gib(needed), ", ".join(preset.topics), preset.title)
+    return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def print_plan(preset: Preset, device: str, stages: list[str]) -> None:
+    """What would be loaded, downloaded and trained, and the memory each stage needs."""
+    from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.model.memory import gib, memory_available
+    from lowmem_rmu.model.memory import plan as memory_plan
+
+    on, console = resolve_device(device), Console()
+    evaluates = any(stage.startswith("evaluate") for stage in stages)
+    needs = [need for need in memory_plan(preset, on, whole_model=evaluates) if need.stage in stages]
+    for label, words in plan_lines(preset, evaluates).items():
+        console.print(f"{label:<10} {words}", highlight=False, soft_wrap=True)
+    table = Table()
+    for column in ("Stage", "Weights", "Working memory", "Together"):
+        table.add_column(column, justify="left" if column == "Stage" else "right")
+    for need in needs:
+        table.add_row(need.stage, gib(need.weights), gib(need.working), gib(need.total))
+    console.print(table)
+    console.print(f"Free on {on} now: {gib(memory_available(on))}. The libraries themselves take about 0.6 GiB of main memory.", highlight=False)
+
+
+def plan_lines(preset: Preset, evaluates: bool) -> dict[str, str]:
+    """What would be loaded, downloaded and trained, in words."""
+    from lowmem_rmu.model.memory import config_for_plan, count_weights, gib
+    from lowmem_rmu.presets import is_local
+
+    weights, rmu, model = count_weights(config_for_plan(preset), preset.rmu.modules), preset.rmu, preset.model
+    corpora = [*(topic.corpus for topic in preset.topics.values()), *preset.retain.corpora]
+    sources = [corpus.source for corpus in corpora] + [task.source for task in preset.evaluation.tasks.values()]
+    remote = sorted({source for source in sources if not is_local(source)})
+    adapter = len(rmu.adapter_layers) * rmu.rank * weights.adapter_inputs_and_outputs
+    precision = "4-bit (NF4, double quantisation)" if model.quantisation == "nf4" else "not quantised"
+    adapted = f"{', '.join(rmu.modules)} of layers {', '.join(map(str, rmu.adapter_layers))}"
+    size = f"about {gib(2 * weights.total())} of weights in 16 bits, unless they are cached"
+    return {
+        "Preset": preset.title,
+        "Model": f"{model.name}: {_millions(weights.total())} parameters, {precision}",
+        "Download": "nothing: a local folder" if is_local(model.name) else size,
+        "Data": f"{', '.join(remote)} (Hub)" if remote else "local files only",
+        "Loaded": f"{weights.layers} of {weights.layers} layers" if evaluates else f"{rmu.target_layer + 1} of {weights.layers} layers, no head",
+        "Trained": f"{rmu.steps} steps; LoRA of rank {rmu.rank} on {adapted}: {_millions(adapter)} parameters",
+        "Steered": f"the output of layer {rmu.target_layer}; layers 0 to {rmu.target_layer} run in training, the others do not",
+    }
+
+
+def print_summary(folder: RunFolder, as_json: bool) -> None:
+    """The closing table and the verdict, or the summary as JSON."""
+    path = folder.path / "summary.json"
+    if not path.exists():
+        print(f"Done: {folder.path}", file=sys.stderr)
+        return
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    if summary["rows"]:
+        console.print(accuracy_table(summary))
+    if summary["texts"]:
+        console.print(text_table(summary))
+    verdict = summary["verdict"]
+    for sentence in verdict["sentences"]:
+        console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nForgotten: {verdict['forgotten']}. Kept: {verdict['kept']}.", highlight=False, style="bold")
+    console.print(f"Report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Talk to both: python -m lowmem_rmu chat {folder.path}", highlight=False, soft_wrap=True)
+
+
+def accuracy_table(summary: dict[str, Any]) -> Table:
+    """Accuracy in percent with its standard error; subjects only where they are few."""
+    limit = f", at most {summary['limit']} questions a task" if summary["limit"] else ""
+    table = Table(title=f"Accuracy in % (± standard error{limit}); guessing gives 25", title_justify="left")
+    for column in ("Task", "Should be", "Questions", "Base", "Unlearned", "Change"):
+        table.add_column(column, justify="left" if column in ("Task", "Should be") else "right")
+    subjects = sum(row["group"] is not None for row in summary["rows"])
+    for row in summary["rows"]:
+        if row["group"] and subjects > 12 and row["role"] != "adjacent":
+            continue
+        cells = [_percent(row[side], row[f"{side}_stderr"]) for side in ("base", "unlearned", "change")]
+        table.add_row(("  " if row["group"] else "") + row["task"], row["role"], str(row["questions"]), *cells)
+    return table
+
+
+def text_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="Loss on held-out text in nats a token (± standard error)", title_justify="left")
+    for column in ("Text", "Should be", "Tokens", "Base", "Unlearned", "Change"):
+        table.add_column(column, justify="left" if column in ("Text", "Should be") else "right")
+    for row in summary["texts"]:
+        cells = ["-" if row[side] is None else f"{row[side]:.2f} ± {row[f'{side}_stderr']:.2f}" for side in ("base", "unlearned", "change")]
+        table.add_row(row["name"], row["role"], str(row["tokens"]), *cells)
+    return table
+
+
+def _percent(share: float | None, stderr: float | None) -> str:
+    return "-" if share is None or stderr is None else f"{100 * share:.1f} ± {100 * stderr:.1f}"
+
+
+def main() -> None:
+    typer.run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The run folder: what is written where, atomically. The command line, the app and other people's scripts read it."""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lowmem_rmu.errors import UserError, nearest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the file and renames: a reader sees the old text or the new, never half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has done so; `--resume` goes on in its `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} was stopped")
+        self.folder = folder
+
+
+@contextmanager
+def folder_replaced(folder: Path) -> Iterator[Path]:
+    """Gives a new empty folder to fill; it takes the place of `folder` only once it is complete."""
+    beside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if folder.exists():
+            folder.rename(old)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`runs/<name>/`, as README's "The run folder" lists it."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, runs_dir: Path, name: str) -> "RunFolder":
+        """A new folder for a run. Raises UserError for a name that leaves `runs_dir`, that is taken, or cannot be written."""
+        path = cls.free_path(runs_dir, name)
+        try:
+            (path / "evaluation").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"Run folder {path} cannot be written: {error.strerror}.\nChoose another place with --runs-dir.") from error
+        return cls(path)
+
+    @classmethod
+    def free_path(cls, runs_dir: Path, name: str) -> Path:
+        """Where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
+        path = cls._inside(runs_dir, name)
+        if path.exists():
+            raise UserError(f"Run {path} exists already.\nChoose another --name, or go on with it: --resume --name {name}")
+        return path
+
+    @classmethod
+    def open(cls, runs_dir: Path, name: str) -> "RunFolder":
+        path = cls._inside(runs_dir, name)
+        if not (path / "config.json").is_file():
+            known = [run.path.name for run in cls.all(runs_dir)]
+            hint = nearest(name, known) if known else "It holds no runs yet."
+            raise UserError(f"There is no run {name} in {runs_dir}. {hint}")
+        return cls(path)
+
+    @classmethod
+    def all(cls, runs_dir: Path) -> list["RunFolder"]:
+        """Every run below `runs_dir`, newest first."""
+        return [cls(path.parent) for path in sorted(runs_dir.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True)]
+
+    @staticmethod
+    def _inside(runs_dir: Path, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise UserError(f'"{name}" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, so that it stays inside {runs_dir}.')
+        return runs_dir / name
+
+    @staticmethod
+    def new_name(preset: str) -> str:
+        return f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def evaluation(self, side: str) -> Path:
+        """`side` is `base` or `unlearned`."""
+        return self.path / "evaluation" / f"{side}.json"
+
+    def answers(self, side: str) -> Path:
+        return self.path / "evaluation" / f"answers_{side}.jsonl"
+
+    def read_evaluation(self, side: str) -> dict[str, Any] | None:
+        path = self.evaluation(side)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @property
+    def has_results(self) -> bool:
+        """Whether anything was measured or trained: such a folder is kept, whatever happens."""
+        return self.evaluation("base").exists() or self.metrics.exists() or self.adapter.exists()
+
+    def read_stages(self) -> list[dict[str, Any]]:
+        """Time and peak memory of the stages run so far."""
+        path = self.path / "stages.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def read_status(self) -> dict[str, Any]:
+        path = self.path / "status.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_status(self, stage: str, step: int, total: int, state: str, error: str | None = None) -> None:
+        """`state` is `running`, `stopped`, `failed` or `done`."""
+        status = {"stage": stage, "step": step, "total": total, "state": state, "pid": os.getpid(), "heartbeat": time.time(), "error": error}
+        write_json(self.path / "status.json", status)
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate_metrics(self, steps: int) -> None:
+        """Drops lines beyond `steps`: a resumed run writes them again."""
+        if self.metrics.exists():
+            write_lines(self.metrics, read_lines(self.metrics)[:steps])
+
+    @property
+    def stop_asked(self) -> bool:
+        return (self.path / "stop").exists()
