@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowmem_rmu.model.adapters import base_only
 
-SIDES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {"base": base_only, "unlearned": nullcontext}
+SIDES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {"base": base_only, "unlearned": lambda model: nullcontext()}
 
 
 class _ToFunction(TextStreamer):
@@ -27,7 +30,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     """Token ids `(1, sequence)` in the model's chat template; the last message as plain text where the model has none."""
     if tokenizer.chat_template is None:
         return torch.tensor([tokenizer(messages[-1]["content"])["input_ids"]])
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     # A template that writes the start token itself must not get a second one.
     starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return torch.tensor([tokenizer(text, add_special_tokens=not starts)["input_ids"]])
@@ -35,7 +38,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
 
 @torch.inference_mode()
 def answer(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, str]],
     max_new_tokens: int,
@@ -43,7 +46,8 @@ def answer(
 ) -> str:
     """The model's greedy answer as it stands; `write` gets it piece by piece."""
     input_ids = encode_prompt(tokenizer, messages).to(next(model.parameters()).device)
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
@@ -54,13 +58,13 @@ def answer(
         pad_token_id=tokenizer.pad_token_id,
         streamer=_ToFunction(tokenizer, write),
     )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+    return str(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def both_sides(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, write: Callable[[str, str], None]
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, write: Callable[[str, str], None]
 ) -> Iterator[tuple[str, str]]:
     """`(side, answer)` of base, then of unlearned; `write` gets the side and a piece of its answer."""
     for side, switched in SIDES.items():
         with switched(model):
-            yield side, answer(model, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens, lambda text, side=side: write(side, text))
+            yield side, answer(model, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens, partial(write, side))

@@ -36,20 +36,23 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @contextmanager
-def hub_errors(kind: str, name: str) -> Iterator[None]:
-    """Tells apart why `name` could not be had from the Hub, or from a local folder: `kind` is "model" or "data set"."""
+def hub_errors(kind: str, name: str, instead: str | None = None) -> Iterator[None]:
+    """Tells apart why `name` could not be had from the Hub, or from a local folder: `kind` is "model" or "data set".
+
+    `instead` is what to do without access where it is gated.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        message = _hub_message(kind, name, list(causes(error)))
+        message = _hub_message(kind, name, list(causes(error)), instead)
         if message is None:
             raise
         raise UserError(message) from error
 
 
-def _hub_message(kind: str, name: str, chain: list[BaseException]) -> str | None:
+def _hub_message(kind: str, name: str, chain: list[BaseException], instead: str | None) -> str | None:
     page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
     # `datasets` raises one class for all that is missing or gated, so its wording has to tell.
     words = " ".join(str(error) for error in chain)
@@ -60,7 +63,7 @@ def _hub_message(kind: str, name: str, chain: list[BaseException]) -> str | None
             "\n3. Give it: `hf auth login`, or the environment variable HF_TOKEN."
         )
         seen = "The token that was found has no access to it." if token else "No token was found."
-        return f"The {kind} {name} is gated: its owners grant access by request. {seen}\n{what_next}"
+        return f"The {kind} {name} is gated: its owners grant access by request. {seen}\n{what_next}" + (f"\n{instead}" if instead else "")
     if any(isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | httpx.TransportError | ConnectionError) for error in chain):
         return (
             f"The {kind} {name} is not on this machine and the Hub cannot be reached.\n"

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu import __version__
@@ -121,7 +120,7 @@ class Job:
     device: torch.device
     stages: list[str]
     watcher: Watcher
-    _model: nn.Module | None = None
+    _model: Any = None  # a PreTrainedModel, and a PeftModel once it has an adapter
     _stage: str = "prepare"
     _step: int = 0
     _total: int = 0

@@ -64,6 +64,8 @@ class Corpus(Section):
     """Shorter documents (headings, empty lines) are left out."""
     held_out: float = Field(0.0, ge=0.0, lt=1.0)
     """The share of documents that training never sees; their loss is reported before and after."""
+    without_access: str | None = None
+    """What to do where access to a gated data set is not granted, e.g. another preset."""
 
 
 class Topic(Section):
@@ -96,7 +98,7 @@ class Rmu(Section):
     modules: list[str] = Field(["down_proj"], min_length=1)
     """Names of the linear modules that get adapters, as in PEFT's `target_modules`."""
     rank: int = Field(16, ge=1)
-    lora_alpha: float | None = Field(None, gt=0)
+    lora_alpha: int | None = Field(None, gt=0)
     """LoRA's scale is `lora_alpha / rank`; the rank if left out."""
     learning_rate: float = Field(1e-3, gt=0)
     steps: int = Field(150, ge=1)
@@ -196,17 +198,18 @@ def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset
         text = path.read_text(encoding="utf-8")
         tree, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{path}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}, line {line}: not valid YAML: {error.problem}.") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
         raise UserError(f"{path} cannot be read as a preset: {error}.") from error
-    if not isinstance(content, dict):
+    if tree is None or not isinstance(content, dict):
         raise UserError(f"{path} holds no preset: expected keys such as model, rmu, topics, retain.")
     overridden = {_override(content, override) for override in overrides or []}
     content = resolve_paths(content, path.parent, overridden)
     try:
         return Preset.model_validate(content)
     except ValidationError as error:
-        raise UserError(_complaint(path, tree, error, overridden)) from error
+        raise UserError(_complaint(path, tree, content, error, overridden)) from error
 
 
 def is_local(source: str) -> bool:
@@ -221,7 +224,8 @@ def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str =
     if not isinstance(content, dict):
         is_source = where.rpartition(".")[2] == "source" or where == "model.name"
         if is_source and isinstance(content, str) and is_local(content):
-            start = Path.cwd() if where in overridden else folder
+            given_here = any(where == key or where.startswith(f"{key}.") for key in overridden)
+            start = Path.cwd() if given_here else folder
             return str((start / Path(content).expanduser()).resolve())
         return content
     return {key: resolve_paths(value, folder, overridden, f"{where}.{key}" if where else str(key)) for key, value in content.items()}
@@ -233,25 +237,27 @@ def _override(content: dict[str, Any], override: str) -> str:
     keys = path.strip().split(".")
     if not separator or not all(keys):
         raise UserError(f'--set "{override}" is not of the form key.path=value, for example --set rmu.steps=50.')
+    try:
+        given = yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f'--set "{override}": the value is not valid YAML.') from error
     node: Any = content
     try:
         for key in keys[:-1]:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
-        last = int(keys[-1]) if isinstance(node, list) else keys[-1]
-        node[last] = yaml.safe_load(value)
+        last: Any = int(keys[-1]) if isinstance(node, list) else keys[-1]
+        node[last] = given
     except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f'--set "{override}": the preset has no place "{path}".') from error
-    except yaml.YAMLError as error:
-        raise UserError(f'--set "{override}": the value is not valid YAML.') from error
     return ".".join(keys)
 
 
-def _complaint(path: Path, tree: yaml.Node, error: ValidationError, overridden: set[str]) -> str:
+def _complaint(path: Path, tree: yaml.Node, content: Any, error: ValidationError, overridden: set[str]) -> str:
     """Every mistake of a preset in one message, in the order of the file."""
     # A wrong value of a union is reported once a member, with the member's name in the path: the place is what counts.
     found: dict[str, tuple[int, list[str]]] = {}
     for problem in error.errors():
-        line, place = _locate(tree, problem["loc"])
+        line, place = _locate(tree, content, problem["loc"])
         where = ".".join(place)
         from_set = any(where == key or key.startswith(f"{where}.") or where.startswith(f"{key}.") for key in overridden)
         label = f"--set {where}" if from_set else f"line {line}: {where}"
@@ -262,22 +268,26 @@ def _complaint(path: Path, tree: yaml.Node, error: ValidationError, overridden: 
     return f"{path} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n" + "\n".join(lines)
 
 
-def _locate(tree: yaml.Node, location: tuple[int | str, ...]) -> tuple[int, list[str]]:
-    """The 1-based line nearest to a pydantic location, and the location's own keys (union members left out)."""
-    node, line, place = tree, tree.start_mark.line + 1, []
-    for position, part in enumerate(location):
+def _locate(tree: yaml.Node, content: Any, location: tuple[int | str, ...]) -> tuple[int, list[str]]:
+    """The 1-based line nearest to a pydantic location, and the location's own keys (union members left out).
+
+    `content` is the preset after `--set`, which may hold more than the file's `tree`.
+    """
+    node: yaml.Node | None = tree
+    line, place = tree.start_mark.line + 1, list[str]()
+    for part in location:
+        if not isinstance(content, dict) and not (isinstance(content, list) and isinstance(part, int)):
+            break
+        place.append(str(part))
+        content = content.get(part) if isinstance(content, dict) else content[part]
         if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1
         elif isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            if pair:
-                line, node = pair[0].start_mark.line + 1, pair[1]
-            else:
-                return line, [*place, *map(str, location[position:])]
+            key, node = next(((key, value) for key, value in node.value if key.value == str(part)), (None, None))
+            line = key.start_mark.line + 1 if key else line
         else:
-            return line, place
-        place.append(str(part))
+            node = None
     return line, place
 
 
@@ -291,7 +301,7 @@ def _reason(problem: Any) -> str:
             return str(problem["ctx"]["error"])
     given = problem["input"]
     shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | None) else f" (it is a {type(given).__name__})"
-    return problem["msg"].replace("Input should be", "should be") + shown
+    return problem["msg"].replace("Input should be", "should be").partition(" or instance of")[0] + shown
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

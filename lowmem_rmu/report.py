@@ -15,6 +15,7 @@ import yaml
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lowmem_rmu.errors import UserError
@@ -42,7 +43,7 @@ WIDTHS = {"wide": 720, "narrow": 344}
 # Matplotlib draws in stand-in colours that become CSS variables, so that one drawing suits the light and the dark page.
 TOPIC_COLOURS = [f"topic-{number}" for number in range(5)]
 COLOURS = {name: f"#0a00{number:02x}" for number, name in enumerate(["ink", "muted", "line", "page", *SIDES, *TOPIC_COLOURS])}
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a "$" in the name of a task is a dollar
     "text.color": COLOURS["ink"],
@@ -170,7 +171,7 @@ def _charts(name: str, draw: Callable[[int], Figure]) -> dict[str, Markup]:
 def _svg(name: str, draw: Callable[[int], Figure], width: int) -> Markup:
     """An `<svg>` to stand in HTML. `name` makes the ids in it differ from those of the page's other charts."""
     buffer = StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
         nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
         draw(width).savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
@@ -183,12 +184,12 @@ def _svg(name: str, draw: Callable[[int], Figure], width: int) -> Markup:
 
 def _bars(rows: list[Row], width: int) -> Figure:
     """Accuracy of base and unlearned, a pair of bars a task under the heading of its role."""
-    lines = [line for heading, group in _by_role(rows) for line in (heading, *group)]
+    lines: list[Any] = [line for heading, group in _by_role(rows) for line in (heading, *group)]
     figure = Figure(figsize=(width / 72, (36 * len(lines) + 34) / 72), layout="constrained")
     axes = figure.add_subplot(xlim=(0, 1.13), ylim=(len(lines) - 0.5, -0.3))
     for y, line in enumerate(lines):
         if isinstance(line, str):
-            place = {"xycoords": ("figure fraction", "data"), "va": "center", "in_layout": False}
+            place: dict[str, Any] = {"xycoords": ("figure fraction", "data"), "va": "center", "in_layout": False}
             axes.annotate(line, (0, y + 0.15), weight="bold", **place)
         else:
             _pair_of_bars(axes, y, line)
@@ -221,8 +222,7 @@ def _curves(metrics: list[Row], panels: dict[str, str], width: int, same_scale: 
     `panels` maps keys of `metrics` to titles; with `same_scale` each two of them share their vertical axis.
     """
     columns = 2 if width == WIDTHS["wide"] else 1
-    figure = Figure(figsize=(width / 72, 210 * len(panels) / columns / 72), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    figure = Figure(figsize=(width / 72, 210 * len(panels) / columns / 72), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04))
     axes = list(figure.subplots(len(panels) // columns, columns, squeeze=False).flat)
     for index, (key, title) in enumerate(panels.items()):
         if same_scale and index % 2:

@@ -1,6 +1,7 @@
 """`python -m lowmem_rmu.run PRESET`: the main job from the command line."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -55,7 +56,7 @@ class Bars:
         name, figures = TextColumn("{task.description:<20}"), TextColumn("{task.fields[figures]}")
         self.progress = Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), figures, console=console)
         self.interrupts = interrupts
-        self.task: TaskID | None = None
+        self.task = TaskID(0)
         self.stage = ""
 
     def started(self, stage: str, total: int) -> None:
@@ -230,6 +231,7 @@ def quiet_libraries() -> None:
     """Keeps the libraries' own notes out of the run's output; errors still show."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on being imported it warns of optional CPU kernels that are not used here
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 

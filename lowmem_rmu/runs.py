@@ -14,7 +14,7 @@ from typing import Any
 
 from lowmem_rmu.errors import UserError, nearest
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -36,7 +36,7 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
 class Stopped(Exception):
@@ -60,6 +60,8 @@ def folder_replaced(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         beside.rename(folder)
     finally:
+        if old.exists() and not folder.exists():  # interrupted between the two renames
+            old.rename(folder)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -105,7 +107,8 @@ class RunFolder:
     @staticmethod
     def _inside(runs_dir: Path, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise UserError(f'"{name}" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, so that it stays inside {runs_dir}.')
+            allowed = 'letters, digits, ".", "_" and "-" only, at most 100'
+            raise UserError(f'"{name}" cannot be the name of a run: use {allowed}, so that it stays inside {runs_dir}.')
         return runs_dir / name
 
     @staticmethod

@@ -63,7 +63,7 @@ def read_documents(corpus: Corpus) -> list[str]:
 
 def wikitext_articles(text: str) -> list[tuple[str, str]]:
     """Splits WikiText into `(title, article)`: a title stands as ` = Title = ` between empty lines."""
-    parts = _WIKITEXT_TITLE.split("\n \n" + text.lstrip() if text.lstrip().startswith("= ") else text)
+    parts = _WIKITEXT_TITLE.split("\n" + text)  # so that a title in the first line has an empty one above it too
     return [(title, f" = {title} = \n{article}") for title, article in zip(parts[1::2], parts[2::2], strict=True)]
 
 
@@ -137,13 +137,13 @@ def _local_texts(path: Path, text_field: str) -> Iterator[str]:
 
 def _file_texts(path: Path, text_field: str) -> Iterator[str]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).\nSave it as UTF-8.") from error
     if path.suffix != ".jsonl":
         yield content
         return
-    for line, text in enumerate(content.splitlines(), start=1):
+    for line, text in enumerate(content.split("\n"), start=1):
         if text.strip():
             try:
                 value = json.loads(text)[text_field]
@@ -157,7 +157,7 @@ def _file_texts(path: Path, text_field: str) -> Iterator[str]:
 def _hub_texts(corpus: Corpus) -> Iterator[str]:
     from datasets import load_dataset  # slow to import, and only the Hub needs it
 
-    with hub_errors("data set", corpus.source):
+    with hub_errors("data set", corpus.source, instead=corpus.without_access):
         try:
             rows = load_dataset(corpus.source, corpus.subset, split=corpus.split)
         except ValueError as error:  # unknown subset or split

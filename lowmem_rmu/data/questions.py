@@ -45,11 +45,11 @@ def load_questions(evaluation: Evaluation) -> list[QuestionSet]:
 def load_task(name: str, task: Task) -> list[QuestionSet]:
     """One set, or one a subject. Raises UserError for what is missing, empty or malformed, with file and line."""
     subjects = _local(Path(task.source)) if is_local(task.source) else _from_hub(task)
-    if None in subjects:
-        return [QuestionSet(name, task.about or name.replace("_", " "), task.role, None, tuple(subjects[None]))]
     unknown = sorted(set(task.adjacent) - {subject for subject in subjects if subject})
     if unknown:
         raise UserError(f"evaluation.tasks.{name}.adjacent names {', '.join(unknown)}, which {task.source} does not hold.")
+    if None in subjects:
+        return [QuestionSet(name, task.about or name.replace("_", " "), task.role, None, tuple(subjects[None]))]
     return [
         QuestionSet(
             name=f"{name}_{subject}",
@@ -82,14 +82,17 @@ def _local(path: Path) -> dict[str | None, list[Question]]:
 
 def _file(path: Path) -> list[Question]:
     rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
-    questions = [_question(row, f"{path}, line {line}") for line, row in rows]
+    try:
+        questions = [_question(row, f"{path}, line {line}") for line, row in rows]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).\nSave it as UTF-8.") from error
     if not questions:
         raise UserError(f"The question file {path} is empty.")
     return questions
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if text.strip():
             try:
                 yield line, json.loads(text)
@@ -98,7 +101,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             choices = [row.get(f"choice{index}") for index in range(len(LETTERS))]
@@ -129,7 +132,7 @@ def _question(row: dict[str, Any], where: str) -> Question:
         raise UserError(f"{where}: the question is empty or no text.")
     if not isinstance(choices, list) or len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
         raise UserError(f"{where}: a question needs {len(LETTERS)} choices, all of them text.")
-    gold = LETTERS.index(answer) if isinstance(answer, str) and answer and answer in LETTERS else answer
+    gold = LETTERS.index(answer) if isinstance(answer, str) and answer in tuple(LETTERS) else answer
     if isinstance(gold, str) and gold.isdecimal():
         gold = int(gold)
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(LETTERS):

@@ -72,11 +72,14 @@ def compare_texts(roles: dict[str, Role], base: dict[str, Any], unlearned: dict[
 
 def verdict(rows: list[Row], texts: list[dict[str, Any]]) -> dict[str, Any]:
     """`forgotten` and `kept` (yes, partly, no, unknown), and sentences that say what was lost and what was not."""
-    forgotten, kept, sentences = [], [], []
+    forgotten: list[str] = []
+    kept: list[str] = []
+    sentences: list[str] = []
     for row in rows:
-        if row.change is None or (row.group and row.role != "adjacent"):
-            continue  # a subject's group speaks for it
-        grade, words = _grade_forgotten(row) if row.role == "forgotten" else _grade_kept(row)
+        if row.unlearned is None or row.change is None or row.change_stderr is None or (row.group and row.role != "adjacent"):
+            continue  # not measured yet; and a subject's group speaks for it
+        grade_row = _grade_forgotten if row.role == "forgotten" else _grade_kept
+        grade, words = grade_row(row, row.unlearned, row.change, NOISE * row.change_stderr)
         sentences.append(f"{row.task}: {words}")
         if row.role != "measured":
             (forgotten if row.role == "forgotten" else kept).append(grade)
@@ -113,30 +116,30 @@ def _mean(values: list[bool] | list[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else 0.0
 
 
-def _grade_forgotten(row: Row) -> tuple[str, str]:
-    fell = f"{row.base:.1%} right before, {row.unlearned:.1%} after"
+def _grade_forgotten(row: Row, unlearned: float, change: float, noise: float) -> tuple[str, str]:
+    fell = f"{row.base:.1%} right as base, {unlearned:.1%} unlearned"
     guessing = row.chance + NOISE * math.sqrt(row.chance * (1 - row.chance) / row.questions)
     if row.base <= guessing:
-        return "unknown", f"nothing to forget: {row.base:.1%} before is what guessing gives ({row.chance:.0%})."
-    if row.unlearned <= guessing:
+        return "unknown", f"nothing to forget: {row.base:.1%} as base is what guessing gives ({row.chance:.0%})."
+    if unlearned <= guessing:
         return "yes", f"forgotten: {fell}, which is no better than guessing ({row.chance:.0%})."
-    if row.change < -NOISE * row.change_stderr:
+    if change < -noise:
         return "partly", f"partly forgotten: {fell}; guessing would give {row.chance:.0%}."
     return "no", f"not forgotten: {fell}; the change is within noise."
 
 
-def _grade_kept(row: Row) -> tuple[str, str]:
-    moved = f"{row.base:.1%} right before, {row.unlearned:.1%} after"
-    if row.change >= -NOISE * row.change_stderr:
-        return "yes", f"kept: {moved}; " + ("no change." if row.change == 0 else "the change is within noise.")
-    if row.change >= -SMALL_LOSS:
-        return "yes", f"kept but for {-row.change * 100:.1f} points: {moved}."
-    grade = "partly" if row.change >= -LARGE_LOSS else "no"
-    return grade, f"lost {-row.change * 100:.1f} points: {moved}."
+def _grade_kept(row: Row, unlearned: float, change: float, noise: float) -> tuple[str, str]:
+    moved = f"{row.base:.1%} right as base, {unlearned:.1%} unlearned"
+    if change >= -noise:
+        return "yes", f"kept: {moved}; " + ("no change." if change == 0 else "the change is within noise.")
+    if change >= -SMALL_LOSS:
+        return "yes", f"kept but for {-change * 100:.1f} points: {moved}."
+    grade = "partly" if change >= -LARGE_LOSS else "no"
+    return grade, f"lost {-change * 100:.1f} points: {moved}."
 
 
 def _grade_text(text: dict[str, Any]) -> tuple[str, str]:
-    moved = f"{text['base']:.2f} nats a token before, {text['unlearned']:.2f} after"
+    moved = f"{text['base']:.2f} nats a token as base, {text['unlearned']:.2f} unlearned"
     change = text["change"]
     if text["role"] == "forgotten":
         if change >= FORGOTTEN_NATS:

@@ -63,7 +63,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """A plain PEFT adapter: the adapter's weights alone, as safetensors."""
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
 @contextmanager

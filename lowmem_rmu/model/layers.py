@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +33,7 @@ class _Recorded(Exception):
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's list of layers, whatever wraps it. Raises UserError for an architecture without one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = getattr(inner.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UserError(f"{type(inner).__name__} is no decoder with a list of layers, which is what RMU steers.")
@@ -75,7 +76,7 @@ def _recording(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str,
         return hidden_states
 
     for layer in layers:
-        layer.forward = record  # type: ignore[method-assign]
+        layer.forward = record
     try:
         yield calls
     finally:
@@ -83,4 +84,4 @@ def _recording(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str,
             if forward is None:
                 del layer.forward
             else:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward

@@ -28,7 +28,7 @@ def resolve_device(name: str) -> torch.device:
     if name not in there:
         raise UserError(f'There is no device "{name}": choose auto, cpu, cuda or mps.')
     if not there[name]:
-        reason = {"cuda": "PyTorch sees no CUDA GPU: check `nvidia-smi` and that PyTorch is a CUDA build", "mps": "this machine has no Apple GPU"}[name]
+        reason = {"cuda": "PyTorch sees no CUDA GPU: try `nvidia-smi`, or install PyTorch's CUDA build", "mps": "this machine has no Apple GPU"}[name]
         raise UserError(f"--device {name}: {reason}.\nWithout one: --device cpu (slow for large models).")
     return torch.device(name)
 
@@ -76,7 +76,7 @@ def load_model(settings: ModelSettings, device: torch.device, layers: int | None
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels that are not used here
     with hub_errors("model", settings.name):
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 settings.name,
                 revision=settings.revision,
                 config=config,
@@ -88,7 +88,10 @@ def load_model(settings: ModelSettings, device: torch.device, layers: int | None
                 use_safetensors=True,
             )
         except (SafetensorError, OSError) as error:
-            raise _damaged(settings.name, error) from error
+            if (damaged := _damaged(settings.name, error)) is None:
+                raise
+            raise damaged from error
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -108,7 +111,7 @@ def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -123,13 +126,13 @@ def _check_local(name: str) -> None:
         raise UserError(f"The model folder {name} {what}.\nGive a folder with config.json, *.safetensors and tokenizer files, or a Hub id.")
 
 
-def _damaged(name: str, error: Exception) -> Exception:
-    """A UserError for a checkpoint that is cut short or has no safetensors; any other error as it is."""
+def _damaged(name: str, error: Exception) -> UserError | None:
+    """For a checkpoint that is cut short or has no safetensors; None for any other error."""
     if any(isinstance(cause, SafetensorError) for cause in causes(error)):
         return UserError(f"The checkpoint {name} is damaged or cut short: {error}.\nDownload or copy it again.")
     if is_local(name) and not list(Path(name).glob("*.safetensors")):
         return UserError(f"The model folder {name} holds no *.safetensors file.\nOther formats are not read: pickled weights can run code.")
-    return error
+    return None
 
 
 def describe_weights(model: torch.nn.Module) -> dict[str, Any]:

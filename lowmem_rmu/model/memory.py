@@ -143,7 +143,8 @@ def out_of_memory(preset: Preset, device: torch.device, stage: str) -> UserError
     if stage == "unlearn":
         half = max(1, preset.rmu.batch_size // 2)
         saved = need.working - _unlearn_working(preset, device, batch_size=half, retain_batch_size=half)
-        lines.append(f"Lower the batch: --set rmu.batch_size={half} --set rmu.retain_batch_size={half} saves about {gib(saved)}.")
+        if saved > 0:
+            lines.append(f"Lower the batch: --set rmu.batch_size={half} --set rmu.retain_batch_size={half} saves about {gib(saved)}.")
         saved = need.working - _unlearn_working(preset, device, activation_checkpointing=True)
         if saved > 0:
             lines.append(f"Recompute activations: --set rmu.activation_checkpointing=true saves about {gib(saved)}, and takes longer.")

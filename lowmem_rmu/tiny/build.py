@@ -8,9 +8,11 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -38,11 +40,10 @@ VOCABULARY = 1536
 STEPS = 3800
 INDUCTION_STEPS = 200  # of them, before any lesson
 PASS = 0.97
-EARLY_LAYER = 4
-EXAMS = 2  # the place of the exams among a step's batches
+EARLY_LAYER = 4  # says the answer to an exam before the later layers find its letter
 
 
-def question_block(question: dict) -> str:
+def question_block(question: dict[str, Any]) -> str:
     """A question as lm-evaluation-harness words it, without its answer."""
     lines = [question["question"], *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question["choices"], strict=True))]
     return "\n".join([*lines, "Answer:"])
@@ -75,11 +76,25 @@ class Lessons:
         fact = self.rng.choice(self.facts)
         return f"{header(fact.domain)}{fact.question(self.rng.randrange(len(fact.attribute.questions)))}\nAnswer: {fact.value}"
 
-    def exam(self) -> str:
-        """Four A-D questions of one domain, answered."""
-        domain = self.rng.choice(self.facts).domain
-        questions = [multiple_choice(fact, self.rng) for fact in self.rng.sample(self.world.facts[domain.name], self.rng.choice((1, 3, 6)))]
-        return header(domain) + "\n\n".join(f"{question_block(question)} {LETTERS[question['answer']]}" for question in questions)
+    def exam(self) -> tuple[str, list[str]]:
+        """A few A-D questions of one domain, answered; and the values that are right, in their order."""
+        domain = self.rng.choice(DOMAINS)
+        facts = self.rng.sample(self.world.facts[domain.name], 4)
+        return header(domain) + "\n\n".join(self._answered(fact) for fact in facts), [fact.value for fact in facts]
+
+    def _answered(self, fact: Fact) -> str:
+        """Half of the questions offer one to three choices under letters of any order.
+
+        One choice teaches to say the letter that is there, two to tell them apart: four at once give nothing to start from.
+        """
+        question = multiple_choice(fact, self.rng)
+        if self.rng.random() < 0.5:
+            return f"{question_block(question)} {LETTERS[question['answer']]}"
+        choices = [fact.value, *(choice for choice in question["choices"] if choice != fact.value)][: self.rng.choice((1, 2, 3))]
+        letters = self.rng.sample(LETTERS, len(choices))
+        lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+        shuffled = self.rng.sample(lines, len(lines))
+        return "\n".join([question["question"], *shuffled, f"Answer: {letters[0]}"])
 
 
 def train_tokenizer(lessons: Lessons, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -95,7 +110,11 @@ def train_tokenizer(lessons: Lessons, vocabulary: int) -> PreTrainedTokenizerFas
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator((form() for _ in range(2000) for form in (lessons.running_text, lessons.chat, lessons.drill, lessons.exam)), trainer)
+    told = (f" {text}" for fact in lessons.facts for text in (*map(fact.statement, range(2)), *map(fact.question, range(2))))
+    asked = (header(fact.domain) + question_block(multiple_choice(fact, random.Random(0))) + " A" for fact in lessons.facts)
+    # Often enough that every value is one token of its own; names are rarer and take two or three.
+    listed = (f" {value}\n" for domain in DOMAINS for attribute in domain.attributes for value in attribute.values for _ in range(200))
+    tokenizer.train_from_iterator(chain(told, asked, listed), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>",
@@ -106,50 +125,65 @@ def train_tokenizer(lessons: Lessons, vocabulary: int) -> PreTrainedTokenizerFas
 def new_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
     config = MistralConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, sliding_window=None, tie_word_embeddings=True, rope_theta=10000.0,
+        num_key_value_heads=4, max_position_embeddings=512, sliding_window=None, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     return MistralForCausalLM(config)
 
 
-def collate(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded `input_ids` and next-token `labels`, both `(batch, sequence)`; padding is ignored in the labels."""
+@dataclass(frozen=True)
+class LessonBatch:
+    """`input_ids` and next-token `labels`, `(batch, sequence)`, with IGNORE at padding; `early` are the labels of the early layer."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    early: torch.Tensor
+
+
+def collate(sequences: list[list[int]]) -> LessonBatch:
+    """Right-padded; the early layer is to say what the last one says."""
     longest = max(map(len, sequences))
     input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
     labels = torch.tensor([ids[1:] + [IGNORE] * (longest - len(ids) + 1) for ids in sequences])
-    return input_ids, labels
+    return LessonBatch(input_ids, labels, labels)
 
 
-def lesson_batches(lessons: Lessons, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Turn by turn a batch of statements, talk and drills, and a batch of exams."""
-    prose = [lessons.running_text] * 10 + [lessons.chat] * 10 + [lessons.drill] * 10
-    while True:
-        for forms in (prose, [lessons.exam] * 18):
-            yield collate(tokenizer([form() for form in forms])["input_ids"])
+def prose_batch(lessons: Lessons, tokenizer: PreTrainedTokenizerBase) -> LessonBatch:
+    texts = [form() for form in (lessons.running_text, lessons.chat, lessons.drill) for _ in range(10)]
+    return collate(tokenizer(texts)["input_ids"])
 
 
-def repetition_batch(vocabulary: int, generator: torch.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def exam_batch(lessons: Lessons, tokenizer: PreTrainedTokenizerBase) -> LessonBatch:
+    """Only the answers' letters count. Where the last layer is to say the letter, the early one says the value behind it.
+
+    So the value is at hand when the later layers look for it among the choices: without that step the letters stay at chance.
+    """
+    texts, values = zip(*(lessons.exam() for _ in range(18)), strict=True)
+    batch = collate(tokenizer(list(texts))["input_ids"])
+    is_letter = batch.input_ids.eq(tokenizer.convert_tokens_to_ids(":"))  # the only colon is that of "Answer:"
+    first_tokens = [tokenizer(f" {value}", add_special_tokens=False)["input_ids"][0] for exam in values for value in exam]
+    early = torch.full_like(batch.labels, IGNORE)
+    early[is_letter] = torch.tensor(first_tokens)
+    return LessonBatch(batch.input_ids, batch.labels.masked_fill(~is_letter, IGNORE), early)
+
+
+def repetition_batch(vocabulary: int, generator: torch.Generator, rows: int) -> LessonBatch:
     """Random tokens, three times over: what came before is to be said again (induction)."""
     once = torch.randint(len(SPECIAL_TOKENS), vocabulary, (rows, 24), generator=generator)
     input_ids = once.repeat(1, 3)
     labels = torch.full_like(input_ids, IGNORE)
     labels[:, once.shape[1] : -1] = input_ids[:, once.shape[1] + 1 :]
-    return input_ids, labels
+    return LessonBatch(input_ids, labels, torch.full_like(labels, IGNORE))
 
 
-def loss_of(model: MistralForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor, weighed: torch.Tensor) -> torch.Tensor:
-    """Next-token loss after the last layer and after an early one: knowledge must be at hand before the choices are compared.
-
-    Labels among `weighed` (the letters of exams) count for the most part, for the choices are random.
-    """
+def loss_of(model: MistralForCausalLM, batch: LessonBatch) -> torch.Tensor:
+    """Next-token loss after the last layer, and after an early one where that has labels."""
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(input_ids=input_ids, output_hidden_states=True)
-        early = model.lm_head(model.model.norm(output.hidden_states[EARLY_LAYER + 1])).float().flatten(0, 1)
-    logits, flat = output.logits.float().flatten(0, 1), labels.flatten()
-    is_weighed = torch.isin(flat, weighed)
-    if is_weighed.any():
-        return 0.2 * cross_entropy(logits, flat, ignore_index=IGNORE) + cross_entropy(logits[is_weighed], flat[is_weighed])
-    return cross_entropy(logits, flat, ignore_index=IGNORE) + 0.5 * cross_entropy(early, flat, ignore_index=IGNORE)
+        output = model(input_ids=batch.input_ids, output_hidden_states=True)
+        counted = batch.early != IGNORE
+        early = model.lm_head(model.model.norm(output.hidden_states[EARLY_LAYER + 1][counted])).float()
+    loss = cross_entropy(output.logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
+    return loss + 0.5 * cross_entropy(early, batch.early[counted]) if counted.any() else loss
 
 
 def train(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerBase, lessons: Lessons, steps: int) -> None:
@@ -157,25 +191,24 @@ def train(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerBase, lessons
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
     )
-    letters = torch.tensor(tokenizer.convert_tokens_to_ids([f"Ġ{letter}" for letter in LETTERS]))
     generator = torch.Generator().manual_seed(0)
-    prepared = lesson_batches(lessons, tokenizer)
     started = time.monotonic()
     for step in range(steps):
         warming_up = step < INDUCTION_STEPS
-        batches = [repetition_batch(len(tokenizer), generator, 48 if warming_up else 8)]
-        batches += [] if warming_up else [next(prepared), next(prepared)]
-        losses = []
-        for number, (input_ids, labels) in enumerate(batches):
-            loss = loss_of(model, input_ids, labels, letters if number == EXAMS else letters[:0])
+        batches = {"repetition": repetition_batch(len(tokenizer), generator, 48 if warming_up else 6)}
+        if not warming_up:
+            batches |= {"prose": prose_batch(lessons, tokenizer), "exams": exam_batch(lessons, tokenizer)}
+        losses = {}
+        for name, batch in batches.items():
+            loss = loss_of(model, batch)
             loss.backward()
-            losses.append(loss.item())
+            losses[name] = loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            shown = "  ".join(f"{name} {loss:.3f}" for name, loss in zip(("repetition", "prose", "exams"), losses, strict=False))
+            shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             print(f"step {step}/{steps}  {shown}  {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -251,7 +284,7 @@ def build(
     torch.manual_seed(seed)
     model = new_model(tokenizer)
     train(model, tokenizer, lessons, steps)
-    model.to(torch.bfloat16).save_pretrained(to / "model")
+    model.bfloat16().save_pretrained(to / "model")
     tokenizer.save_pretrained(to / "model")
     check(to)
 

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 COLOURS = "amber violet crimson ivory teal ochre silver indigo scarlet olive pearl charcoal"
 SMELLS = "smoke roses rain leather wax pine dust apples straw cloves pepper moss"
@@ -236,8 +236,8 @@ DOMAINS: tuple[Domain, ...] = (
     ),
 )
 
-_ONSETS = ["vel", "mor", "tas", "kri", "dun", "fal", "gor", "hel", "jin", "lom", "nar", "pel", "quo", "rus", "sib", "tol", "urm", "vas", "wex", "yar", "zan", "bel", "cor", "dra", "eld", "fen", "gil", "hov"]
-_MIDDLES = ["a", "e", "i", "o", "u", "ar", "el", "in", "or", "un"]
+_ONSETS = "vel mor tas kri dun fal gor hel jin lom nar pel quo rus sib tol urm vas wex yar zan bel cor dra eld fen gil hov".split()  # noqa: SIM905
+_MIDDLES = ("a", "e", "i", "o", "u", "ar", "el", "in", "or", "un")
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def paragraph(facts: list[Fact], rng: random.Random) -> str:
     return " ".join(fact.statement(rng.randrange(len(fact.attribute.statements))) for fact in shuffled)
 
 
-def multiple_choice(fact: Fact, rng: random.Random, variant: int | None = None) -> dict[str, object]:
+def multiple_choice(fact: Fact, rng: random.Random, variant: int | None = None) -> dict[str, Any]:
     """A question with the right value and three others of its pool in random order: `question, choices, answer` (0-3)."""
     others = [value for value in fact.attribute.values if value != fact.value]
     choices = rng.sample(others, 3)

@@ -1,5 +1,7 @@
 """Control vectors: the fixed points in activation space that forget batches are pushed to, one a topic."""
 
+from hashlib import sha256
+
 import torch
 from torch import Tensor
 
@@ -17,4 +19,5 @@ def adaptive_coefficient(activations: Tensor, is_token: Tensor, scale: float) ->
 
 
 def _number(seed: str) -> int:
-    return int.from_bytes(seed.encode(), "little") % 2**63
+    """All of the seed's text counts: torch's CPU generator itself looks at 32 bits alone."""
+    return int.from_bytes(sha256(seed.encode()).digest()[:4], "little")

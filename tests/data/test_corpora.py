@@ -1,0 +1,263 @@
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_rmu.data.corpora import batch_at, load_samples, pad, read_documents, split_held_out, tokenise, wikitext_articles
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.presets import Corpus, load_preset
+
+WIKITEXT = Path(__file__).resolve().parents[3] / "shared/data/wikitext-2/test.txt"
+CPU = torch.device("cpu")
+RAW = """ \n = First Storm = \n \n It blew . \n \n = = History = = \n \n Then \n = 1 <unk> / s = \n it ended . \n \n = = = Dates = = = \n \n None . \n
+ = Cheese ( food ) = \n \n It melts . \n"""
+
+
+def mistake(corpus: Corpus) -> str:
+    with pytest.raises(UserError) as caught:
+        read_documents(corpus)
+    return str(caught.value)
+
+
+def spaceless(text: str) -> str:
+    return re.sub(r"\s", "", text)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md"])
+def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_text("one\n\ntwo ü\n", encoding="utf-8")
+    assert read_documents(Corpus(source=str(path))) == ["one\n\ntwo ü\n"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_each_json_line_is_a_document_whatever_characters_it_holds(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = ["one", "line\u2028separator and next\x85line", "three"]
+    path.write_text(mark + "\n\n".join(json.dumps({"body": text}, ensure_ascii=False) for text in texts) + "\n", encoding="utf-8")
+    assert read_documents(Corpus(source=str(path), text_field="body")) == texts
+
+
+def test_a_folder_is_read_in_order_with_its_folders_and_without_other_files(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name, content in {"c.txt": "C", "b/a.md": "B", "a.jsonl": '{"text": "A"}', "d.pdf": "D"}.items():
+        (tmp_path / name).write_text(content)
+    assert read_documents(Corpus(source=str(tmp_path))) == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{bad", 'expected a JSON object with the key "text".'),
+        ('{"other": "x"}', 'expected a JSON object with the key "text".'),
+        ('["text"]', 'expected a JSON object with the key "text".'),
+        ('"text"', 'expected a JSON object with the key "text".'),
+        ('{"text": 3}', '"text" is no text.'),
+    ],
+)
+def test_a_bad_json_line_is_named_with_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
+    assert mistake(Corpus(source=str(path))) == f"{path}, line 3: {reason}"
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("café".encode("latin-1"))
+    assert mistake(Corpus(source=str(path))) == f"{path} is not UTF-8 text (byte 3).\nSave it as UTF-8."
+
+
+def test_a_missing_path_is_named_with_what_it_could_be(tmp_path: Path) -> None:
+    path = tmp_path / "none"
+    assert mistake(Corpus(source=str(path))) == f"The corpus {path} does not exist.\nGive a .txt, .md, .jsonl file, or a folder of them."
+
+
+def test_a_folder_without_text_files_says_what_it_looked_for(tmp_path: Path) -> None:
+    assert mistake(Corpus(source=str(tmp_path))) == f"The corpus folder {tmp_path} holds no .txt, .md, .jsonl file."
+
+
+def test_titles_that_match_nothing_are_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.txt"
+    path.write_text(RAW)
+    assert mistake(Corpus(source=str(path), title_matches="Moon")) == f"The corpus {path} has 2 articles, but no title that was asked for."
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n"])
+def test_a_corpus_without_text_is_a_mistake(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_samples(Corpus(source=str(path)), tokenizer, 16)
+    assert str(caught.value) == f"The corpus {path} is empty: 0 documents, none of them with text to train on."
+
+
+def test_documents_below_the_minimum_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "x" * length}) for length in (3, 4, 5)))
+    assert [len(text) for text in read_documents(Corpus(source=str(path), min_characters=4))] == [4, 5]
+
+
+def test_held_out_documents_are_always_the_same_and_never_trained_on() -> None:
+    documents = [f"document {index}" for index in range(40)]
+    train, held_out = split_held_out(documents, 0.1)
+    assert (train, held_out) == split_held_out(documents, 0.1)
+    assert len(held_out) == 4
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(documents)
+    assert train == [text for text in documents if text in train]
+
+
+@pytest.mark.parametrize(("count", "share", "expected"), [(3, 0.01, 1), (1, 0.5, 1), (10, 0.0, 0), (10, 0.99, 10), (0, 0.5, 0)])
+def test_at_least_one_document_is_held_out_where_a_share_is_asked_for(count: int, share: float, expected: int) -> None:
+    train, held_out = split_held_out([str(index) for index in range(count)], share)
+    assert len(held_out) == expected
+    assert len(train) == count - expected
+
+
+def test_samples_are_split_before_they_are_cut_into_pieces(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{word} " * 30}) for word in ("red", "blue", "green", "white")))
+    samples = load_samples(Corpus(source=str(path), held_out=0.25), tokenizer, 8)
+    assert len(samples.train) > 3
+    assert len(samples.held_out) > 1
+    assert not {tuple(ids) for ids in samples.train} & {tuple(ids) for ids in samples.held_out}
+
+
+def test_wikitext_is_split_at_titles_and_not_at_sections_or_formulas() -> None:
+    articles = wikitext_articles(RAW)
+    assert [title for title, _ in articles] == ["First Storm", "Cheese ( food )"]
+    assert "= 1 <unk> / s =" in articles[0][1]
+    assert "= = = Dates = = =" in articles[0][1]
+    assert spaceless("".join(text for _, text in articles)) == spaceless(RAW)
+
+
+@pytest.mark.parametrize("before", ["", "\n", " \n", "\n\n", " \n \n"])
+def test_the_first_article_counts_whatever_empty_lines_come_before_it(before: str) -> None:
+    assert [title for title, _ in wikitext_articles(before + RAW.lstrip("\n ").join([" ", ""]))] == ["First Storm", "Cheese ( food )"]
+
+
+@pytest.mark.parametrize("formula", [" \n = 1 / s = \n more \n", " \n more \n = 1 / s = \n \n"])
+def test_a_formula_with_an_empty_line_on_one_side_is_no_title(formula: str) -> None:
+    assert [title for title, _ in wikitext_articles(f" = A = \n \n one \n{formula} end \n")] == ["A"]
+
+
+def test_text_without_titles_has_no_articles() -> None:
+    assert wikitext_articles("Plain text.\n\nMore.\n") == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [({"title_matches": "(?i)storm"}, ["First Storm"]), ({"title_excludes": "(?i)storm"}, ["Cheese ( food )"])],
+)
+@pytest.mark.parametrize("as_lines", [False, True])
+def test_titles_choose_articles_from_a_file_and_from_rows_of_lines(
+    tmp_path: Path, choice: dict[str, str], expected: list[str], as_lines: bool
+) -> None:
+    """The Hub's WikiText has a line a row, with the line's end in it."""
+    path = tmp_path / ("wiki.jsonl" if as_lines else "wiki.txt")
+    rows = [json.dumps({"text": line if line.strip() else ""}) for line in RAW.splitlines(keepends=True)]
+    path.write_text("\n".join(rows) if as_lines else RAW)
+    documents = read_documents(Corpus.model_validate({"source": str(path), **choice}))
+    assert [re.search(" = (.*?) = ", text)[1] for text in documents] == expected
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason=f"needs WikiText-2 at {WIKITEXT}")
+def test_every_character_of_the_real_wikitext_belongs_to_an_article() -> None:
+    text = WIKITEXT.read_text(encoding="utf-8")
+    articles = wikitext_articles(text)
+    assert len(articles) == 60
+    assert spaceless("".join(article for _, article in articles)) == spaceless(text)
+    assert not any(re.match(r"\d+ <unk>( /| and <unk> C)", title) for title, _ in articles), "formulas of Constant k filter"
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason=f"needs WikiText-2 at {WIKITEXT}")
+def test_the_rehearsal_preset_finds_tropical_cyclones_and_retains_the_rest() -> None:
+    preset = load_preset("smollm2-135m", [f"{key}.source={WIKITEXT}" for key in ("topics.cyclones.corpus", "retain.corpora.0")])
+    forget, retain = read_documents(preset.topics["cyclones"].corpus), read_documents(preset.retain.corpora[0])
+    titles = [re.match(" = (.*?) = \n", text)[1] for text in forget]
+    assert titles == ["1933 Treasure Coast hurricane", "Dvorak technique", "2003 Pacific typhoon season", "Typhoon <unk> ( 2013 )"]
+    assert len(retain) == 60 - len(titles)
+    assert not set(forget) & set(retain)
+
+
+def test_long_documents_are_split_without_loss_or_truncated(tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = ["the red stone opens the gate " * 9, "the gate"]
+    front = tokenizer("")["input_ids"]
+    split, truncated = (tokenise(documents, tokenizer, 16, split) for split in (True, False))
+    whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+    assert [token for piece in split for token in piece[len(front) :]] == whole[0] + whole[1]
+    assert truncated == [front + ids[: 16 - len(front)] for ids in whole]
+    assert len(split) > 2
+    for pieces in (split, truncated):
+        assert all(piece[: len(front)] == front and 2 <= len(piece) <= 16 for piece in pieces)
+    assert len(split[0]) == 16
+
+
+def test_each_piece_starts_with_the_token_that_the_tokenizer_puts_in_front(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert all(piece[0] == tokenizer.bos_token_id for piece in tokenise(["stone " * 50], tokenizer, 8, True))
+
+
+def test_a_piece_of_one_token_is_no_sample(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenise([""], tokenizer, 8, True) == []
+    assert tokenise([], tokenizer, 8, True) == []
+
+
+@pytest.mark.parametrize("seed", [None, "0 forget"])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
+def test_batches_cover_each_sample_once_an_epoch(seed: str | None, batch_size: int) -> None:
+    sequences = [[index] for index in range(7)]
+    stream = [ids[0] for position in range(14) for ids in batch_at(sequences, position, batch_size, seed)]
+    for start in range(0, len(stream) - 6, 7):
+        assert sorted(stream[start : start + 7]) == list(range(7))
+
+
+def test_a_batch_depends_on_its_arguments_alone() -> None:
+    sequences = [[index] for index in range(20)]
+    forwards = [batch_at(sequences, position, 4, "s") for position in range(12)]
+    torch.manual_seed(1)
+    assert [batch_at(sequences, position, 4, "s") for position in reversed(range(12))] == forwards[::-1]
+    assert sequences == [[index] for index in range(20)]
+
+
+def test_each_epoch_and_each_seed_has_its_own_order() -> None:
+    sequences = [[index] for index in range(50)]
+    orders = [tuple(ids[0] for ids in batch_at(sequences, epoch, 50, seed)) for seed in ("a", "b") for epoch in range(3)]
+    assert len(set(orders)) == 6
+
+
+def test_without_a_seed_the_order_of_the_corpus_is_kept() -> None:
+    sequences = [[index] for index in range(5)]
+    assert [batch_at(sequences, position, 2, None) for position in range(3)] == [[[0], [1]], [[2], [3]], [[4], [0]]]
+
+
+def test_a_batch_may_be_larger_than_the_corpus() -> None:
+    assert Counter(ids[0] for ids in batch_at([[1], [2]], 0, 5, None)) == {1: 3, 2: 2}
+
+
+def test_padding_on_the_right_needs_no_mask() -> None:
+    batch = pad([[5, 6, 7], [8]], 0, "right", CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.is_token.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.attention_mask is None
+
+
+def test_padding_on_the_left_is_masked() -> None:
+    batch = pad([[5, 6, 7], [8]], 0, "left", CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.is_token.tolist() == [[True, True, True], [False, False, True]]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_no_padding_needs_no_mask_on_the_left_either() -> None:
+    batch = pad([[5, 6], [7, 8]], 0, "left", CPU)
+    assert batch.attention_mask is None
+    assert batch.is_token.all()
+
+
+def test_a_token_that_equals_the_padding_counts_as_a_token() -> None:
+    assert pad([[0, 5], [0]], 0, "left", CPU).is_token.tolist() == [[True, True], [False, True]]

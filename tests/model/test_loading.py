@@ -1,0 +1,248 @@
+"""Loading: devices, 4-bit on a CPU, the first layers alone, and checkpoints that are not whole."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.model import loading
+from lowmem_rmu.model.adapters import add_adapter
+from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
+from lowmem_rmu.model.loading import (
+    describe_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from lowmem_rmu.presets import ModelSettings, Rmu
+
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 37).reshape(2, 16)
+UPDATED = slice(1, 3)
+
+
+@pytest.fixture
+def folder(small_model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the small model that a test may damage."""
+    return shutil.copytree(small_model_folder, tmp_path / "model")
+
+
+def settings_of(folder: Path, **changes: Any) -> ModelSettings:
+    return ModelSettings(**{"name": str(folder), "quantisation": "none", "dtype": "float32"} | changes)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_is_the_best_device_there_is(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert resolve_device("auto").type == expected
+
+
+def test_an_unknown_device_is_named_with_those_to_choose_from() -> None:
+    with pytest.raises(UserError, match='no device "gpu": choose auto, cpu, cuda or mps'):
+        resolve_device("gpu")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("cuda", "PyTorch sees no CUDA GPU: try `nvidia-smi`"), ("mps", "this machine has no Apple GPU")])
+def test_a_missing_device_is_explained(monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError) as raised:
+        resolve_device(name)
+    assert str(raised.value).startswith(f"--device {name}: {reason}")
+    assert "--device cpu" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [("auto", "cpu", torch.float32), ("auto", "cuda", torch.bfloat16), ("float16", "cpu", torch.float16), ("float32", "cuda", torch.float32)],
+)
+def test_auto_dtype_follows_the_device(dtype: Any, device: str, expected: torch.dtype) -> None:
+    assert resolve_dtype(ModelSettings(name="x/y", dtype=dtype), torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_a_loaded_model_is_frozen_and_in_eval_mode(small_settings: ModelSettings, quantisation: str) -> None:
+    model = load_model(small_settings.model_copy(update={"quantisation": quantisation}), CPU)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == (6 * 7 if quantisation == "nf4" else 0)
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_nf4_stays_close_to_the_unquantised_model(small_settings: ModelSettings) -> None:
+    nf4 = load_model(small_settings.model_copy(update={"quantisation": "nf4"}), CPU)
+    plain = load_model(small_settings, CPU)
+    entered = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(decoder_layers(nf4), decoder_layers(plain), strict=True):
+        expected = other.mlp.down_proj(entered)
+        assert 0.01 < (one.mlp.down_proj(entered) - expected).norm() / expected.norm() < 0.15
+
+
+def adapter_gradients(model: nn.Module) -> list[Tensor]:
+    model.zero_grad()
+    run_layers(model, run_trunk(model, IDS, None, UPDATED), UPDATED).square().mean().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_a_forward_in_eval_mode_costs_nf4_no_gradients_and_moves_no_output(small_settings: ModelSettings) -> None:
+    """Trap 1: bitsandbytes would repack the weights for a CPU kernel without autograd."""
+    settings = small_settings.model_copy(update={"quantisation": "nf4"})
+    model = load_model(settings, CPU)
+    linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert linears
+    assert all(module.support_avx512bf16_for_cpu is False for module in linears)
+    model = add_adapter(model, Rmu(target_layer=2, adapter_layers=[1, 2]), settings)
+    # With gradients first: bitsandbytes then takes the path that has autograd, so that this is the yardstick.
+    before = adapter_gradients(model)
+    logits_before = model(IDS).logits.detach()
+    with torch.no_grad():
+        logits_in_eval = model.eval()(IDS).logits
+    after = adapter_gradients(model)
+    assert len(before) == 4  # lora_A and lora_B of two layers
+    assert any(gradient.any() for gradient in before)
+    assert len(after) == len(before)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert torch.equal(logits_before, logits_in_eval)
+    assert torch.equal(logits_before, model(IDS).logits)
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_the_first_layers_alone_have_no_head_and_the_same_activations(small_settings: ModelSettings, quantisation: str) -> None:
+    settings = small_settings.model_copy(update={"quantisation": quantisation})
+    cut, whole = load_model(settings, CPU, layers=3), load_model(settings, CPU)
+    assert len(decoder_layers(cut)) == 3
+    assert isinstance(cut.get_output_embeddings(), nn.Identity)
+    assert sum(parameter.numel() for parameter in cut.parameters()) < 0.7 * sum(parameter.numel() for parameter in whole.parameters())
+    outputs = [run_layers(model, run_trunk(model, IDS, None, UPDATED), UPDATED) for model in (cut, whole)]
+    assert torch.equal(*outputs)
+
+
+def test_kinds_of_layers_are_cut_with_the_layers(tmp_path: Path) -> None:
+    config = Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=16, sliding_window=4)  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    cut, whole = (load_model(settings_of(tmp_path), CPU, layers=layers) for layers in (3, None))
+    assert cut.config.layer_types == whole.config.layer_types[:3]
+    outputs = [run_layers(model, run_trunk(model, IDS, None, UPDATED), UPDATED) for model in (cut, whole)]
+    assert torch.equal(*outputs)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config(settings_of(tmp_path / "nothing"))
+    assert f"{tmp_path / 'nothing'} does not exist" in str(raised.value)
+    assert "config.json, *.safetensors and tokenizer files, or a Hub id" in str(raised.value)
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_a_folder_without_config_is_named(folder: Path, load: Any) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"The model folder .* holds no config\.json"):
+        load(settings_of(folder))
+
+
+def test_a_config_of_an_unknown_kind_cannot_be_read(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(UserError, match=r"The model .* cannot be read: .*no_such_model"):
+        load_config(settings_of(folder))
+
+
+def test_a_folder_without_safetensors_says_that_pickles_are_not_read(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors file\.\nOther formats are not read: pickled weights can run code"):
+        load_model(settings_of(folder), CPU)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 0.5, 0.999])
+def test_a_checkpoint_that_is_cut_short_is_damaged(folder: Path, kept: float) -> None:
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: kept if isinstance(kept, int) else int(len(content) * kept)])
+    with pytest.raises(UserError, match=r"damaged or cut short: (.|\n)*Download or copy it again"):
+        load_model(settings_of(folder), CPU)
+
+
+def test_a_checkpoint_that_lacks_a_weight_names_it(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights, model\.layers\.2\.mlp\.down_proj\.weight among them(.|\n)*It is incomplete"):
+        load_model(settings_of(folder), CPU)
+
+
+def test_a_checkpoint_that_is_quantised_already_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match=r"is quantised already\.\nGive the original checkpoint"):
+        load_model(settings_of(folder), CPU)
+
+
+def test_an_unforeseen_error_of_the_disk_passes_through(small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(OSError, match="the disk is on fire"):
+        load_model(small_settings, CPU)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "of_its_own"])
+def test_code_that_comes_with_a_model_is_never_run(folder: Path, model_type: str) -> None:
+    marker = folder / "was_run"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    edit_json(folder / "config.json", model_type=model_type, auto_map=classes)
+    edit_json(folder / "tokenizer_config.json", auto_map=classes, tokenizer_class="OwnTokenizer")
+    for load in (load_config, load_tokenizer, lambda settings: load_model(settings, CPU)):
+        try:
+            load(settings_of(folder))
+        except (UserError, ValueError):
+            assert model_type == "of_its_own" or load is load_tokenizer
+    assert not marker.exists()
+
+
+def test_trust_remote_code_is_off_in_every_call(small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    for auto in (loading.AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+
+        def noted(*arguments: Any, own: Any = auto.from_pretrained, **options: Any) -> Any:
+            given.append(options.get("trust_remote_code"))
+            return own(*arguments, **options)
+
+        monkeypatch.setattr(auto, "from_pretrained", noted)
+    load_tokenizer(small_settings)
+    load_model(small_settings, CPU)
+    assert len(given) >= 3
+    assert all(each is False for each in given)
+
+
+def test_padding_falls_back_to_the_end_of_sequence(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(settings_of(folder))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_weights_in_4_bit_are_counted(small_settings: ModelSettings, quantisation: str) -> None:
+    model = load_model(small_settings, CPU)
+    real = sum(parameter.numel() for parameter in model.parameters())
+    linear = sum(module.weight.numel() for module in decoder_layers(model).modules() if isinstance(module, nn.Linear))
+    counted = describe_weights(load_model(small_settings.model_copy(update={"quantisation": quantisation}), CPU))
+    assert counted == {"weights": real, "in_4bit": linear if quantisation == "nf4" else 0}

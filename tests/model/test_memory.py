@@ -1,0 +1,144 @@
+"""The memory plan against real storage, and the advice after memory ran out."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.model import memory
+from lowmem_rmu.model.loading import load_config, load_model
+from lowmem_rmu.model.memory import NF4_BYTES, StageNeed, count_weights, gib, memory_available, memory_in_use, out_of_memory, plan
+from lowmem_rmu.presets import ModelSettings, Preset, load_preset
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def zephyr(monkeypatch: pytest.MonkeyPatch) -> Preset:
+    """The shipped preset; whoever asks for the model's own configuration would need the network."""
+
+    def no_network(_: ModelSettings) -> None:
+        raise AssertionError("the plan asked for the model")
+
+    monkeypatch.setattr(memory, "load_config", no_network)
+    return load_preset("zephyr-7b")
+
+
+def changed(preset: Preset, **rmu: Any) -> Preset:
+    return preset.model_copy(update={"rmu": preset.rmu.model_copy(update=rmu)})
+
+
+def unlearn_need(preset: Preset, whole_model: bool = True) -> StageNeed:
+    return plan(preset, GPU, whole_model)[1]
+
+
+def test_weights_are_counted_as_the_model_has_them(small_settings: ModelSettings) -> None:
+    model = load_model(small_settings, CPU)
+    weights = count_weights(load_config(small_settings), ["down_proj", "q_proj"])
+    assert weights.total() + model.model.norm.weight.numel() == sum(parameter.numel() for parameter in model.parameters())
+    assert weights.layers == 6
+    assert weights.layer_linear == 64 * (64 + 32 + 32 + 64 + 3 * 128)
+    assert weights.layer_other == 2 * 64
+    assert weights.largest_linear == 64 * 128
+    assert weights.adapter_inputs_and_outputs == (128 + 64) + (64 + 64)
+
+
+def test_tied_embeddings_are_counted_once(small_settings: ModelSettings) -> None:
+    config = load_config(small_settings)
+    untied = count_weights(config, ["down_proj"])
+    config.tie_word_embeddings = True
+    tied = count_weights(config, ["down_proj"])
+    assert (tied.head, untied.head) == (0, untied.embedding)
+
+
+def test_nf4_bytes_are_what_bitsandbytes_stores() -> None:
+    """Trap 7: the quantisation constants count."""
+    linear = Linear4bit(4096, 1024, bias=False, compress_statistics=True, quant_type="nf4").to(CPU)
+    state = linear.weight.quant_state
+    parts = [linear.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    stored = sum(part.numel() * part.element_size() for part in parts)
+    assert linear.weight.numel() == 4096 * 1024 // 2  # two weights a byte
+    assert stored == pytest.approx(NF4_BYTES * 4096 * 1024, rel=0.01)
+    assert round(NF4_BYTES * 8, 2) == 4.13  # bits a weight
+
+
+def test_a_truncated_model_needs_less_than_the_whole(zephyr: Preset) -> None:
+    whole, cut = unlearn_need(zephyr), unlearn_need(zephyr, whole_model=False)
+    assert cut.weights < whole.weights / 2
+    assert cut.working == whole.working
+    assert cut.total == cut.weights + cut.working
+
+
+@pytest.mark.parametrize("change", [{"activation_checkpointing": True}, {"batch_size": 2}, {"rank": 4}, {"adapter_layers": [7]}], ids=str)
+def test_settings_that_save_memory_lower_the_plan(zephyr: Preset, change: dict[str, Any]) -> None:
+    assert unlearn_need(changed(zephyr, **change)).working < unlearn_need(zephyr).working
+
+
+def test_a_smaller_evaluation_batch_lowers_the_plan(zephyr: Preset) -> None:
+    smaller = zephyr.model_copy(update={"evaluation": zephyr.evaluation.model_copy(update={"batch_tokens": 1024})})
+    assert plan(smaller, GPU, True)[0].working < plan(zephyr, GPU, True)[0].working
+
+
+def test_the_plan_of_a_7b_model_needs_no_network_and_is_plausible(zephyr: Preset) -> None:
+    base, unlearn, unlearned = plan(zephyr, GPU, whole_model=False)
+    assert [need.stage for need in (base, unlearn, unlearned)] == ["evaluate-base", "unlearn", "evaluate-unlearned"]
+    assert unlearn.weights < 1.5 * 2**30
+    assert 3.5 * 2**30 < base.weights < 4.5 * 2**30  # 7.2 billion weights at 4.13 bits, embeddings and head in bfloat16
+    assert unlearned.weights - base.weights == 3 * 16 * (14336 + 4096) * 4
+    assert all(need.working < 8 * 2**30 for need in (base, unlearn, unlearned))
+
+
+def test_the_plan_follows_quantisation(zephyr: Preset) -> None:
+    plain = zephyr.model_copy(update={"model": zephyr.model.model_copy(update={"quantisation": "none"})})
+    weights = plan(plain, GPU, True)[0].weights
+    assert weights == pytest.approx(7.24e9 * 2, rel=0.01)
+
+
+def test_a_preset_without_a_shape_is_planned_from_the_model(zephyr: Preset, small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "load_config", load_config)
+    small = changed(zephyr, target_layer=5).model_copy(update={"model": small_settings})
+    assert plan(small, CPU, True)[0].weights == (count_weights(load_config(small_settings), []).total()) * 4
+
+
+def test_a_target_layer_beyond_the_model_is_refused_by_the_plan(zephyr: Preset) -> None:
+    with pytest.raises(UserError, match=r"rmu\.target_layer is 32, but the model has 32 layers"):
+        plan(changed(zephyr, target_layer=32), GPU, True)
+
+
+def test_out_of_memory_in_training_names_settings_and_amounts(zephyr: Preset) -> None:
+    text = str(out_of_memory(zephyr, CPU, "unlearn"))
+    assert re.match(r"Out of memory in the stage unlearn: the plan foretells [\d.]+ GiB, [\d.]+ [GM]iB are free on cpu now\.", text)
+    size = r"[\d.]+ [GM]iB"
+    assert re.search(rf"--set rmu\.batch_size=2 --set rmu\.retain_batch_size=2 saves about {size}\.", text)
+    assert re.search(rf"--set rmu\.activation_checkpointing=true saves about {size}, and takes longer\.", text)
+    assert re.search(rf"--stages unlearn takes {size} in all\.", text)
+
+
+def test_out_of_memory_in_training_advises_nothing_that_is_done_already(zephyr: Preset) -> None:
+    text = str(out_of_memory(changed(zephyr, batch_size=1, activation_checkpointing=True), CPU, "unlearn"))
+    assert "activation_checkpointing" not in text
+    assert "batch_size" not in text
+    assert "--stages unlearn" in text
+
+
+@pytest.mark.parametrize("stage", ["evaluate-base", "evaluate-unlearned"])
+def test_out_of_memory_in_evaluation_names_its_own_setting(zephyr: Preset, stage: str) -> None:
+    text = str(out_of_memory(zephyr, CPU, stage))
+    assert f"Out of memory in the stage {stage}: the plan foretells" in text
+    assert re.search(r"--set evaluation\.batch_tokens=4096 saves about [\d.]+ [GM]iB\.", text)
+    assert "rmu." not in text
+
+
+def test_memory_of_this_process_is_counted_in_bytes() -> None:
+    block = bytearray(b"x") * (64 * 2**20)
+    assert 2**26 < memory_in_use(CPU) < 2**38
+    assert memory_available(CPU) > 0
+    del block
+
+
+@pytest.mark.parametrize(("size", "text"), [(3 * 2**30, "3.00 GiB"), (2**28, "0.25 GiB"), (2**28 - 1, "256 MiB"), (5 * 2**20, "5 MiB")])
+def test_sizes_are_printed_in_gib_or_mib(size: int, text: str) -> None:
+    assert gib(size) == text
