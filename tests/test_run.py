@@ -1,0 +1,298 @@
+"""The command line from end to end on the shipped tiny model, and what it says to mistakes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from click.testing import Result
+from peft import PeftModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lowmem_rmu import run as command_line
+from lowmem_rmu.data.questions import load_questions
+from lowmem_rmu.evaluation.multiple_choice import evaluate
+from lowmem_rmu.model.adapters import load_adapter
+from lowmem_rmu.model.loading import load_model, load_tokenizer
+from lowmem_rmu.presets import load_preset, preset_names
+from lowmem_rmu.runs import RunFolder, read_lines
+from lowmem_rmu.unlearning.loop import Unlearning
+
+TINY_MODEL = Path(__file__).parent.parent / "lowmem_rmu/tiny/model"
+SHORT = ("--set", "rmu.steps=6", "--set", "rmu.checkpoint_every=2", "--set", "evaluation.limit=6", "--device", "cpu")
+METRICS = {
+    "step", "topic", "loss", "forget_loss", "retain_loss", "forget_cosine", "retain_cosine", "grad_norm", "tokens", "seconds", "peak_memory_bytes",
+}  # fmt: skip
+
+
+def call(*arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(command_line.run)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def run_tiny(runs_dir: Path, name: str, *more: str) -> Result:
+    return call("tiny", *SHORT, "--runs-dir", str(runs_dir), "--name", name, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs_dir = tmp_path_factory.mktemp("runs")
+    result = run_tiny(runs_dir, "first")
+    assert result.exit_code == 0, result.output
+    return runs_dir / "first"
+
+
+def losses(folder: Path) -> list[tuple[float, ...]]:
+    return [(row["forget_loss"], row["retain_loss"], row["grad_norm"]) for row in read_lines(folder / "metrics.jsonl")]
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def assert_same_adapter(first: Path, second: Path) -> None:
+    one, other = adapter_weights(first), adapter_weights(second)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_the_folder_that_the_contract_promises(finished: Path) -> None:
+    for name in ("config.json", "status.json", "metrics.jsonl", "summary.json", "report.html", "adapter/adapter_model.safetensors", "checkpoint"):
+        assert (finished / name).exists(), name
+    for side in ("base", "unlearned"):
+        scores = json.loads((finished / f"evaluation/{side}.json").read_text())
+        assert {"tasks", "groups", "seconds", "questions_per_second"} <= scores.keys()
+        assert {"accuracy", "stderr", "questions", "correct"} <= scores["tasks"]["compounds"].keys()
+        answers = read_lines(finished / f"evaluation/answers_{side}.jsonl")
+        assert len(answers) == 15 * 6
+        assert all(len(answer["logprobs"]) == 4 for answer in answers)
+    status = json.loads((finished / "status.json").read_text())
+    assert (status["state"], status["stage"], status["error"]) == ("done", "report", None)
+    rows = read_lines(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["topic"] for row in rows[:2]] == ["compounds", "locks"]
+    assert rows[0].keys() >= METRICS
+    assert rows[0]["retain_loss"] == 0.0
+
+
+def test_the_config_holds_what_decides_the_run_and_no_token(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["settings"]["rmu"]["steps"] == 6
+    assert config["versions"].keys() >= {"python", "torch", "transformers", "peft", "bitsandbytes"}
+    assert "hf_" not in (finished / "config.json").read_text()
+
+
+def test_the_whole_model_is_4_bit_but_for_embeddings_and_norms(finished: Path) -> None:
+    weights = json.loads((finished / "weights.json").read_text())
+    assert weights["in_4bit"] / weights["weights"] > 0.85
+
+
+def test_the_same_seed_gives_the_same_run_to_the_last_digit(finished: Path, tmp_path: Path) -> None:
+    assert run_tiny(tmp_path, "again").exit_code == 0
+    assert losses(tmp_path / "again") == losses(finished)
+    assert_same_adapter(tmp_path / "again", finished)
+
+
+def test_plain_peft_reloads_the_adapter_and_answers_every_question_as_the_run_did(finished: Path) -> None:
+    preset = load_preset("tiny", ["evaluation.limit=6"])
+    model = PeftModel.from_pretrained(load_model(preset.model, torch.device("cpu")), finished / "adapter")
+    evaluated = evaluate(model, load_tokenizer(preset.model), load_questions(preset.evaluation), preset.evaluation.batch_tokens)
+    recorded = read_lines(finished / "evaluation/answers_unlearned.jsonl")
+    assert [answer["answer"] for answer in evaluated.answers] == [answer["answer"] for answer in recorded]
+    assert [answer["logprobs"] for answer in evaluated.answers] == pytest.approx([answer["logprobs"] for answer in recorded], abs=1e-5)
+
+
+def test_unlearning_alone_loads_the_layers_up_to_the_target_only_and_gives_the_same_adapter(finished: Path, tmp_path: Path) -> None:
+    assert run_tiny(tmp_path, "alone", "--stages", "unlearn").exit_code == 0
+    loaded = json.loads((tmp_path / "alone/weights.json").read_text())["weights"]
+    assert loaded < 0.6 * json.loads((finished / "weights.json").read_text())["weights"]
+    assert_same_adapter(tmp_path / "alone", finished)
+    preset = load_preset("tiny")
+    load_adapter(load_model(preset.model, torch.device("cpu")), tmp_path / "alone/adapter")
+
+
+def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_stopped(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: self.stage == "unlearn")
+        result = run_tiny(tmp_path, "stopped")
+    assert result.exit_code == 130
+    assert "go on with: python -m lowmem_rmu.run" in result.stderr
+    assert "--resume" in result.stderr
+    assert RunFolder(tmp_path / "stopped").read_status()["state"] == "stopped"
+    assert len(read_lines(tmp_path / "stopped/metrics.jsonl")) == 1
+    assert run_tiny(tmp_path, "stopped", "--resume").exit_code == 0
+    assert losses(tmp_path / "stopped") == losses(finished)
+    assert_same_adapter(tmp_path / "stopped", finished)
+
+
+def test_resuming_with_other_settings_is_refused_by_name(finished: Path) -> None:
+    result = run_tiny(finished.parent, finished.name, "--resume", "--set", "rmu.rank=4")
+    assert result.exit_code == 2
+    assert "was started with other settings: rmu.rank" in result.stderr
+
+
+def test_ctrl_c_stops_after_the_step_with_exit_code_130(tmp_path: Path) -> None:
+    arguments = ["tiny", "--set", "rmu.steps=10000", "--stages", "unlearn", "--device", "cpu", "--runs-dir", str(tmp_path), "--name", "long"]
+    process = subprocess.Popen([sys.executable, "-m", "lowmem_rmu.run", *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "long/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Stopped. Nothing is lost" in said
+    assert "Traceback" not in said
+    steps = len(read_lines(tmp_path / "long/metrics.jsonl"))
+    assert json.loads((tmp_path / "long/checkpoint/progress.json").read_text())["step"] == steps
+
+
+def cut_short(folder: Path) -> Path:
+    shutil.copytree(TINY_MODEL, folder)
+    os.truncate(folder / "model.safetensors", 100_000)
+    return folder
+
+
+MISTAKES = [
+    (["tyni"], ['There is no preset "tyni"', 'Did you mean "tiny"?', "--list"]),
+    ([], ["Which preset?", "python -m lowmem_rmu.run tiny"]),
+    (["tiny", "--set", "rmu.stpes=3", "--set", "topics.locks.alpha=-1"], ["2 mistakes", "unknown key", '"steps"', "greater than or equal to 0"]),
+    (["tiny", "--set", "rmu.steps=many"], ["rmu.steps", "valid integer", "'many'"]),
+    (["tiny", "--set", "rmu.target_layer=40"], ["target_layer is 40", "has 8 layers", "try 2"]),
+    (["tiny", "--set", "rmu.adapter_layers=[3,4]"], ["[4] lie above target_layer 3"]),
+    (["tiny", "--set", "rmu.modules=[down_prj]"], ['"down_prj"', 'Did you mean "down_proj"']),
+    (["tiny", "--set", "rmu.batch_size=1000"], ["fewer than one batch of 1000", "lower rmu.batch_size"]),
+    (["tiny", "--device", "tpu"], ['no device "tpu"', "auto, cpu, cuda or mps"]),
+    (["tiny", "--stages", "unlern"], ['no stage "unlern"', 'Did you mean "unlearn"?']),
+    (["tiny", "--stages", ","], ["names no stage"]),
+    (["tiny", "--name", "../outside"], ["cannot be the name of a run", "stays inside"]),
+    (["tiny", "--resume"], ["no run of tiny", "without --resume"]),
+    (["tiny", "--set", "model.name=./nowhere"], ["does not exist", "config.json"]),
+    (["tiny", "--stages", "report"], ["no measurement of the base model", "evaluate-base"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None)
+def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    result = call(*arguments, "--runs-dir", str(tmp_path / "runs"))
+    assert result.exit_code == 2, result.output
+    for word in words:
+        assert word in result.stderr
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_asked_for_where_there_is_none(tmp_path: Path) -> None:
+    result = call("tiny", "--device", "cuda", "--runs-dir", str(tmp_path))
+    assert result.exit_code == 2
+    assert "no CUDA GPU" in result.stderr
+    assert "--device cpu" in result.stderr
+
+
+def test_a_checkpoint_that_is_cut_short_leaves_no_run_behind(tmp_path: Path) -> None:
+    model = cut_short(tmp_path / "model")
+    result = run_tiny(tmp_path / "runs", "cut", "--set", f"model.name={model}")
+    assert result.exit_code == 2
+    assert "damaged or cut short" in result.stderr
+    assert not (tmp_path / "runs/cut").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 4}\n', ["line 1", "answer 4 is out of range"]),
+        ("", ["is empty"]),
+    ],
+)
+def test_bad_questions_are_told_with_file_and_line(text: str, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(text)
+    result = run_tiny(tmp_path / "runs", "x", "--set", f"evaluation.tasks.locks.source={file}")
+    assert result.exit_code == 2
+    for word in ("questions.jsonl", *words):
+        assert word in result.stderr
+
+
+def test_an_empty_corpus_is_told_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "nothing.txt"
+    file.write_text("  \n")
+    result = run_tiny(tmp_path / "runs", "x", "--set", f"topics.locks.corpus.source={file}")
+    assert result.exit_code == 2
+    assert f"corpus {file} is empty" in result.stderr
+
+
+def test_an_existing_run_is_not_overwritten(finished: Path) -> None:
+    before = (finished / "config.json").read_bytes()
+    result = run_tiny(finished.parent, finished.name)
+    assert result.exit_code == 2
+    assert "exists already" in result.stderr
+    assert "--resume --name first" in result.stderr
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run_tiny(tmp_path / "file", "x")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr
+    assert "--runs-dir" in result.stderr
+
+
+def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(self: Unlearning) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Unlearning, "step", exhausted)
+    result = run_tiny(tmp_path, "oom")
+    assert result.exit_code == 2
+    assert "Out of memory in the stage unlearn" in result.stderr
+    assert "rmu.batch_size=4" in result.stderr
+    assert "MiB" in result.stderr
+    assert RunFolder(tmp_path / "oom").read_status()["state"] == "failed"
+
+
+def test_a_full_disk_keeps_what_there_is_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: RunFolder, row: dict[str, object]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "add_metrics", full)
+    result = run_tiny(tmp_path, "full")
+    assert result.exit_code == 2
+    assert "is full" in result.stderr
+    assert "--resume --name full" in result.stderr
+    assert (tmp_path / "full/evaluation/base.json").exists()
+
+
+def test_json_prints_the_summary_alone(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path, "json", "--json", "--stages", "evaluate-base,report")
+    summary = json.loads(result.stdout)
+    assert summary["rows"][0]["unlearned"] is None
+    assert summary["verdict"] == {"forgotten": "unknown", "kept": "unknown", "sentences": []}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_plan_of_every_preset_needs_no_network_and_loads_no_weights(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lowmem_rmu.model.loading.load_model", lambda *_: pytest.fail("weights were loaded"))
+    result = call(preset, "--plan", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    for word in ("Download", "Trained", "evaluate-base", "unlearn", "Free on cpu now"):
+        assert word in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_shows_every_preset() -> None:
+    result = call("--list")
+    assert all(name in result.stdout for name in preset_names())
