@@ -8,6 +8,7 @@ import httpx
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -73,4 +74,7 @@ def _hub_message(kind: str, name: str, chain: list[BaseException], instead: str 
         return f"The {kind} {name} has no such revision.\nSee {page} for those there are."
     if any(isinstance(error, RepositoryNotFoundError) for error in chain) or "doesn't exist on the Hub" in words:
         return f"There is no {kind} {name} on the Hub, or it is private.\nCheck the name; a local path starts with ./ or /."
+    for error in chain:
+        if isinstance(error, HfHubHTTPError):
+            return f"The Hub answered with error {error.response.status_code} when asked for the {kind} {name}.\nTry again in a while."
     return None

@@ -200,3 +200,8 @@ def test_a_user_error_passes_through_even_where_a_hub_error_caused_it() -> None:
 def test_no_error_is_no_error(tmp_path: Path) -> None:
     with hub_errors("model", str(tmp_path)):
         pass
+
+
+def test_any_other_answer_of_the_hub_is_told_with_its_number_and_no_token() -> None:
+    said = message(http_error(HfHubHTTPError, 503), "data set")
+    assert said == "The Hub answered with error 503 when asked for the data set owner/name.\nTry again in a while."

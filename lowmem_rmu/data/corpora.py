@@ -5,13 +5,15 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.data.hub import load_rows
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Corpus, is_local
 
 TEXT_FILES = (".txt", ".md", ".jsonl")
@@ -118,6 +120,7 @@ def pad(sequences: list[list[int]], pad_id: int, side: str, device: torch.device
     return Batch(input_ids, is_token, is_token.long() if needs_mask else None)
 
 
+@lru_cache(maxsize=16)  # a batch asks for the same epoch's order once a sample
 def _order(length: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(length), length)
 
@@ -154,14 +157,6 @@ def _file_texts(path: Path, text_field: str) -> Iterator[str]:
             yield value
 
 
-def _hub_texts(corpus: Corpus) -> Iterator[str]:
-    from datasets import load_dataset  # slow to import, and only the Hub needs it
-
-    with hub_errors("data set", corpus.source, instead=corpus.without_access):
-        try:
-            rows = load_dataset(corpus.source, corpus.subset, split=corpus.split)
-        except ValueError as error:  # unknown subset or split
-            raise UserError(f"The data set {corpus.source} cannot be read: {error}") from error
-    if corpus.text_field not in rows.column_names:
-        raise UserError(f'The data set {corpus.source} has no column "{corpus.text_field}". There is: {", ".join(rows.column_names)}.')
-    yield from rows[corpus.text_field]
+def _hub_texts(corpus: Corpus) -> list[str]:
+    rows = load_rows(corpus.source, corpus.subset, corpus.split, [corpus.text_field], corpus.without_access)
+    return [text for text in rows[corpus.text_field] if text is not None]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.data.hub import load_rows
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Evaluation, Role, Task, is_local
 
 LETTERS = "ABCD"
@@ -109,13 +110,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _from_hub(task: Task) -> dict[str | None, list[Question]]:
-    from datasets import load_dataset  # slow to import, and only the Hub needs it
-
-    with hub_errors("data set", task.source):
-        try:
-            rows = load_dataset(task.source, task.subset, split=task.split)
-        except ValueError as error:  # unknown subset or split
-            raise UserError(f"The data set {task.source} cannot be read: {error}") from error
+    columns = ["question", "choices", "answer", *([task.subject_column] if task.subject_column else [])]
+    rows = load_rows(task.source, task.subset, task.split, columns)
     subjects: dict[str | None, list[Question]] = {}
     for number, row in enumerate(rows):
         subject = str(row[task.subject_column]) if task.subject_column else None

@@ -130,8 +130,10 @@ def _damaged(name: str, error: Exception) -> UserError | None:
     """For a checkpoint that is cut short or has no safetensors; None for any other error."""
     if any(isinstance(cause, SafetensorError) for cause in causes(error)):
         return UserError(f"The checkpoint {name} is damaged or cut short: {error}.\nDownload or copy it again.")
-    if is_local(name) and not list(Path(name).glob("*.safetensors")):
-        return UserError(f"The model folder {name} holds no *.safetensors file.\nOther formats are not read: pickled weights can run code.")
+    local_without = is_local(name) and not list(Path(name).glob("*.safetensors"))
+    if local_without or "file named model.safetensors" in str(error):
+        place = f"model folder {name}" if is_local(name) else f"model {name}"
+        return UserError(f"The {place} holds no *.safetensors file.\nOther formats are not read: pickled weights can run code.")
     return None
 
 

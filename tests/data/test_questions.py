@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from lowmem_rmu.data.questions import Question, load_questions, load_task
 from lowmem_rmu.errors import UserError
@@ -149,9 +150,9 @@ def test_a_single_file_has_no_subjects_that_could_be_adjacent(tmp_path: Path) ->
 
 
 def test_a_hub_data_set_is_split_by_its_subject_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(source: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+    def rows(source: str, subset: str | None, split: str) -> Dataset:
         assert (source, subset, split) == ("owner/quiz", "all", "test")
-        return [row(0, subject="warm"), row(1, subject="cold"), row(2, subject="warm")]
+        return Dataset.from_list([row(0, subject="warm"), row(1, subject="cold"), row(2, subject="warm")])
 
     monkeypatch.setattr("datasets.load_dataset", rows)
     settings = Task(source="owner/quiz", subset="all", subject_column="subject", role="kept", adjacent=["warm"])
@@ -173,9 +174,15 @@ def test_a_subset_that_the_hub_does_not_know_is_a_users_mistake(monkeypatch: pyt
 
 
 def test_a_bad_row_of_the_hub_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [row(), row(answer=7)])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([row(), row(answer=7)]))
     with pytest.raises(UserError, match="^owner/quiz, row 1: the answer 7 is out of range"):
         load_task("quiz", Task(source="owner/quiz", role="kept"))
+
+
+def test_a_missing_subject_column_is_told_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([row()]))
+    with pytest.raises(UserError, match='owner/quiz has no column "field". There is: question, choices, answer'):
+        load_task("quiz", Task(source="owner/quiz", subject_column="field", role="kept"))
 
 
 def test_a_limit_takes_the_same_questions_of_every_subject_each_time(tmp_path: Path) -> None:
