@@ -24,9 +24,9 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.evaluation.perplexity import text_loss
-from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, load_adapter, save_adapter
+from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer
-from lowmem_rmu.model.memory import memory_in_use, out_of_memory
+from lowmem_rmu.model.memory import memory_in_use, out_of_memory, skeleton
 from lowmem_rmu.presets import Preset, Role
 from lowmem_rmu.report import write_report
 from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
@@ -70,7 +70,9 @@ class Inputs:
 
 def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
     """Checks the model's shape and reads every question and corpus. Raises UserError."""
-    check_layers(preset.rmu, load_config(preset.model).num_hidden_layers)
+    config = load_config(preset.model)
+    check_layers(preset.rmu, config.num_hidden_layers)
+    check_modules(skeleton(config), preset.rmu)
     tokenizer = load_tokenizer(preset.model)
     questions = load_questions(preset.evaluation)
     needs_text = "unlearn" in stages or any(corpus.held_out for corpus in _corpora(preset))

@@ -279,7 +279,7 @@ def _locate(tree: yaml.Node, content: Any, location: tuple[int | str, ...]) -> t
         if not isinstance(content, dict) and not (isinstance(content, list) and isinstance(part, int)):
             break
         place.append(str(part))
-        content = content.get(part) if isinstance(content, dict) else content[part]
+        content = content.get(part) if isinstance(content, dict) else content[int(part)]
         if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -244,13 +245,13 @@ def presets_table() -> Table:
     from lowmem_rmu.model.memory import plan as memory_plan
 
     table = Table(title="Presets", title_justify="left")
-    for column in ("Preset", "Model", "Parameters", "GPU memory needed", "Forgets", "About"):
-        table.add_column(column, overflow="fold")
+    for column in ("Preset", "Model", "Parameters", "GPU memory needed", "Forgets"):
+        table.add_column(column, no_wrap=column == "Preset", overflow="fold")
     for name in preset_names():
         preset = load_preset(name)
         weights = count_weights(config_for_plan(preset), preset.rmu.modules)
         needed = max(stage.total for stage in memory_plan(preset, torch.device("cuda"), whole_model=True))
-        table.add_row(name, Path(preset.model.name).name, _millions(weights.total()), gib(needed), ", ".join(preset.topics), preset.title)
+        table.add_row(name, Path(preset.model.name).name, _millions(weights.total()), gib(needed), ", ".join(preset.topics))
     return table
 
 
@@ -328,20 +329,21 @@ def print_summary(folder: RunFolder, as_json: bool) -> None:
 def accuracy_table(summary: dict[str, Any]) -> Table:
     """Accuracy in percent with its standard error; subjects only where they are few."""
     limit = f", at most {summary['limit']} questions a task" if summary["limit"] else ""
-    table = Table(title=f"Accuracy in % (± standard error{limit}); guessing gives 25", title_justify="left")
+    table = Table(title=f"Accuracy in % (± standard error{limit}); guessing gives 25", title_justify="left", box=SIMPLE_HEAD)
     for column in ("Task", "Should be", "Questions", "Base", "Unlearned", "Change"):
-        table.add_column(column, justify="left" if column in ("Task", "Should be") else "right")
+        table.add_column(column, justify="left" if column in ("Task", "Should be") else "right", no_wrap=True)
     subjects = sum(row["group"] is not None for row in summary["rows"])
     for row in summary["rows"]:
         if row["group"] and subjects > 12 and row["role"] != "adjacent":
             continue
         cells = [_percent(row[side], row[f"{side}_stderr"]) for side in ("base", "unlearned", "change")]
-        table.add_row(("  " if row["group"] else "") + row["task"], row["role"], str(row["questions"]), *cells)
+        name = row["task"] if row["group"] is None else f"  {row['task'].removeprefix(row['group'] + '_')}"
+        table.add_row(name, row["role"], str(row["questions"]), *cells)
     return table
 
 
 def text_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="Loss on held-out text in nats a token (± standard error)", title_justify="left")
+    table = Table(title="Loss on held-out text in nats a token (± standard error)", title_justify="left", box=SIMPLE_HEAD)
     for column in ("Text", "Should be", "Tokens", "Base", "Unlearned", "Change"):
         table.add_column(column, justify="left" if column in ("Text", "Should be") else "right")
     for row in summary["texts"]:

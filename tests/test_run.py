@@ -109,7 +109,8 @@ def test_plain_peft_reloads_the_adapter_and_answers_every_question_as_the_run_di
     evaluated = evaluate(model, load_tokenizer(preset.model), load_questions(preset.evaluation), preset.evaluation.batch_tokens)
     recorded = read_lines(finished / "evaluation/answers_unlearned.jsonl")
     assert [answer["answer"] for answer in evaluated.answers] == [answer["answer"] for answer in recorded]
-    assert [answer["logprobs"] for answer in evaluated.answers] == pytest.approx([answer["logprobs"] for answer in recorded], abs=1e-5)
+    differences = torch.tensor([answer["logprobs"] for answer in evaluated.answers]) - torch.tensor([answer["logprobs"] for answer in recorded])
+    assert differences.abs().max() < 1e-5
 
 
 def test_unlearning_alone_loads_the_layers_up_to_the_target_only_and_gives_the_same_adapter(finished: Path, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ MISTAKES = [
     (["tiny", "--set", "rmu.modules=[down_prj]"], ['"down_prj"', 'Did you mean "down_proj"']),
     (["tiny", "--set", "rmu.batch_size=1000"], ["fewer than one batch of 1000", "lower rmu.batch_size"]),
     (["tiny", "--device", "tpu"], ['no device "tpu"', "auto, cpu, cuda or mps"]),
-    (["tiny", "--stages", "unlern"], ['no stage "unlern"', 'Did you mean "unlearn"?']),
+    (["tiny", "--stages", "unlern"], ['no stage "unlern"', 'Did you mean "unlearn"']),
     (["tiny", "--stages", ","], ["names no stage"]),
     (["tiny", "--name", "../outside"], ["cannot be the name of a run", "stays inside"]),
     (["tiny", "--resume"], ["no run of tiny", "without --resume"]),

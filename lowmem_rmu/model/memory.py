@@ -1,11 +1,12 @@
 """The memory plan: what each stage needs, foretold from the model's shape alone; and what is in use now."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import check_layers
@@ -73,15 +74,22 @@ def config_for_plan(preset: Preset) -> PretrainedConfig:
     return AutoConfig.for_model(shape.pop("model_type"), **shape)
 
 
-def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
-    """Counts the weights on torch's meta device: nothing is allocated."""
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without its weights, on torch's meta device: nothing is allocated."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
+    """Counts the weights of the skeleton."""
+    model = skeleton(config)
     layers = decoder_layers(model)
     linears = {name: module for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
     adapted = [module for name, module in linears.items() if name.rpartition(".")[2] in modules]
     linear = sum(module.weight.numel() for module in linears.values())
-    embedding = model.get_input_embeddings().weight.numel()
+    embeddings: Any = model.get_input_embeddings()
+    embedding = embeddings.weight.numel()
     return Weights(
         layers=len(layers),
         layer_linear=linear,

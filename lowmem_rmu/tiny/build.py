@@ -160,7 +160,7 @@ def exam_batch(lessons: Lessons, tokenizer: PreTrainedTokenizerBase) -> LessonBa
     """
     texts, values = zip(*(lessons.exam() for _ in range(18)), strict=True)
     batch = collate(tokenizer(list(texts))["input_ids"])
-    is_letter = batch.input_ids.eq(tokenizer.convert_tokens_to_ids(":"))  # the only colon is that of "Answer:"
+    is_letter = torch.isin(batch.input_ids, torch.tensor(tokenizer.convert_tokens_to_ids([":"])))  # the only colons: "Answer:"
     first_tokens = [tokenizer(f" {value}", add_special_tokens=False)["input_ids"][0] for exam in values for value in exam]
     early = torch.full_like(batch.labels, IGNORE)
     early[is_letter] = torch.tensor(first_tokens)
