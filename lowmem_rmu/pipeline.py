@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from platform import processor, python_version
+from pathlib import Path
+from platform import machine, processor, python_version
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +29,7 @@ from lowmem_rmu.evaluation.perplexity import text_loss
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer
 from lowmem_rmu.model.memory import memory_in_use, out_of_memory, skeleton
-from lowmem_rmu.presets import Preset, Role
+from lowmem_rmu.presets import Preset, Role, is_local
 from lowmem_rmu.report import write_report
 from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
@@ -99,7 +101,7 @@ def _corpora(preset: Preset) -> list[Any]:
 
 def run_config(name: str, preset: Preset, device: torch.device) -> dict[str, Any]:
     """What `config.json` holds: everything that decides the run, and where it ran."""
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor() or device.type
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor() or machine()}, {os.cpu_count()} cores"
     return {
         "preset": name,
         "settings": preset.model_dump(),
@@ -110,6 +112,11 @@ def run_config(name: str, preset: Preset, device: torch.device) -> dict[str, Any
         "model_revision": getattr(load_config(preset.model), "_commit_hash", None) or preset.model.revision,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def short_name(model: str) -> str:
+    """A Hub id as it is; of a local path the last two parts, for reports are shared."""
+    return "/".join(Path(model).parts[-2:]) if is_local(model) else model
 
 
 @dataclass
@@ -208,7 +215,7 @@ class Job:
         summary = {
             "preset": self.folder.config["preset"],
             "title": self.preset.title,
-            "model": self.preset.model.name,
+            "model": short_name(self.preset.model.name),
             "verdict": verdict(rows, texts),
             "rows": rows_as_json(rows),
             "texts": texts,

@@ -329,7 +329,7 @@ def print_summary(folder: RunFolder, as_json: bool) -> None:
 def accuracy_table(summary: dict[str, Any]) -> Table:
     """Accuracy in percent with its standard error; subjects only where they are few."""
     limit = f", at most {summary['limit']} questions a task" if summary["limit"] else ""
-    table = Table(title=f"Accuracy in % (± standard error{limit}); guessing gives 25", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"Accuracy in % (± standard error{limit}); guessing gives 25", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("Task", "Should be", "Questions", "Base", "Unlearned", "Change"):
         table.add_column(column, justify="left" if column in ("Task", "Should be") else "right", no_wrap=True)
     subjects = sum(row["group"] is not None for row in summary["rows"])
@@ -343,7 +343,7 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
 
 
 def text_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="Loss on held-out text in nats a token (± standard error)", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Loss on held-out text in nats a token (± standard error)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("Text", "Should be", "Tokens", "Base", "Unlearned", "Change"):
         table.add_column(column, justify="left" if column in ("Text", "Should be") else "right")
     for row in summary["texts"]:

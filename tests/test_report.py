@@ -118,7 +118,7 @@ def test_page_has_everything_in_order(tmp_path: Path) -> None:
     page, html = report(tmp_path, summary(), steps(20))
     headings = [data for path, data in page.texts if path.endswith(("/h1", "/h2"))]
     assert headings == [
-        f"Forget it {HOSTILE}", "Questions, before and after", "Reading unseen text", "The same prompt to both", "How training went",
+        f"Forget it {HOSTILE}", "Questions, base and unlearned", "Reading unseen text", "The same prompt to both", "How training went",
         "Time and memory", "What this does not show", "To repeat this run",
     ]  # fmt: skip
     assert "21 November 2026, 03:00 UTC" in html

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from lowmem_rmu.errors import UserError, causes, hub_errors
 from lowmem_rmu.presets import ModelSettings, is_local
@@ -74,6 +75,7 @@ def load_model(settings: ModelSettings, device: torch.device, layers: int | None
             config.layer_types = config.layer_types[:layers]
     dtype = resolve_dtype(settings, device)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels that are not used here
+    disable_progress_bar()  # of reading files; downloads keep theirs
     with hub_errors("model", settings.name):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
