@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.presets import Preset, find_preset, load_preset, preset_names
@@ -54,8 +54,11 @@ class Bars:
     """Live progress in a terminal."""
 
     def __init__(self, console: Console, interrupts: Interrupts) -> None:
-        name, figures = TextColumn("{task.description:<20}"), TextColumn("{task.fields[figures]}")
-        self.progress = Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), figures, console=console)
+        # On a narrow terminal the figures are cut, not the counts.
+        name = TextColumn("{task.description}", table_column=Column(min_width=18, no_wrap=True))
+        count, left = MofNCompleteColumn(table_column=Column(min_width=9)), TimeRemainingColumn(table_column=Column(min_width=7))
+        figures = TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+        self.progress = Progress(name, BarColumn(bar_width=10), count, left, figures, console=console, expand=True)
         self.interrupts = interrupts
         self.task = TaskID(0)
         self.stage = ""
@@ -329,7 +332,7 @@ def print_summary(folder: RunFolder, as_json: bool) -> None:
 def accuracy_table(summary: dict[str, Any]) -> Table:
     """Accuracy in percent with its standard error; subjects only where they are few."""
     limit = f", at most {summary['limit']} questions a task" if summary["limit"] else ""
-    table = Table(title=f"Accuracy in % (± standard error{limit}); guessing gives 25", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"Accuracy in % (± standard error{limit}); chance 25", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("Task", "Should be", "Questions", "Base", "Unlearned", "Change"):
         table.add_column(column, justify="left" if column in ("Task", "Should be") else "right", no_wrap=True)
     subjects = sum(row["group"] is not None for row in summary["rows"])
