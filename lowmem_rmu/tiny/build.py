@@ -278,7 +278,7 @@ def build(
     steps: Annotated[int, typer.Option(min=INDUCTION_STEPS + 1, help="Training steps.")] = STEPS,
 ) -> None:
     """Makes the tiny model and its data again."""
-    lessons = Lessons(World.from_seed(seed), seed)
+    lessons = Lessons(World.from_seed(seed), seed + 1)
     write_data(lessons, to / "data")
     tokenizer = train_tokenizer(lessons, VOCABULARY)
     torch.manual_seed(seed)
