@@ -228,12 +228,12 @@ class Job:
 
     def _ensure_model(self, stage: str) -> None:
         """Loads what the remaining stages need: every layer if one of them evaluates, else only those up to the target layer."""
-        if self._model is not None:
-            return
-        evaluates = any(other in SIDE_OF and not self._is_done(other) for other in self.stages)
-        model = load_model(self.preset.model, self.device, None if evaluates else self.preset.rmu.target_layer + 1)
-        self._model = load_adapter(model, self.folder.adapter) if stage == "evaluate-unlearned" else model
-        write_json(self.folder.path / "weights.json", describe_weights(model))
+        if self._model is None:
+            evaluates = any(other in SIDE_OF and not self._is_done(other) for other in self.stages)
+            self._model = load_model(self.preset.model, self.device, None if evaluates else self.preset.rmu.target_layer + 1)
+            write_json(self.folder.path / "weights.json", describe_weights(self._model))
+        if stage == "evaluate-unlearned" and not isinstance(self._model, PeftModel):  # trained by an earlier process
+            self._model = load_adapter(self._model, self.folder.adapter)
 
     def _on_answers(self, done: int, accuracy: float) -> None:
         self._advance(done, {"accuracy": accuracy})

@@ -122,6 +122,20 @@ def test_unlearning_alone_loads_the_layers_up_to_the_target_only_and_gives_the_s
     load_adapter(load_model(preset.model, torch.device("cpu")), tmp_path / "alone/adapter")
 
 
+def test_measuring_after_training_alone_still_measures_the_adapter(finished: Path, tmp_path: Path) -> None:
+    assert run_tiny(tmp_path, "later", "--stages", "unlearn").exit_code == 0
+    assert run_tiny(tmp_path, "later", "--resume").exit_code == 0
+    for side in ("base", "unlearned"):
+        assert read_lines(tmp_path / f"later/evaluation/answers_{side}.jsonl") == read_lines(finished / f"evaluation/answers_{side}.jsonl")
+
+
+def test_measuring_without_an_adapter_says_which_stage_comes_first(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path, "early", "--stages", "evaluate-unlearned")
+    assert result.exit_code == 2
+    assert "holds no adapter" in result.stderr
+    assert "Run the unlearn stage first" in result.stderr
+
+
 def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_stopped(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
