@@ -34,7 +34,6 @@ from lowmem_rmu.report import write_report
 from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
 
-STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
 SIDE_OF = {"evaluate-base": "base", "evaluate-unlearned": "unlearned"}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 HEARTBEAT_SECONDS = 1.0

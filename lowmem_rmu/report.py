@@ -19,6 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.compare import NOISE
 from lowmem_rmu.runs import RunFolder, read_lines, write_atomically
 
 Row = dict[str, Any]
@@ -35,8 +36,6 @@ ACTIVATIONS = {
 }
 MEMBERS_IN_CHART = 12
 """More members of groups than this (MMLU has 57 subjects) are told in the folded table only."""
-NOISE = 1.96
-"""Standard errors that a change must exceed to be called larger than noise: the two-sided 5% level."""
 
 # A figure of width / 72 inches has SVG units of a CSS pixel. Narrow windows get a drawing of their own: scaled, its text is lost.
 WIDTHS = {"wide": 720, "narrow": 344}

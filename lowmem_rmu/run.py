@@ -21,9 +21,8 @@ from rich.table import Column, Table
 
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.presets import Preset, find_preset, load_preset, preset_names
-from lowmem_rmu.runs import RunFolder, Stopped, write_json
+from lowmem_rmu.runs import STAGES, RunFolder, Stopped, write_json
 
-STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
 PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lowmem_rmu.errors import UserError, nearest
 
+STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
