@@ -37,13 +37,14 @@ def chat(
         from lowmem_rmu.chat import both_sides  # heavy libraries load only once there is work for them
         from lowmem_rmu.model.adapters import load_adapter
         from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
+        from lowmem_rmu.pipeline import unquantised_modules
 
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         if not folder.adapter.exists():
             raise UserError(f"Run {folder.path} has no adapter yet.\nGo on with it: python -m lowmem_rmu.run ... --resume --name {folder.path.name}")
         preset = Preset.model_validate(folder.config["settings"])
         tokenizer = load_tokenizer(preset.model)
-        model = load_adapter(load_model(preset.model, resolve_device(device)), folder.adapter)
+        model = load_adapter(load_model(preset.model, resolve_device(device), unquantised=unquantised_modules(preset)), folder.adapter)
         writer = SideWriter()
         for question in [prompt] if prompt else questions():
             for side, _ in both_sides(model, tokenizer, question, max_new_tokens, writer.write):

@@ -26,13 +26,14 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.evaluation.perplexity import text_loss
-from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter
+from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter, trained_modules
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer
 from lowmem_rmu.model.memory import memory_in_use, out_of_memory, skeleton
 from lowmem_rmu.presets import Preset, Role, is_local
 from lowmem_rmu.report import write_report
 from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
+from lowmem_rmu.unlearning.targets import cues
 
 SIDE_OF = {"evaluate-base": "base", "evaluate-unlearned": "unlearned"}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -92,6 +93,11 @@ def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
                 f"The corpus of {name} gives {len(samples.train)} samples, fewer than one batch of {needed}.\nAdd text, or lower rmu.batch_size."
             )
     return Inputs(tokenizer, questions, forget, retain)
+
+
+def unquantised_modules(preset: Preset) -> list[str]:
+    """What must stay in high precision because it is trained itself."""
+    return trained_modules(skeleton(load_config(preset.model)), preset.rmu)
 
 
 def _corpora(preset: Preset) -> list[Any]:
@@ -190,18 +196,21 @@ class Job:
     def _unlearn(self) -> None:
         rmu = self.preset.rmu
         self._start("unlearn", rmu.steps)
+        tokenizer, forget = self.inputs.tokenizer, self.inputs.forget
+        cued = {name: [tokenizer(text)["input_ids"] for text in cues(name, topic)] for name, topic in self.preset.topics.items()}
         data = UnlearningData(
-            {name: samples.train for name, samples in self.inputs.forget.items()}, self.inputs.retain.train, self.inputs.tokenizer.pad_token_id
+            {name: samples.train for name, samples in forget.items()}, self.inputs.retain.train, tokenizer.pad_token_id, cued
         )
         if not isinstance(self._model, PeftModel):
             self._model = add_adapter(self._model, rmu, self.preset.model)
-        unlearning = Unlearning(self._model, rmu, self.preset.topics, data)
+        unlearning = Unlearning(self._model, rmu, self.preset.topics, data, self.folder.cache)
         unlearning.restore(self.folder.checkpoint)
         self.folder.truncate_metrics(unlearning.progress.step)
         if not unlearning.run(self.folder.checkpoint, self._on_step, self._asked_to_stop):
             raise Stopped(self.folder.path)
         with folder_replaced(self.folder.adapter) as new:
             save_adapter(self._model, new)
+        shutil.rmtree(self.folder.cache, ignore_errors=True)
 
     def _report(self) -> None:
         base, unlearned = self.folder.read_evaluation("base"), self.folder.read_evaluation("unlearned")
@@ -229,7 +238,8 @@ class Job:
         """Loads what the remaining stages need: every layer if one of them evaluates, else only those up to the target layer."""
         if self._model is None:
             evaluates = any(other in SIDE_OF and not self._is_done(other) for other in self.stages)
-            self._model = load_model(self.preset.model, self.device, None if evaluates else self.preset.rmu.target_layer + 1)
+            layers = None if evaluates else self.preset.rmu.target_layer + 1
+            self._model = load_model(self.preset.model, self.device, layers, unquantised_modules(self.preset))
             write_json(self.folder.path / "weights.json", describe_weights(self._model))
         if stage == "evaluate-unlearned" and not isinstance(self._model, PeftModel):  # trained by an earlier process
             self._model = load_adapter(self._model, self.folder.adapter)

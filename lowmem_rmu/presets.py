@@ -74,11 +74,24 @@ class Topic(Section):
     corpus: Corpus
     alpha: float = Field(ge=0)
     """Weight of the retain loss in this topic's steps."""
-    steering_coefficient: Annotated[float, Field(gt=0)] | Literal["adaptive"] = "adaptive"
-    """Length of the control vector; `adaptive`: `adaptive_scale` times the mean activation norm (arXiv 2408.06223)."""
+    steering: Literal["random", "adaptive", "contrastive"] = "adaptive"
+    """Where forget activations are pushed to. `random`: a control vector of the length `steering_coefficient` (RMU). `adaptive`:
+    one whose length is `adaptive_scale` times the mean activation norm (arXiv 2408.06223). `contrastive`: the frozen activation plus
+    `steering_coefficient` times the difference between a novice and an expert at `about` (CUT, the paper's first version)."""
+    steering_coefficient: float | None = Field(None, gt=0)
     adaptive_scale: float = Field(5.0, gt=0)
+    about: str | None = None
+    """What novice and expert are asked about; the topic's name if left out."""
     max_tokens: int = Field(512, ge=2)
     """Tokens of a forget sample at most."""
+
+    @model_validator(mode="after")
+    def _coefficient_where_it_counts(self) -> "Topic":
+        if self.steering != "adaptive" and self.steering_coefficient is None:
+            raise ValueError(f"steering: {self.steering} takes a steering_coefficient")
+        if self.steering == "adaptive" and self.steering_coefficient is not None:
+            raise ValueError("steering: adaptive finds its own steering_coefficient: leave it out, or set steering: random")
+        return self
 
 
 class Retain(Section):
@@ -89,7 +102,7 @@ class Retain(Section):
 
 
 class Rmu(Section):
-    """Representation misdirection for unlearning (arXiv 2403.03218) through LoRA adapters."""
+    """Representation misdirection for unlearning (arXiv 2403.03218)."""
 
     target_layer: int = Field(ge=0)
     """0-based; its output is steered. Nothing above it takes part in training."""
@@ -97,9 +110,13 @@ class Rmu(Section):
     """The layers that get adapters: at or below the target layer."""
     modules: list[str] = Field(["down_proj"], min_length=1)
     """Names of the linear modules that get adapters, as in PEFT's `target_modules`."""
+    trainable: Literal["lora", "weights"] = "lora"
+    """`lora`: low-rank adapters. `weights`: the modules' own matrices, kept in high precision and trained directly, as in the paper."""
     rank: int = Field(16, ge=1)
     lora_alpha: int | None = Field(None, gt=0)
     """LoRA's scale is `lora_alpha / rank`; the rank if left out."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps AdamW's two moments in 8 bits (bitsandbytes): a quarter of their memory."""
     learning_rate: float = Field(1e-3, gt=0)
     steps: int = Field(150, ge=1)
     """Optimiser steps in all; topics take turns."""
@@ -107,13 +124,18 @@ class Rmu(Section):
     """Forget samples a step."""
     retain_batch_size: int | None = Field(None, ge=1)
     """Retain samples a step; `batch_size` if left out."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are clipped to this norm; null: never, as in the paper."""
     shuffle: bool = True
-    """Off: samples in the order of the corpus, as in the paper."""
+    """On: batches of samples of like length, in a new order every epoch. Off: samples in the order of the corpus, as in the paper."""
     padding: Literal["masked", "paper"] = "masked"
     """`masked`: losses over real tokens. `paper`: left padding, losses over every position, padding too."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    cache_gib: float = Field(1.0, ge=0)
+    """Gibibytes at most for what the frozen layers give on batches that come again (the hidden-state cache)."""
+    cache_in: Literal["memory", "disk"] = "memory"
+    """Where that is kept: main memory, or the run folder."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints that `--resume` can go on from."""
     seed: int = 0
@@ -210,6 +232,14 @@ def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset
         return Preset.model_validate(content)
     except ValidationError as error:
         raise UserError(_complaint(path, tree, content, error, overridden)) from error
+
+
+def differences(first: Any, second: Any, where: str = "") -> list[str]:
+    """The paths at which two settings differ."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = first.keys() | second.keys()
+        return [path for key in keys for path in differences(first.get(key), second.get(key), f"{where}.{key}" if where else key)]
+    return [] if first == second else [where]
 
 
 def is_local(source: str) -> bool:

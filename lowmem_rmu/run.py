@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 
 from lowmem_rmu.errors import UserError, nearest
-from lowmem_rmu.presets import Preset, find_preset, load_preset, preset_names
+from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, preset_names
 from lowmem_rmu.runs import STAGES, RunFolder, Stopped, write_json
 
 PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
@@ -197,14 +197,6 @@ def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset)
             "Give the same preset and --set, or start a new run without --resume."
         )
     return folder
-
-
-def differences(first: Any, second: Any, where: str = "") -> list[str]:
-    """The paths at which two settings differ."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        keys = first.keys() | second.keys()
-        return [path for key in keys for path in differences(first.get(key), second.get(key), f"{where}.{key}" if where else key)]
-    return [] if first == second else [where]
 
 
 @contextmanager

@@ -18,14 +18,26 @@ STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the file and renames: a reader sees the old text or the new, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def replaced(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Gives a path beside to write; it takes the file's place once it is complete: a reader sees the old file or the new, never half.
+
+    With `durable`, a power cut cannot tear it either: the content is on the disk before the name is.
+    """
+    beside = path.with_name(f".{path.name}.new")
     try:
-        beside.write_text(text, encoding="utf-8")
+        yield beside
+        if durable:
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -132,6 +144,11 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def cache(self) -> Path:
+        """The hidden-state cache, where it is kept on disk; gone once the run has its adapter."""
+        return self.path / "cache"
+
     def evaluation(self, side: str) -> Path:
         """`side` is `base` or `unlearned`."""
         return self.path / "evaluation" / f"{side}.json"
@@ -167,9 +184,10 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def truncate_metrics(self, steps: int) -> None:
-        """Drops lines beyond `steps`: a resumed run writes them again."""
+        """Drops lines beyond `steps`, the last of which may be half written: a resumed run writes them again."""
         if self.metrics.exists():
-            write_lines(self.metrics, read_lines(self.metrics)[:steps])
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_atomically(self.metrics, "".join(lines[:steps]))
 
     @property
     def stop_asked(self) -> bool:

@@ -125,7 +125,7 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
         '  line 3: model.nme: unknown key. Did you mean "name"?',
         "  line 5: rmu.target_layer: should be a valid integer, unable to parse string as an integer (it is 'three')",
         "  line 11: topics.plants.alpha: should be greater than or equal to 0 (it is -1)",
-        '  line 12: topics.plants.steering_coeficient: unknown key. Did you mean "steering_coefficient"?',
+        '  line 12: topics.plants.steering_coeficient: unknown key. Did you mean "steering_coefficient" or "steering"?',
         '  line 16: retain.corpora.0.subst: unknown key. Did you mean "subset"?',
         "  line 19: evaluation.tasks.quiz.role: should be 'forgotten', 'measured', 'adjacent' or 'kept' (it is 'keep')",
         '  line 20: retrain: unknown key. Did you mean "retain"?',
@@ -142,6 +142,9 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
         ("[1, 2, 3]", "[2, 3, 4, 5]", "line 4: rmu: adapter_layers [4, 5] lie above target_layer 3 and could not learn anything"),
         ("[1, 2, 3]", "[-1, 2]", "line 4: rmu: adapter_layers count from 0"),
         ("[1, 2, 3]", "[1, 1]", "line 4: rmu: adapter_layers names a layer twice"),
+        ("alpha: 100", "alpha: 100\n    steering: random", "line 8: topics.plants: steering: random takes a steering_coefficient"),
+        ("alpha: 100", "alpha: 100\n    steering: contrastive", "line 8: topics.plants: steering: contrastive takes a steering_coefficient"),
+        ("alpha: 100", "alpha: 100\n    steering_coefficient: 6.5", "line 8: topics.plants: steering: adaptive finds its own steering_coefficient"),
         ("target_layer: 3", "target_layer: 3\n  steps: 0", "line 6: rmu.steps: should be greater than or equal to 1 (it is 0)"),
         ("./plants.txt", "./plants.txt\n      title_matches: '(a'", "line 11: topics.plants.corpus.title_matches: is no regular expression: "),
         ("./plants.txt", "./plants.txt\n      held_out: 1", "line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)"),
@@ -155,14 +158,13 @@ def test_a_wrong_value_is_reported_with_line_place_and_reason(tmp_path: Path, ol
     assert f"  {expected}" in text
 
 
-@pytest.mark.parametrize("value", ["adaptve", "-1", "[1]"])
-def test_a_wrong_value_of_two_possible_types_is_one_complaint(tmp_path: Path, good: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["much", "-1", "[1]"])
+def test_a_wrong_value_is_one_complaint_from_the_file_and_from_set(tmp_path: Path, good: Path, value: str) -> None:
     from_set = complaint(good, f"topics.plants.steering_coefficient={value}")
     from_file = complaint(write(tmp_path, GOOD.replace("alpha: 100", f"alpha: 100\n    steering_coefficient: {value}")))
     for text, label in ((from_set, "--set"), (from_file, "line 12:")):
         assert "has 1 mistake:" in text
         assert f"  {label} topics.plants.steering_coefficient: should be " in text
-        assert "should be 'adaptive'" in text
 
 
 def test_overrides_replace_numbers_words_and_items_of_lists(good: Path) -> None:

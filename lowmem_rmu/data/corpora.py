@@ -17,6 +17,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Corpus, is_local
 
 TEXT_FILES = (".txt", ".md", ".jsonl")
+POOL = 50  # batches that are sorted by length together: larger pools save little padding more
 _WIKITEXT_TITLE = re.compile(r"(?:^|\n)[ \t]*\n = ([^=\n].*?) = \n[ \t]*\n")
 
 
@@ -92,18 +93,33 @@ def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, max_token
     return [sequence for sequence in sequences if len(sequence) >= 2]
 
 
-def batch_at(sequences: list[list[int]], position: int, batch_size: int, shuffle_seed: str | None) -> list[list[int]]:
-    """The batch number `position` of an endless pass over the sequences: a function of its arguments alone, so a run can resume anywhere.
+class Batches:
+    """The distinct batches of a corpus, and which of them comes at each position of an endless pass over it.
 
-    Every epoch is shuffled anew from `shuffle_seed`; None keeps the order of the corpus.
+    Both are functions of the arguments alone, so that a run can resume anywhere and what a batch gives can be cached. With a
+    `seed`, samples of like length share a batch (less padding) and every epoch has its own order; None keeps the corpus's order.
+    The last batch is filled up with the samples before it.
     """
-    batch = []
-    for index in range(position * batch_size, (position + 1) * batch_size):
-        epoch, place = divmod(index, len(sequences))
-        if shuffle_seed is not None:
-            place = _order(len(sequences), f"{shuffle_seed} {epoch}")[place]
-        batch.append(sequences[place])
-    return batch
+
+    def __init__(self, sequences: list[list[int]], batch_size: int, seed: str | None) -> None:
+        self.sequences, self.seed = sequences, seed
+        order = list(range(len(sequences))) if seed is None else by_length(sequences, POOL * batch_size, seed)
+        self.members = [order[min(start, len(order) - batch_size) :][:batch_size] for start in range(0, len(order), batch_size)]
+
+    def at(self, position: int) -> int:
+        """The number of the batch at a position."""
+        epoch, place = divmod(position, len(self.members))
+        return place if self.seed is None else _order(len(self.members), f"{self.seed} {epoch}")[place]
+
+    def __getitem__(self, number: int) -> list[list[int]]:
+        return [self.sequences[index] for index in self.members[number]]
+
+
+def by_length(sequences: list[list[int]], pool: int, seed: str) -> list[int]:
+    """Indices of all sequences, shuffled; within every `pool` of them sorted by length, so that neighbours are of like length."""
+    shuffled = _order(len(sequences), seed)
+    pools = [shuffled[start : start + pool] for start in range(0, len(shuffled), pool)]
+    return [index for each in pools for index in sorted(each, key=lambda index: len(sequences[index]))]
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str, device: torch.device) -> Batch:

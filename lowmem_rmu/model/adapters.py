@@ -1,11 +1,14 @@
-"""LoRA adapters on the updated layers: made, loaded, saved and switched off for a while."""
+"""Adapters on the updated layers, of low rank or of whole matrices: made, loaded, saved and switched off for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,16 +45,51 @@ def add_adapter(model: PreTrainedModel, rmu: Rmu, settings: ModelSettings) -> Pe
         r=rmu.rank,
         lora_alpha=rmu.lora_alpha or rmu.rank,
         lora_dropout=0.0,
-        target_modules=rmu.modules,
-        layers_to_transform=rmu.adapter_layers,
-        layers_pattern="layers",
+        **_whole_matrices(model, rmu) if rmu.trainable == "weights" else _low_rank(rmu),
         task_type="CAUSAL_LM",
         base_model_name_or_path=settings.name,
         revision=settings.revision,
     )
     with torch.random.fork_rng():
         torch.manual_seed(rmu.seed)
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    _train_in_float32(peft_model)
+    return peft_model
+
+
+def _low_rank(rmu: Rmu) -> dict[str, Any]:
+    return {"target_modules": rmu.modules, "layers_to_transform": rmu.adapter_layers, "layers_pattern": "layers"}
+
+
+def _whole_matrices(model: nn.Module, rmu: Rmu) -> dict[str, Any]:
+    """No low-rank part: the chosen modules are copied, and the copies are trained, saved and switched like an adapter."""
+    return {"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": trained_modules(model, rmu)}
+
+
+def trained_modules(model: nn.Module, rmu: Rmu) -> list[str]:
+    """Full names of the modules whose matrices are trained themselves: none with LoRA. They must be loaded unquantised."""
+    if rmu.trainable == "lora":
+        return []
+    layers = decoder_layers(model)
+    within = {module for index in rmu.adapter_layers for module in layers[index].modules()}
+    return [name for name, module in model.named_modules() if module in within and name.rpartition(".")[2] in rmu.modules]
+
+
+class Float32Linear(nn.Linear):
+    """Computes in float32 whatever comes in, and answers in the same precision as it was asked."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
+def _train_in_float32(model: PeftModel) -> None:
+    """In 16 bits most of a small update would be rounded away. (LoRA's own weights are float32 already.)"""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for name, module in wrapper.modules_to_save.items():
+                copied = Float32Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                copied.load_state_dict({key: value.float() for key, value in module.state_dict().items()}, assign=True)
+                wrapper.modules_to_save[name] = copied
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:

@@ -6,7 +6,7 @@
 Nothing above the target layer is run and no logits are computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -40,15 +40,27 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def run_trunk(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, updated: slice) -> Trunk:
+def run_trunk(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, updated: slice, hidden: Tensor | None = None) -> Trunk:
     """Runs the layers below `updated` without gradients; `updated` ends with the target layer.
 
     The model's own forward pass prepares masks and position embeddings, so that every architecture gets what it needs.
+    With `hidden` (what an earlier run of the same tokens gave) the layers below are left out.
     """
-    layers = list(decoder_layers(model)[updated])
-    with torch.no_grad(), _recording(layers) as calls, suppress(_Recorded):
+    layers, calls = list(decoder_layers(model)), list[tuple[Tensor, dict[str, Any]]]()
+    below = layers[: updated.start] if hidden is not None else []
+
+    def passed_on(hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+    def recorded(hidden_states: Tensor, **arguments: Any) -> Tensor:
+        calls.append((hidden_states, arguments))
+        if len(calls) == updated.stop - updated.start:
+            raise _Recorded
+        return hidden_states
+
+    with torch.no_grad(), lent_forward(below, passed_on), lent_forward(layers[updated], recorded), suppress(_Recorded):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return Trunk(calls[0][0], [arguments for _, arguments in calls])
+    return Trunk(calls[0][0] if hidden is None else hidden, [arguments for _, arguments in calls])
 
 
 def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkpointing: bool = False) -> Tensor:
@@ -64,24 +76,16 @@ def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkp
 
 
 @contextmanager
-def _recording(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Lends the layers a forward that computes nothing, notes how it was called, and ends the pass at the last one."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+def lent_forward(layers: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Lends the layers another forward, and gives them back their own."""
     own = [layer.__dict__.get("forward") for layer in layers]  # set where accelerate has hooked the layer
-
-    def record(hidden_states: Tensor, **arguments: Any) -> Tensor:
-        calls.append((hidden_states, arguments))
-        if len(calls) == len(layers):
-            raise _Recorded
-        return hidden_states
-
     for layer in layers:
-        layer.forward = record
+        layer.forward = forward
     try:
-        yield calls
+        yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
+        for layer, before in zip(layers, own, strict=True):
+            if before is None:
                 del layer.forward
             else:
-                layer.forward = forward
+                layer.forward = before

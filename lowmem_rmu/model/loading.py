@@ -1,6 +1,7 @@
 """Models and tokenizers: 4-bit or not, whole or only their first layers, from a local folder or the Hub."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,12 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(settings: ModelSettings, device: torch.device, layers: int | None = None) -> PreTrainedModel:
+def load_model(
+    settings: ModelSettings, device: torch.device, layers: int | None = None, unquantised: Sequence[str] = ()
+) -> PreTrainedModel:
     """The model on `device`, frozen and in eval mode; with `layers`, only its first ones and no head.
+
+    Modules named in `unquantised` keep `dtype`, whatever the rest is quantised to.
 
     Raises UserError where the checkpoint cannot be had, is cut short or lacks weights.
     """
@@ -83,7 +88,7 @@ def load_model(settings: ModelSettings, device: torch.device, layers: int | None
                 revision=settings.revision,
                 config=config,
                 dtype=dtype,
-                quantization_config=_nf4(dtype) if settings.quantisation == "nf4" else None,
+                quantization_config=_nf4(dtype, unquantised) if settings.quantisation == "nf4" else None,
                 device_map={"": device},
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -116,9 +121,13 @@ def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def _nf4(dtype: torch.dtype, unquantised: Sequence[str]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", *unquantised],  # it holds for 4 bits too
     )
 
 

@@ -1,9 +1,87 @@
-"""Control vectors: the fixed points in activation space that forget batches are pushed to, one a topic."""
+"""Targets: where the activations of forget batches are pushed to. One class a way of steering, one object a topic."""
 
+import math
 from hashlib import sha256
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.presets import Topic
+from lowmem_rmu.unlearning.losses import mean_norm
+
+CUES = ("You are a novice at {}", "You are an expert at {}")
+"""Whose frozen activations tell the contrastive target which way to go: to the first, away from the second."""
+SCALES = (1e-2, 1e3)
+"""A control vector shorter or longer than so many activation norms is a mistake: the paper's own are within a factor of 100."""
+
+
+class Target(Protocol):
+    """`coefficient` is None until it is known; it is part of every checkpoint."""
+
+    coefficient: float | None
+
+    def length(self) -> float:
+        """How far it pushes, in units of activation."""
+
+    def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
+        """The target, `(hidden,)` or `(batch, sequence, hidden)`, for a batch's frozen activations `(batch, sequence, hidden)`."""
+
+
+class Random:
+    """RMU: one control vector `c * u` for every token (Li et al. 2024)."""
+
+    def __init__(self, unit: Tensor, coefficient: float | None) -> None:
+        self.unit, self.coefficient = unit, coefficient
+
+    def length(self) -> float:
+        return self.coefficient or math.nan
+
+    def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
+        assert self.coefficient is not None
+        return self.coefficient * self.unit.to(frozen.device)
+
+
+class Adaptive(Random):
+    """Adaptive RMU: c is `scale` times the mean norm of the topic's first batch (arXiv 2408.06223)."""
+
+    def __init__(self, unit: Tensor, scale: float) -> None:
+        super().__init__(unit, None)
+        self.scale = scale
+
+    def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
+        if self.coefficient is None:
+            self.coefficient = self.scale * mean_norm(frozen, counted)
+        return super().of(frozen, counted)
+
+
+class Contrastive:
+    """CUT, the paper's first version: every token's frozen activation, moved by `c * difference`."""
+
+    def __init__(self, difference: Tensor, coefficient: float | None) -> None:
+        self.difference, self.coefficient = difference, coefficient
+
+    def length(self) -> float:
+        return (self.coefficient or math.nan) * self.difference.norm().item()
+
+    def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
+        assert self.coefficient is not None
+        return frozen + self.coefficient * self.difference.to(frozen.device)
+
+
+def cues(name: str, topic: Topic) -> list[str]:
+    """The texts whose frozen activations the topic's target is made of: those of a novice and of an expert, or none."""
+    return [cue.format(topic.about or name) for cue in CUES] if topic.steering == "contrastive" else []
+
+
+def make_target(name: str, topic: Topic, seed: int, hidden_size: int, cued: list[Tensor]) -> Target:
+    """The topic's target, on the CPU. `cued` are the frozen activations `(hidden,)` of the last tokens of its `cues`."""
+    if topic.steering == "contrastive":
+        novice, expert = cued
+        return Contrastive(novice - expert, topic.steering_coefficient)
+    unit = unit_vector(hidden_size, f"{seed} {name}")
+    return Adaptive(unit, topic.adaptive_scale) if topic.steering == "adaptive" else Random(unit, topic.steering_coefficient)
 
 
 def unit_vector(hidden_size: int, seed: str) -> Tensor:
@@ -13,9 +91,15 @@ def unit_vector(hidden_size: int, seed: str) -> Tensor:
     return vector / vector.norm()
 
 
-def adaptive_coefficient(activations: Tensor, is_token: Tensor, scale: float) -> float:
-    """`scale` times the mean norm of the frozen activations `(batch, sequence, hidden)` of real tokens (arXiv 2408.06223)."""
-    return scale * activations[is_token].float().norm(dim=-1).mean().item()
+def check_scale(name: str, move: float, activation_norm: float) -> None:
+    """Raises UserError where the target lies `move` away, and activations are of quite another size."""
+    scale = move / activation_norm
+    if not math.isfinite(scale) or not SCALES[0] <= scale <= SCALES[1]:
+        raise UserError(
+            f"The control vector of {name} is {move:.3g} long, but activations at the target layer have a norm of {activation_norm:.3g}: "
+            "nothing useful can be learned.\n"
+            f"Set topics.{name}.steering_coefficient to a few times that norm, or topics.{name}.steering to adaptive."
+        )
 
 
 def _number(seed: str) -> int:

@@ -1,13 +1,13 @@
 import json
+import random
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.data.corpora import batch_at, load_samples, pad, read_documents, split_held_out, tokenise, wikitext_articles
+from lowmem_rmu.data.corpora import POOL, Batches, by_length, load_samples, pad, read_documents, split_held_out, tokenise, wikitext_articles
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Corpus, load_preset
 
@@ -206,36 +206,72 @@ def test_a_piece_of_one_token_is_no_sample(tokenizer: PreTrainedTokenizerBase) -
     assert tokenise([], tokenizer, 8, True) == []
 
 
+def numbered(count: int) -> list[list[int]]:
+    return [[index] for index in range(count)]
+
+
+def stream(batches: Batches, positions: range) -> list[list[int]]:
+    """The samples of each position, by their only token."""
+    return [[ids[0] for ids in batches[batches.at(position)]] for position in positions]
+
+
 @pytest.mark.parametrize("seed", [None, "0 forget"])
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
-def test_batches_cover_each_sample_once_an_epoch(seed: str | None, batch_size: int) -> None:
-    sequences = [[index] for index in range(7)]
-    stream = [ids[0] for position in range(14) for ids in batch_at(sequences, position, batch_size, seed)]
-    for start in range(0, len(stream) - 6, 7):
-        assert sorted(stream[start : start + 7]) == list(range(7))
+@pytest.mark.parametrize(("batch_size", "a_round"), [(1, 7), (3, 3), (7, 1)])
+def test_batches_cover_each_sample_every_epoch(seed: str | None, batch_size: int, a_round: int) -> None:
+    batches = Batches(numbered(7), batch_size, seed)
+    for epoch in range(3):
+        seen = stream(batches, range(epoch * a_round, (epoch + 1) * a_round))
+        assert all(len(batch) == len(set(batch)) == batch_size for batch in seen)
+        assert {index for batch in seen for index in batch} == set(range(7))
+
+
+def test_the_same_batches_come_again_every_epoch() -> None:
+    batches = Batches(numbered(40), 4, "s")
+    first, second = ({frozenset(batch) for batch in stream(batches, range(start, start + 10))} for start in (0, 10))
+    assert first == second
+    assert len(first) == 10
 
 
 def test_a_batch_depends_on_its_arguments_alone() -> None:
-    sequences = [[index] for index in range(20)]
-    forwards = [batch_at(sequences, position, 4, "s") for position in range(12)]
+    forwards = stream(Batches(numbered(20), 4, "s"), range(12))
     torch.manual_seed(1)
-    assert [batch_at(sequences, position, 4, "s") for position in reversed(range(12))] == forwards[::-1]
-    assert sequences == [[index] for index in range(20)]
+    backwards = [stream(Batches(numbered(20), 4, "s"), range(position, position + 1))[0] for position in reversed(range(12))]
+    assert backwards == forwards[::-1]
 
 
 def test_each_epoch_and_each_seed_has_its_own_order() -> None:
-    sequences = [[index] for index in range(50)]
-    orders = [tuple(ids[0] for ids in batch_at(sequences, epoch, 50, seed)) for seed in ("a", "b") for epoch in range(3)]
+    orders = [str(stream(Batches(numbered(50), 5, seed), range(epoch * 10, epoch * 10 + 10))) for seed in ("a", "b") for epoch in range(3)]
     assert len(set(orders)) == 6
 
 
-def test_without_a_seed_the_order_of_the_corpus_is_kept() -> None:
-    sequences = [[index] for index in range(5)]
-    assert [batch_at(sequences, position, 2, None) for position in range(3)] == [[[0], [1]], [[2], [3]], [[4], [0]]]
+def test_without_a_seed_the_order_of_the_corpus_is_kept_and_the_last_batch_filled_up() -> None:
+    assert stream(Batches(numbered(5), 2, None), range(4)) == [[0, 1], [2, 3], [3, 4], [0, 1]]
 
 
-def test_a_batch_may_be_larger_than_the_corpus() -> None:
-    assert Counter(ids[0] for ids in batch_at([[1], [2]], 0, 5, None)) == {1: 3, 2: 2}
+def test_a_corpus_smaller_than_a_batch_is_one_batch() -> None:
+    assert stream(Batches(numbered(2), 5, None), range(2)) == [[0, 1], [0, 1]]
+
+
+def test_samples_of_like_length_share_a_batch() -> None:
+    lengths = random.Random(0)
+    sequences = [[0] * lengths.randrange(2, 200) for _ in range(4 * POOL)]
+    batches = Batches(sequences, 4, "s")
+
+    def padding(batch: list[list[int]]) -> int:
+        return sum(max(map(len, batch)) - len(ids) for ids in batch)
+
+    tokens = sum(map(len, sequences))
+    assert sum(padding(batches[number]) for number in range(len(batches.members))) < 0.02 * tokens
+    assert sum(padding(sequences[start : start + 4]) for start in range(0, len(sequences), 4)) > 0.3 * tokens
+
+
+def test_length_orders_samples_within_a_pool_only() -> None:
+    sequences = [[0] * (1 + index) for index in range(30)]
+    order = by_length(sequences, 10, "s")
+    assert sorted(order) == list(range(30))
+    pools = [order[start : start + 10] for start in (0, 10, 20)]
+    assert all(pool == sorted(pool) for pool in pools)
+    assert order != sorted(order)
 
 
 def test_padding_on_the_right_needs_no_mask() -> None:

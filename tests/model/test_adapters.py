@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter
+from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter, trained_modules
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
+from lowmem_rmu.model.memory import skeleton
 from lowmem_rmu.presets import ModelSettings, Rmu
 
 CPU = torch.device("cpu")
@@ -25,13 +27,24 @@ def rmu_of(**changes: Any) -> Rmu:
     return Rmu(**{"target_layer": 3, "adapter_layers": [1, 3], "modules": ["down_proj"], "rank": 4} | changes)
 
 
+@pytest.fixture(params=["lora", "weights"])
+def rmu(request: pytest.FixtureRequest) -> Rmu:
+    """Both ways of training: beside the matrices, or the matrices themselves."""
+    return rmu_of(trainable=request.param)
+
+
 @pytest.fixture
-def model(small_settings: ModelSettings) -> PeftModel:
-    return add_adapter(load_model(small_settings, CPU), rmu_of(), small_settings)
+def model(small_settings: ModelSettings, rmu: Rmu) -> PeftModel:
+    return add_adapter(load_model(small_settings, CPU), rmu, small_settings)
+
+
+def load_for(settings: ModelSettings, rmu: Rmu, layers: int | None = None) -> PreTrainedModel:
+    """As the pipeline loads it: matrices that are trained themselves are not quantised."""
+    return load_model(settings, CPU, layers, trained_modules(load_model(settings, CPU), rmu))
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name or "modules_to_save" in name}
 
 
 def train_a_little(model: PeftModel) -> None:
@@ -61,11 +74,35 @@ def test_only_named_modules_of_named_layers_learn_and_do_so_in_float32(small_set
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_a_fresh_adapter_changes_nothing(small_settings: ModelSettings, quantisation: str) -> None:
+def test_a_fresh_adapter_changes_nothing(small_settings: ModelSettings, rmu: Rmu, quantisation: str) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
-    model = load_model(settings, CPU)
+    model = load_for(settings, rmu)
     before = model(IDS).logits
-    assert torch.equal(add_adapter(model, rmu_of(), settings)(IDS).logits, before)
+    assert torch.equal(add_adapter(model, rmu, settings)(IDS).logits, before)
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_matrices_learn_in_float32_and_the_rest_stays_as_it_is(small_settings: ModelSettings, quantisation: str, dtype: str) -> None:
+    settings, rmu = small_settings.model_copy(update={"quantisation": quantisation, "dtype": dtype}), rmu_of(trainable="weights")
+    model = add_adapter(load_for(settings, rmu), rmu, settings)
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning.keys() == {f"base_model.model.model.layers.{index}.mlp.down_proj.modules_to_save.default.weight" for index in (1, 3)}
+    assert {(parameter.dtype, tuple(parameter.shape)) for parameter in learning.values()} == {(torch.float32, (64, 128))}
+    layers = decoder_layers(model)
+    originals = {layers[index].mlp.down_proj.original_module.weight.dtype for index in (1, 3)}
+    assert originals == {getattr(torch, dtype)}
+    assert isinstance(layers[2].mlp.down_proj, Linear4bit) == isinstance(layers[1].mlp.up_proj, Linear4bit) == (quantisation == "nf4")
+    assert model(IDS).logits.dtype == getattr(torch, dtype)
+
+
+def test_trained_modules_are_those_of_the_named_layers() -> None:
+    config = MistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2, num_key_value_heads=2, vocab_size=10)
+    model = skeleton(config)
+    assert trained_modules(model, rmu_of(trainable="weights", modules=["down_proj", "q_proj"], adapter_layers=[1])) == [
+        "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj",
+    ]  # fmt: skip
+    assert trained_modules(model, rmu_of()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,8 +182,10 @@ def test_base_only_takes_a_model_without_an_adapter(small_settings: ModelSetting
 
 
 @pytest.mark.parametrize("layers", [None, 4], ids=["whole", "cut"])
-def test_a_saved_adapter_loads_on_the_whole_model_by_plain_peft(small_settings: ModelSettings, tmp_path: Path, layers: int | None) -> None:
-    trained = add_adapter(load_model(small_settings, CPU, layers=layers), rmu_of(), small_settings)
+def test_a_saved_adapter_loads_on_the_whole_model_by_plain_peft(
+    small_settings: ModelSettings, tmp_path: Path, rmu: Rmu, layers: int | None
+) -> None:
+    trained = add_adapter(load_model(small_settings, CPU, layers=layers), rmu, small_settings)
     train_a_little(trained)
     save_adapter(trained, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {"README.md"} == {"adapter_model.safetensors", "adapter_config.json"}
@@ -155,7 +194,7 @@ def test_a_saved_adapter_loads_on_the_whole_model_by_plain_peft(small_settings: 
     without = activations(base)
     whole = PeftModel.from_pretrained(base, tmp_path)
     assert len(decoder_layers(whole)) == 6
-    assert len(adapter_weights(whole)) == 4
+    assert len(adapter_weights(whole)) == (4 if rmu.trainable == "lora" else 2)
     assert torch.equal(activations(whole), activations(trained))
     assert not torch.allclose(activations(whole), without, atol=0.1)
 

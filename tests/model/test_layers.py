@@ -115,6 +115,17 @@ def test_activations_of_a_cut_model_are_taken_before_its_norm(small_settings: Mo
     assert not torch.allclose(activations, cut.model(IDS, output_hidden_states=True).hidden_states[-1], atol=0.1)
 
 
+def test_known_hidden_states_stand_in_for_the_layers_below(model: PreTrainedModel) -> None:
+    ids, mask = padded("left")
+    trunk = run_trunk(model, ids, mask, UPDATED)
+    for layer in list(decoder_layers(model))[: UPDATED.start]:
+        layer.self_attn.register_forward_hook(lambda *_: pytest.fail("a layer below ran"))
+    again = run_trunk(model, ids, mask, UPDATED, trunk.hidden)
+    assert again.hidden is trunk.hidden
+    assert torch.equal(run_layers(model, again, UPDATED), run_layers(model, trunk, UPDATED))
+    assert not any("forward" in layer.__dict__ for layer in decoder_layers(model))
+
+
 def test_forwards_are_given_back_after_success(llama: PreTrainedModel) -> None:
     logits = llama(IDS).logits
     run_trunk(llama, IDS, None, UPDATED)

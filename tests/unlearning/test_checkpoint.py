@@ -1,14 +1,17 @@
 """Checkpoints: their files, the way back, and a write that fails."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from peft import PeftModel
 from safetensors import safe_open
 
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
@@ -16,6 +19,8 @@ from lowmem_rmu.unlearning import checkpoint
 from lowmem_rmu.unlearning.checkpoint import Progress, load_checkpoint, save_checkpoint, trainable
 
 IDS = torch.arange(5, 37).reshape(2, 16)
+SETTINGS = {"rmu": {"learning_rate": 0.01, "adapter_layers": [1, 2]}, "topics": {"bio": {"alpha": 3.0}}}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}
 
 
 @pytest.fixture
@@ -23,65 +28,101 @@ def model(small_settings: ModelSettings) -> PeftModel:
     return add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), Rmu(target_layer=2, adapter_layers=[1, 2], rank=4), small_settings)
 
 
-def optimizer_of(model: PeftModel) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trainable(model).values(), lr=0.01)
+def optimizer_of(model: PeftModel, name: str = "adamw") -> torch.optim.Optimizer:
+    return OPTIMIZERS[name](trainable(model).values(), lr=0.01)
 
 
-def train(model: PeftModel, optimizer: torch.optim.AdamW, steps: int) -> None:
+def train(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         model.get_decoder()(IDS).last_hidden_state.square().mean().backward()
         optimizer.step()
 
 
-def test_it_holds_safetensors_and_json_and_nothing_else(model: PeftModel, tmp_path: Path) -> None:
+def read_metadata(folder: Path) -> dict[str, Any]:
+    with safe_open(folder / "state.safetensors", framework="pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+def test_it_is_one_safetensors_file_without_the_base_model(model: PeftModel, tmp_path: Path) -> None:
     optimizer = optimizer_of(model)
     train(model, optimizer, 2)
-    save_checkpoint(tmp_path / "checkpoint", model, optimizer, Progress(2, {"bio": 6.5}))
-    assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {"state.safetensors", "progress.json"}
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
-    assert json.loads((tmp_path / "checkpoint/progress.json").read_text()) == {"step": 2, "coefficients": {"bio": 6.5}}
+    save_checkpoint(tmp_path / "checkpoint", model, optimizer, Progress(2, {"bio": 6.5}, ["0-1"]), SETTINGS)
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["state.safetensors"]
+    about = read_metadata(tmp_path / "checkpoint")
+    assert about["progress"] == {"step": 2, "coefficients": {"bio": 6.5}, "cached": ["0-1"]}
+    assert about["settings"] == SETTINGS
     with safe_open(tmp_path / "checkpoint/state.safetensors", framework="pt") as tensors:
         kinds = [name.partition(".")[0] for name in tensors.keys()]  # noqa: SIM118
-    assert sorted(set(kinds)) == ["exp_avg", "exp_avg_sq", "step", "weight"]
-    assert len(kinds) == 4 * len(trainable(model))  # the base model is not in it
+    assert (kinds.count("weight"), kinds.count("optimizer")) == (len(trainable(model)), 3 * len(trainable(model)))
 
 
-def test_weights_and_optimiser_come_back_bit_for_bit(model: PeftModel, tmp_path: Path) -> None:
-    optimizer = optimizer_of(model)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["lora", "weights"])
+def test_weights_and_optimiser_come_back_bit_for_bit(small_settings: ModelSettings, tmp_path: Path, name: str, kind: str) -> None:
+    rmu = Rmu(target_layer=2, adapter_layers=[1, 2], rank=64, trainable=kind)
+    model = add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), rmu, small_settings)
+    optimizer = optimizer_of(model, name)
     train(model, optimizer, 2)
-    save_checkpoint(tmp_path / "checkpoint", model, optimizer, Progress(2, {"bio": 0.1 + 0.2}))
+    save_checkpoint(tmp_path / "checkpoint", model, optimizer, Progress(2, {"bio": 0.1 + 0.2}), SETTINGS)
     saved = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
     train(model, optimizer, 2)
     later = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
-    fresh = optimizer_of(model)
-    assert load_checkpoint(tmp_path / "checkpoint", model, fresh) == Progress(2, {"bio": 0.1 + 0.2})
+    assert not any(torch.equal(saved[name], later[name]) for name in saved)
+    fresh = optimizer_of(model, name)
+    assert load_checkpoint(tmp_path / "checkpoint", model, fresh, SETTINGS) == Progress(2, {"bio": 0.1 + 0.2})
     assert all(torch.equal(parameter, saved[name]) for name, parameter in trainable(model).items())
     train(model, fresh, 2)
     assert all(torch.equal(parameter, later[name]) for name, parameter in trainable(model).items())
 
 
+def test_eight_bit_moments_take_a_quarter(small_settings: ModelSettings, tmp_path: Path) -> None:
+    sizes = {}
+    for name in OPTIMIZERS:
+        model = add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), Rmu(target_layer=2, adapter_layers=[2], rank=64), small_settings)
+        optimizer = optimizer_of(model, name)
+        train(model, optimizer, 1)
+        states = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key.startswith(("exp_avg", "state"))]
+        sizes[name] = sum(tensor.nbytes for tensor in states)
+    assert sizes["adamw8bit"] * 4 == sizes["adamw"]
+
+
 def test_where_there_is_no_checkpoint_nothing_changes(model: PeftModel, tmp_path: Path) -> None:
     before = [parameter.detach().clone() for parameter in trainable(model).values()]
     optimizer = optimizer_of(model)
-    assert load_checkpoint(tmp_path / "checkpoint", model, optimizer) is None
+    assert load_checkpoint(tmp_path / "checkpoint", model, optimizer, SETTINGS) is None
     assert all(torch.equal(*pair) for pair in zip(before, trainable(model).values(), strict=True))
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("fails", ["save_file", "write_json"])
+def test_a_checkpoint_of_other_settings_is_refused_and_changes_nothing(model: PeftModel, tmp_path: Path) -> None:
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    save_checkpoint(tmp_path / "checkpoint", model, optimizer, Progress(1), SETTINGS)
+    train(model, optimizer, 1)
+    before = [parameter.detach().clone() for parameter in trainable(model).values()]
+    others = {"rmu": SETTINGS["rmu"] | {"learning_rate": 0.02}, "topics": {"bio": {"alpha": 4.0}}}
+    with pytest.raises(UserError) as raised:
+        load_checkpoint(tmp_path / "checkpoint", model, optimizer, others)
+    assert str(raised.value) == (
+        f"The checkpoint in {tmp_path / 'checkpoint'} was made with other settings: rmu.learning_rate, topics.bio.alpha.\n"
+        "Give the same ones, or start a new run."
+    )
+    assert all(torch.equal(*pair) for pair in zip(before, trainable(model).values(), strict=True))
+
+
+@pytest.mark.parametrize("fails", ["save_file", "os.fsync"])
 def test_a_failed_write_keeps_the_old_checkpoint(model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     optimizer, folder = optimizer_of(model), tmp_path / "checkpoint"
     train(model, optimizer, 1)
-    save_checkpoint(folder, model, optimizer, Progress(1, {}))
+    save_checkpoint(folder, model, optimizer, Progress(1), SETTINGS)
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
     train(model, optimizer, 1)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, fails, full)
+    monkeypatch.setattr(*((checkpoint, fails) if fails == "save_file" else (os, "fsync")), full)
     with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(folder, model, optimizer, Progress(2, {}))
+        save_checkpoint(folder, model, optimizer, Progress(2), SETTINGS)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}

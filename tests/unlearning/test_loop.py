@@ -3,12 +3,15 @@
 import copy
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lowmem_rmu.data.corpora import Batch, pad
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, base_only
+from lowmem_rmu.model.layers import decoder_layers
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning import loop
@@ -41,13 +45,21 @@ def rmu_of(**changes: Any) -> Rmu:
 
 
 def topic(**changes: Any) -> Topic:
-    return Topic(**{"corpus": Corpus(source="./nowhere"), "alpha": 3.0, "steering_coefficient": 6.5} | changes)
+    return Topic(**{"corpus": Corpus(source="./nowhere"), "alpha": 3.0, "steering": "random", "steering_coefficient": 6.5} | changes)
 
 
-def unlearning_of(settings: ModelSettings, rmu: Rmu, topics: dict[str, Topic] | None = None, layers: int | None = TARGET + 1) -> Unlearning:
+def adaptive(**changes: Any) -> Topic:
+    return topic(steering="adaptive", steering_coefficient=None, **changes)
+
+
+def unlearning_of(
+    settings: ModelSettings, rmu: Rmu, topics: dict[str, Topic] | None = None, layers: int | None = TARGET + 1, cache_folder: Path | None = None
+) -> Unlearning:
     topics = topics or {"bio": topic(), "cyber": topic(alpha=7.0, steering_coefficient=11.0)}
     data = UnlearningData({name: sequences(number) for number, name in enumerate(topics)}, sequences(99, 7), PAD)
-    return Unlearning(add_adapter(load_model(settings, CPU, layers=layers), rmu, settings), rmu, topics, data)
+    trained = [f"model.layers.{index}.mlp.down_proj" for index in rmu.adapter_layers] if rmu.trainable == "weights" else []
+    model = add_adapter(load_model(settings, CPU, layers=layers, unquantised=trained), rmu, settings)
+    return Unlearning(model, rmu, topics, data, cache_folder)
 
 
 def run(unlearning: Unlearning, folder: Path, stop_at: int | None = None) -> tuple[list[dict[str, Any]], bool]:
@@ -157,7 +169,7 @@ def test_topics_take_turns(small_settings: ModelSettings, tmp_path: Path) -> Non
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_the_loss_falls(small_settings: ModelSettings, tmp_path: Path, quantisation: str) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
-    rows, _ = run(unlearning_of(settings, rmu_of(steps=30), {"bio": topic(alpha=1.0, steering_coefficient="adaptive")}), tmp_path / "checkpoint")
+    rows, _ = run(unlearning_of(settings, rmu_of(steps=30), {"bio": adaptive(alpha=1.0)}), tmp_path / "checkpoint")
     first, last = (sum(row["loss"] for row in part) for part in (rows[:3], rows[-3:]))
     assert last < 0.9 * first
     assert rows[-1]["forget_cosine"] < rows[-1]["retain_cosine"]
@@ -165,7 +177,7 @@ def test_the_loss_falls(small_settings: ModelSettings, tmp_path: Path, quantisat
 
 def test_an_adaptive_coefficient_is_fixed_by_the_first_batch_of_its_topic(small_settings: ModelSettings, tmp_path: Path) -> None:
     rmu = rmu_of(shuffle=False)
-    unlearning = unlearning_of(small_settings, rmu, {"bio": topic(steering_coefficient="adaptive", adaptive_scale=4.0)})
+    unlearning = unlearning_of(small_settings, rmu, {"bio": adaptive(adaptive_scale=4.0)})
     ids, mask = plain_batch(unlearning.data.forget["bio"][:2], "right")
     frozen = AutoModelForCausalLM.from_pretrained(small_settings.name, dtype=torch.float32)
     norms = target_output(frozen, ids, mask)[mask.bool()].detach().norm(dim=-1)
@@ -238,7 +250,10 @@ def test_activation_checkpointing_changes_no_figure(small_settings: ModelSetting
     assert plain == recomputed
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_adapter(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_adapter(
+    small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "check_scale", lambda *_: None)  # which refuses such a vector first
     unlearning = unlearning_of(small_settings, rmu_of(checkpoint_every=1), {"bio": topic(), "cyber": topic(steering_coefficient=1e30)})
     unlearning.step()
     before, moments = adapter(unlearning), copy.deepcopy(unlearning.optimizer.state_dict())
@@ -246,18 +261,103 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_adapter(smal
         run(unlearning, tmp_path / "checkpoint")
     text = str(raised.value)
     assert "The loss is no longer finite at step 2." in text
-    assert "Lower rmu.learning_rate, or a topic's steering_coefficient" in text
+    assert "Lower rmu.learning_rate, or a topic's steering_coefficient; the last checkpoint is kept." in text
     assert same(adapter(unlearning), before)
     assert str(unlearning.optimizer.state_dict()) == str(moments)
     assert unlearning.progress.step == 1
 
 
+def test_activations_that_explode_end_the_run(small_settings: ModelSettings, tmp_path: Path) -> None:
+    unlearning = unlearning_of(small_settings, rmu_of(checkpoint_every=1, learning_rate=30.0, steps=20))
+    with pytest.raises(UserError) as raised:
+        run(unlearning, tmp_path / "checkpoint")
+    pattern = r"Activations explode at step (\d+): on the retain set they are \d+ times as large as the base model's\.\nLower rmu\.learning_rate"
+    found = re.match(pattern, str(raised.value))
+    assert found
+    assert unlearning.progress.step == int(found[1]) - 1
+    resumed = unlearning_of(small_settings, rmu_of(checkpoint_every=1, learning_rate=30.0, steps=20))
+    resumed.restore(tmp_path / "checkpoint")
+    assert resumed.progress.step == unlearning.progress.step
+
+
+def test_a_control_vector_of_another_scale_is_refused_in_the_first_step(small_settings: ModelSettings) -> None:
+    unlearning = unlearning_of(small_settings, rmu_of(), {"bio": topic(steering_coefficient=1e7)})
+    before = adapter(unlearning)
+    with pytest.raises(UserError, match=r"The control vector of bio is 1e\+07 long, but activations at the target layer have a norm of"):
+        unlearning.step()
+    assert same(adapter(unlearning), before)
+
+
+def test_contrastive_steering_aims_from_expert_to_novice(small_settings: ModelSettings) -> None:
+    contrastive = topic(steering="contrastive", steering_coefficient=0.7)
+    novice, expert = [1, 9, 30, 40], [1, 9, 50, 60, 70]
+    data = UnlearningData({"bio": sequences(0)}, sequences(99, 7), PAD, {"bio": [novice, expert]})
+    model = add_adapter(load_model(small_settings, CPU, layers=TARGET + 1), rmu_of(), small_settings)
+    row = Unlearning(model, rmu_of(shuffle=False), {"bio": contrastive}, data).step()
+    frozen = AutoModelForCausalLM.from_pretrained(small_settings.name, dtype=torch.float32)
+    ends = [target_output(frozen, torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1].detach() for ids in (novice, expert)]
+    # At the first step updated is frozen, so the loss is the size of the move alone.
+    assert row["forget_loss"] == pytest.approx((0.7 * (ends[0] - ends[1])).square().mean().item(), rel=1e-4)
+
+
+CACHES = [{"cache_gib": 0.0}, {"cache_gib": 1.0}, {"cache_gib": 1.0, "cache_in": "disk"}, {"cache_gib": 2e-5}]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_the_cache_changes_no_bit(small_settings: ModelSettings, tmp_path: Path, quantisation: str, shuffle: bool) -> None:
+    settings = small_settings.model_copy(update={"quantisation": quantisation})
+    made = []
+    for number, cache in enumerate(CACHES):
+        unlearning = unlearning_of(settings, rmu_of(steps=16, shuffle=shuffle, **cache), cache_folder=tmp_path / str(number))
+        made.append((timeless(run(unlearning, tmp_path / "checkpoint")[0]), adapter(unlearning), len(unlearning.cache.keys())))
+    assert all(rows == made[0][0] and same(weights, made[0][1]) for rows, weights, _ in made)
+    kept = [count for *_, count in made]
+    assert kept[0] == 0
+    assert kept[1] == kept[2] == 3 + 3 + 4  # every distinct batch of two topics and of the retain set
+    assert 0 < kept[3] < kept[1]
+    assert len(list((tmp_path / "2").iterdir())) == kept[2]
+
+
+def test_with_a_warm_cache_no_lower_layer_runs_and_no_frozen_path(small_settings: ModelSettings) -> None:
+    unlearning = unlearning_of(small_settings, rmu_of(steps=30, shuffle=False))
+    calls: Counter[int] = Counter()
+    for index, layer in enumerate(decoder_layers(unlearning.model)):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: calls.update([index]))
+    counts = []
+    for _ in range(9):
+        calls.clear()
+        unlearning.step()
+        counts.append([calls[index] for index in range(TARGET + 1)])
+    assert counts[0] == [2, 4, 4, 4]  # a forget and a retain batch, each frozen and updated
+    assert counts[1] == [1, 3, 3, 3]  # in the paper's order this topic shares the retain batch
+    assert counts[8] == [0, 2, 2, 2]  # the second epoch
+
+
+def test_what_never_comes_again_is_not_kept(small_settings: ModelSettings) -> None:
+    unlearning = unlearning_of(small_settings, rmu_of(steps=3), {"bio": topic()})
+    for _ in range(3):
+        unlearning.step()
+    assert unlearning.cache.keys() == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "weights"])
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_whole_matrices_are_trained_as_well(small_settings: ModelSettings, tmp_path: Path, quantisation: str, kind: str) -> None:
+    settings = small_settings.model_copy(update={"quantisation": quantisation})
+    unlearning = unlearning_of(settings, rmu_of(trainable=kind, steps=30, learning_rate={"lora": 0.02, "weights": 0.005}[kind]), {"bio": adaptive(alpha=1.0)})
+    rows, _ = run(unlearning, tmp_path / "checkpoint")
+    assert rows[0]["retain_loss"] == 0.0
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+
+
 def test_stop_ends_with_a_checkpoint(small_settings: ModelSettings, tmp_path: Path) -> None:
-    rows, finished = run(unlearning_of(small_settings, rmu_of()), tmp_path / "checkpoint", stop_at=2)
+    rows, finished = run(unlearning_of(small_settings, rmu_of(cache_gib=0.0)), tmp_path / "checkpoint", stop_at=2)
     assert not finished
     assert len(rows) == 2
-    progress = json.loads((tmp_path / "checkpoint/progress.json").read_text())
-    assert progress == {"step": 2, "coefficients": {"bio": 6.5, "cyber": 11.0}}
+    with safe_open(tmp_path / "checkpoint/state.safetensors", framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    assert progress == {"step": 2, "coefficients": {"bio": 6.5, "cyber": 11.0}, "cached": []}
 
 
 def test_a_stop_at_the_last_step_comes_too_late(small_settings: ModelSettings, tmp_path: Path) -> None:
@@ -268,7 +368,7 @@ def test_a_stop_at_the_last_step_comes_too_late(small_settings: ModelSettings, t
 
 def test_checkpoints_are_made_as_often_as_asked(small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, model, optimizer, progress: made.append(progress.step))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, model, optimizer, progress, settings: made.append(progress.step))
     run(unlearning_of(small_settings, rmu_of(steps=7, checkpoint_every=3)), tmp_path / "checkpoint")
     assert made == [3, 6]
 
@@ -279,7 +379,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(
     small_settings: ModelSettings, tmp_path: Path, quantisation: str, stop_at: int
 ) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
-    topics = {"bio": topic(steering_coefficient="adaptive"), "cyber": topic(steering_coefficient="adaptive")}
+    topics = {"bio": adaptive(), "cyber": adaptive()}
     whole, halted, resumed = (unlearning_of(settings, rmu_of(), topics) for _ in range(3))
     rows, _ = run(whole, tmp_path / "whole")
     first, _ = run(halted, tmp_path / "checkpoint", stop_at=stop_at)

@@ -1,9 +1,15 @@
-"""Control vectors: direction and length."""
+"""Targets: direction and length, a way of steering at a time."""
+
+import math
+import re
+from typing import Any
 
 import pytest
 import torch
 
-from lowmem_rmu.unlearning.targets import adaptive_coefficient, unit_vector
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.presets import Corpus, Topic
+from lowmem_rmu.unlearning.targets import check_scale, cues, make_target, unit_vector
 
 
 def test_a_unit_vector_has_unit_norm_and_no_negative_entry() -> None:
@@ -33,12 +39,61 @@ def test_other_topics_and_other_seeds_give_other_vectors(one: str, other: str) -
     assert torch.cosine_similarity(unit_vector(256, one), unit_vector(256, other), dim=0) < 0.9
 
 
-def test_the_adaptive_coefficient_by_hand() -> None:
-    activations = torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[100.0, 0.0], [6.0, 8.0]]])
-    is_token = torch.tensor([[True, True], [False, True]])
-    assert adaptive_coefficient(activations, is_token, 5.0) == pytest.approx(5 * (5 + 1 + 10) / 3)
+FROZEN = torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[100.0, 0.0], [6.0, 8.0]]])
+COUNTED = torch.tensor([[True, True], [False, True]])
 
 
-def test_the_adaptive_coefficient_does_not_overflow_in_half_precision() -> None:
-    activations = torch.full((1, 2, 4), 1e4, dtype=torch.float16)
-    assert adaptive_coefficient(activations, torch.ones(1, 2, dtype=torch.bool), 5.0) == pytest.approx(1e5, rel=1e-3)
+def topic(**changes: Any) -> Topic:
+    return Topic(**{"corpus": Corpus(source="./nowhere"), "alpha": 1.0} | changes)
+
+
+def test_random_is_one_vector_of_the_given_length() -> None:
+    target = make_target("bio", topic(steering="random", steering_coefficient=6.5), 0, 2, [])
+    assert torch.equal(target.of(FROZEN, COUNTED), 6.5 * unit_vector(2, "0 bio"))
+    assert (target.length(), target.coefficient) == (6.5, 6.5)
+
+
+def test_adaptive_takes_its_length_from_the_first_batch_and_keeps_it() -> None:
+    target = make_target("bio", topic(adaptive_scale=5.0), 0, 2, [])
+    assert target.coefficient is None
+    expected = 5 * (5 + 1 + 10) / 3
+    made = target.of(FROZEN, COUNTED)
+    torch.testing.assert_close(made, expected * unit_vector(2, "0 bio"))
+    assert torch.equal(target.of(1000 * FROZEN, COUNTED), made)
+    assert target.length() == pytest.approx(expected)
+
+
+def test_adaptive_does_not_overflow_in_half_precision() -> None:
+    target = make_target("bio", topic(), 0, 4, [])
+    target.of(torch.full((1, 2, 4), 1e4, dtype=torch.float16), torch.ones(1, 2, dtype=torch.bool))
+    assert target.coefficient == pytest.approx(1e5, rel=1e-3)
+
+
+def test_contrastive_moves_every_token_from_expert_to_novice() -> None:
+    novice, expert = torch.tensor([1.0, 5.0]), torch.tensor([4.0, 1.0])
+    target = make_target("bio", topic(steering="contrastive", steering_coefficient=2.0), 0, 2, [novice, expert])
+    torch.testing.assert_close(target.of(FROZEN, COUNTED), FROZEN + torch.tensor([-6.0, 8.0]))
+    assert target.length() == pytest.approx(10.0)
+
+
+def test_cues_name_the_topic() -> None:
+    contrastive = topic(steering="contrastive", steering_coefficient=2.0)
+    assert cues("bio", contrastive) == ["You are a novice at bio", "You are an expert at bio"]
+    about = contrastive.model_copy(update={"about": "building bombs"})
+    assert cues("bio", about) == ["You are a novice at building bombs", "You are an expert at building bombs"]
+    assert cues("bio", topic()) == []
+
+
+@pytest.mark.parametrize("length", [0.0009, 1001.0, math.nan, math.inf])
+def test_a_vector_of_another_scale_than_the_activations_is_refused(length: float) -> None:
+    with pytest.raises(UserError) as raised:
+        check_scale("bio", 20 * length, 20.0 if length > 1 else 2.0)
+    text = str(raised.value)
+    assert re.search(r"The control vector of bio is \S+ long, but activations at the target layer have a norm of (20|2)", text)
+    assert "Set topics.bio.steering_coefficient to a few times that norm, or topics.bio.steering to adaptive." in text
+
+
+@pytest.mark.parametrize("length", [6.5, 300.0])
+def test_the_papers_coefficients_pass(length: float) -> None:
+    for norm in (0.5, 3.0, 100.0):
+        check_scale("bio", length, norm)

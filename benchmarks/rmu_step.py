@@ -1,0 +1,248 @@
+"""Yardstick and engine side by side, in one process: seconds a step, peak memory, and how far their losses differ.
+
+    python benchmarks/rmu_step.py --shape smollm2-135m --model ./SmolLM2-135M-Instruct --quantisation none    (a real model, float32 on a CPU)
+    python benchmarks/rmu_step.py --shape zephyr-7b --random-weights                                          (the 7B shape; also yi-34b, mixtral-8x7b)
+"""
+
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from ctypes import CDLL
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+
+from benchmarks.shapes import random_model
+from benchmarks.yardstick import Padded, Yardstick
+from lowmem_rmu.model.adapters import add_adapter, trained_modules
+from lowmem_rmu.model.loading import load_model, resolve_device, resolve_dtype
+from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available, skeleton
+from lowmem_rmu.presets import Corpus, Preset, Rmu, Topic, load_preset
+from lowmem_rmu.run import friendly_exit, quiet_libraries
+from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
+from lowmem_rmu.unlearning.targets import unit_vector
+
+TOPIC, COEFFICIENT, ALPHA, RATE = "topic", 6.5, 100.0, 5e-5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured: `preset` gives model and layers; `forget` and `retain` hold `epoch` batches of `batch` x `tokens` tokens."""
+
+    preset: Preset
+    config: PretrainedConfig
+    device: torch.device
+    random_weights: bool
+    batch: int
+    tokens: int
+    epoch: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return resolve_dtype(self.preset.model, self.device)
+
+    def sequences(self, seed: int) -> list[list[int]]:
+        """Random token ids: what a step costs does not depend on what they say."""
+        ids = torch.randint(3, self.config.vocab_size, (self.epoch * self.batch, self.tokens), generator=torch.Generator().manual_seed(seed))
+        return ids.tolist()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a step, in the first epoch and with a warm cache; bytes at the peak, above what was there before; losses a step."""
+
+    name: str
+    first: float
+    warm: float | None
+    peak: int
+    losses: list[tuple[float, float]]
+
+
+class PeakMemory:
+    """Bytes above the state at the start: the allocator's peak on a GPU, else the highest resident memory (Linux)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            CDLL("libc.so.6").malloc_trim(0)  # what an earlier measurement gave back is not to be counted as there
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            self.before = psutil.Process().memory_info().rss
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) - self.before
+
+
+def timed(device: torch.device, work: Callable[[], tuple[float, float]]) -> tuple[float, tuple[float, float]]:
+    started = perf_counter()
+    losses = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - started, losses
+
+
+def measure_engine(setup: Setup, trainable: str) -> Measured:
+    """Two epochs over the same batches in the paper's order: the second finds the hidden-state cache filled."""
+    peak = PeakMemory(setup.device)
+    unlearning = build_engine(setup, trainable)
+
+    def step() -> tuple[float, float]:
+        row = unlearning.step()
+        return row["forget_loss"], row["retain_loss"]
+
+    timings = [timed(setup.device, step) for _ in range(2 * setup.epoch)]
+    seconds, losses = [each[0] for each in timings], [each[1] for each in timings]
+    first, warm = statistics.median(seconds[: setup.epoch]), statistics.median(seconds[setup.epoch :])
+    return Measured(f"engine, {trainable}", first, warm, peak.read(), losses)
+
+
+def build_engine(setup: Setup, trainable: str) -> Unlearning:
+    preset, rmu = setup.preset, setup.preset.rmu.model_copy(
+        update={
+            "trainable": trainable, "steps": 2 * setup.epoch, "batch_size": setup.batch, "retain_batch_size": None, "shuffle": False,
+            "padding": "paper", "max_grad_norm": None, "learning_rate": RATE, "cache_gib": 8.0,
+        }
+    )  # fmt: skip
+    topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT, max_tokens=setup.tokens)
+    model = cut_model(setup, trained_modules(skeleton(setup.config), rmu))
+    data = UnlearningData({TOPIC: setup.sequences(1)}, setup.sequences(2), pad_id=0)
+    return Unlearning(add_adapter(model, rmu, preset.model), rmu, {TOPIC: topic}, data)
+
+
+def cut_model(setup: Setup, unquantised: list[str]) -> PreTrainedModel:
+    layers = setup.preset.rmu.target_layer + 1
+    if not setup.random_weights:
+        return load_model(setup.preset.model, setup.device, layers, unquantised)
+    return random_model(setup.config, setup.device, layers, setup.preset.model.quantisation, setup.dtype, unquantised)
+
+
+def full_model(setup: Setup) -> PreTrainedModel:
+    if setup.random_weights:
+        return random_model(setup.config, setup.device, None, "none", setup.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(setup.preset.model.name, dtype=setup.dtype, device_map={"": setup.device})
+    return model
+
+
+def measure_yardstick(setup: Setup) -> Measured:
+    peak, rmu = PeakMemory(setup.device), setup.preset.rmu
+    yardstick = Yardstick(full_model(setup), full_model(setup), rmu.adapter_layers, rmu.target_layer, RATE)
+    vector = (COEFFICIENT * unit_vector(setup.config.hidden_size, f"{rmu.seed} {TOPIC}")).to(setup.device, setup.dtype)
+    forget, retain = (torch.tensor(setup.sequences(seed), device=setup.device).split(setup.batch) for seed in (1, 2))
+    timings = [
+        timed(setup.device, lambda pair=pair: yardstick.step(unpadded(pair[0]), unpadded(pair[1]), vector, ALPHA))  # type: ignore[misc]
+        for pair in zip(forget, retain, strict=True)
+    ]
+    return Measured("yardstick", statistics.median(each[0] for each in timings), None, peak.read(), [each[1] for each in timings])
+
+
+def unpadded(ids: Tensor) -> Padded:
+    return Padded(ids, torch.ones_like(ids))
+
+
+def floor_operations(setup: Setup, warm: bool) -> float:
+    """Floating-point operations of a LoRA step that no ordering of the work can avoid: 2 a weight and token, a pass.
+
+    Frozen and updated path part at the first adapted `down_proj`; all before it runs once, and not at all with a warm cache. The
+    backward pass carries gradients through the updated layers above the first. Adapters and element-wise work are left out.
+    """
+    rmu, tokens = setup.preset.rmu, setup.batch * setup.tokens
+    weights = count_weights(setup.config, rmu.modules).layer_linear
+    attention = 2 * tokens * setup.tokens * setup.config.hidden_size  # causal: half of 2 products of 2 operations
+    layer = 2 * tokens * weights + attention
+    first, above = min(rmu.adapter_layers), rmu.target_layer - min(rmu.adapter_layers)
+    updated = 2 * above * (layer + layer + attention)  # forget and retain, there and back
+    return updated + (0 if warm else 2 * (first + 1) * layer + above * layer)
+
+
+def matrix_rate(setup: Setup) -> float:
+    """Operations a second of the MLP's own matrix product, the best of ten."""
+    left = torch.randn(setup.batch * setup.tokens, setup.config.hidden_size, device=setup.device, dtype=setup.dtype)
+    right = torch.randn(setup.config.hidden_size, setup.config.intermediate_size, device=setup.device, dtype=setup.dtype)
+    best = min(timed(setup.device, lambda: ((left @ right)[0, 0].item(), 0.0))[0] for _ in range(10))
+    return 2 * left.numel() * right.shape[1] / best
+
+
+def largest_difference(engine: Measured, yardstick: Measured, steps: int | None) -> float:
+    """Of the losses, relative to the yardstick's, over the steps that both made; a retain loss of 0 in both is no difference."""
+    pairs = [pair for one, other in list(zip(engine.losses, yardstick.losses, strict=False))[:steps] for pair in zip(one, other, strict=True)]
+    return max(abs(one - other) / abs(other) if other else abs(one) for one, other in pairs)
+
+
+def print_table(setup: Setup, engines: list[Measured], yardstick: Measured | None) -> None:
+    precision = "NF4" if setup.preset.model.quantisation == "nf4" else "not quantised"
+    weights = "random weights" if setup.random_weights else setup.preset.model.name
+    title = f"{weights}, {precision}, {str(setup.dtype)[6:]} on {setup.device}: batches of {setup.batch} x {setup.tokens} tokens, {setup.epoch} an epoch"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "s a step", "speed", "warm cache", "speed", "peak memory", "share", "losses differ by"):
+        table.add_column(column, justify="right" if column else "left")
+    if yardstick:
+        table.add_row(yardstick.name, f"{yardstick.first:.2f}", "1.0x", "", "", gib(yardstick.peak), "1", "")
+    for each in engines:
+        ratios = ["", "", "", ""]
+        if yardstick:
+            steps = None if "weights" in each.name else 1  # LoRA takes another path from the second step on
+            differ = f"{largest_difference(each, yardstick, steps):.1e} ({steps or setup.epoch} steps)"
+            ratios = [f"{yardstick.first / each.first:.1f}x", f"{yardstick.first / (each.warm or 1):.1f}x", f"1/{yardstick.peak / each.peak:.1f}", differ]
+        table.add_row(each.name, f"{each.first:.2f}", ratios[0], f"{each.warm:.2f}", ratios[1], gib(each.peak), ratios[2], ratios[3])
+    console = Console(width=150)
+    console.print(table)
+    rate, lora = matrix_rate(setup), engines[-1]
+    for label, seconds, warm in (("first epoch", lora.first, False), ("warm cache", lora.warm or 1, True)):
+        floor = floor_operations(setup, warm) / rate
+        line = f"Limit, {label}: {floor_operations(setup, warm) / 1e9:.0f} GFLOP that cannot be avoided at {rate / 1e9:.0f} GFLOP/s are {floor:.2f} s; "
+        console.print(f"{line}the LoRA engine takes {seconds:.2f} s ({floor / seconds:.0%} of it is that).", highlight=False)
+
+
+def yardstick_fits(setup: Setup) -> bool:
+    """Two full models, and the activations of every layer above the first updated one."""
+    weights = count_weights(setup.config, setup.preset.rmu.modules).total()
+    needed = 2 * weights * torch.empty((), dtype=setup.dtype).element_size() * 1.2
+    if fits := needed < memory_available(setup.device):
+        return fits
+    print(f"The yardstick is left out: its two full models take {gib(int(needed))}, {gib(memory_available(setup.device))} are free.")
+    return False
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="The preset whose model, layers and modules are measured.")] = "smollm2-135m",
+    model: Annotated[str | None, typer.Option(help="A local folder with the model's weights.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Make weights up: nothing is loaded.")] = False,
+    quantisation: Annotated[str | None, typer.Option(help="nf4 or none; the preset's if left out.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    tokens: Annotated[int, typer.Option(min=2)] = 512,
+    epoch: Annotated[int, typer.Option(min=1, help="Distinct batches: the engine goes through them twice.")] = 4,
+) -> None:
+    """Measures the engine with whole matrices and with LoRA, then the yardstick where it fits."""
+    quiet_libraries()
+    with friendly_exit():
+        changes = [f"model.name={model}"] * bool(model) + [f"model.quantisation={quantisation}"] * bool(quantisation)
+        preset = load_preset(shape, changes)
+        setup = Setup(preset, config_for_plan(preset), resolve_device(device), random_weights, batch, tokens, epoch)
+        moe = not any(name.endswith("down_proj") for name in trained_modules(skeleton(setup.config), Rmu(**preset.rmu.model_dump() | {"trainable": "weights"})))
+        engines = [measure_engine(setup, "lora")] if moe else [measure_engine(setup, "weights"), measure_engine(setup, "lora")]
+        yardstick = None if moe or not yardstick_fits(setup) else measure_yardstick(setup)
+        print_table(setup, engines, yardstick)
+
+
+if __name__ == "__main__":
+    typer.run(main)
