@@ -1,15 +1,16 @@
 """Yardstick and engine side by side, in one process: seconds a step, peak memory, and how far their losses differ.
 
-    python benchmarks/rmu_step.py --shape smollm2-135m --model ./SmolLM2-135M-Instruct --quantisation none    (a real model, float32 on a CPU)
-    python benchmarks/rmu_step.py --shape zephyr-7b --random-weights                                          (the 7B shape; also yi-34b, mixtral-8x7b)
+    python benchmarks/rmu_step.py --shape smollm2-135m --model ./SmolLM2-135M-Instruct --quantisation none   # float32 on a CPU
+    python benchmarks/rmu_step.py --shape zephyr-7b --random-weights                                # also yi-34b, mixtral-8x7b
 """
 
 import gc
-import statistics
+import math
 import sys
 from collections.abc import Callable
 from ctypes import CDLL
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
@@ -29,17 +31,20 @@ from benchmarks.yardstick import Padded, Yardstick
 from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.loading import load_model, resolve_device, resolve_dtype
 from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available, skeleton
-from lowmem_rmu.presets import Corpus, Preset, Rmu, Topic, load_preset
+from lowmem_rmu.presets import Corpus, Preset, Topic, load_preset
 from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
 from lowmem_rmu.unlearning.targets import unit_vector
 
-TOPIC, COEFFICIENT, ALPHA, RATE = "topic", 6.5, 100.0, 5e-5
+TOPICS, COEFFICIENT, ALPHA, RATE = ("bio", "cyber"), 6.5, 100.0, 5e-5
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: `preset` gives model and layers; `forget` and `retain` hold `epoch` batches of `batch` x `tokens` tokens."""
+    """What is measured: `preset` gives model and layers; two topics take turns over `rounds` batches of `batch` x `tokens` tokens each.
+
+    As in the paper, both topics of a round share its retain batch.
+    """
 
     preset: Preset
     config: PretrainedConfig
@@ -47,7 +52,7 @@ class Setup:
     random_weights: bool
     batch: int
     tokens: int
-    epoch: int
+    rounds: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,13 +60,13 @@ class Setup:
 
     def sequences(self, seed: int) -> list[list[int]]:
         """Random token ids: what a step costs does not depend on what they say."""
-        ids = torch.randint(3, self.config.vocab_size, (self.epoch * self.batch, self.tokens), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(3, self.config.vocab_size, (self.rounds * self.batch, self.tokens), generator=torch.Generator().manual_seed(seed))
         return ids.tolist()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds a step, in the first epoch and with a warm cache; bytes at the peak, above what was there before; losses a step."""
+    """Mean seconds a step, in the first epoch and with a warm cache; bytes at the peak, above what was there before; losses a step."""
 
     name: str
     first: float
@@ -109,23 +114,25 @@ def measure_engine(setup: Setup, trainable: str) -> Measured:
         row = unlearning.step()
         return row["forget_loss"], row["retain_loss"]
 
-    timings = [timed(setup.device, step) for _ in range(2 * setup.epoch)]
-    seconds, losses = [each[0] for each in timings], [each[1] for each in timings]
-    first, warm = statistics.median(seconds[: setup.epoch]), statistics.median(seconds[setup.epoch :])
-    return Measured(f"engine, {trainable}", first, warm, peak.read(), losses)
+    first, again = ([timed(setup.device, step) for _ in range(len(TOPICS) * setup.rounds)] for _ in range(2))
+    return Measured(f"engine, {trainable}", mean_seconds(first), mean_seconds(again), peak.read(), [losses for _, losses in first + again])
+
+
+def mean_seconds(timings: list[tuple[float, tuple[float, float]]]) -> float:
+    return sum(seconds for seconds, _ in timings) / len(timings)
 
 
 def build_engine(setup: Setup, trainable: str) -> Unlearning:
     preset, rmu = setup.preset, setup.preset.rmu.model_copy(
         update={
-            "trainable": trainable, "steps": 2 * setup.epoch, "batch_size": setup.batch, "retain_batch_size": None, "shuffle": False,
+            "trainable": trainable, "steps": 2 * len(TOPICS) * setup.rounds, "batch_size": setup.batch, "retain_batch_size": None, "shuffle": False,
             "padding": "paper", "max_grad_norm": None, "learning_rate": RATE, "cache_gib": 8.0,
         }
     )  # fmt: skip
     topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT, max_tokens=setup.tokens)
     model = cut_model(setup, trained_modules(skeleton(setup.config), rmu))
-    data = UnlearningData({TOPIC: setup.sequences(1)}, setup.sequences(2), pad_id=0)
-    return Unlearning(add_adapter(model, rmu, preset.model), rmu, {TOPIC: topic}, data)
+    data = UnlearningData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
+    return Unlearning(add_adapter(model, rmu, preset.model), rmu, dict.fromkeys(TOPICS, topic), data)
 
 
 def cut_model(setup: Setup, unquantised: list[str]) -> PreTrainedModel:
@@ -145,13 +152,14 @@ def full_model(setup: Setup) -> PreTrainedModel:
 def measure_yardstick(setup: Setup) -> Measured:
     peak, rmu = PeakMemory(setup.device), setup.preset.rmu
     yardstick = Yardstick(full_model(setup), full_model(setup), rmu.adapter_layers, rmu.target_layer, RATE)
-    vector = (COEFFICIENT * unit_vector(setup.config.hidden_size, f"{rmu.seed} {TOPIC}")).to(setup.device, setup.dtype)
-    forget, retain = (torch.tensor(setup.sequences(seed), device=setup.device).split(setup.batch) for seed in (1, 2))
-    timings = [
-        timed(setup.device, lambda pair=pair: yardstick.step(unpadded(pair[0]), unpadded(pair[1]), vector, ALPHA))  # type: ignore[misc]
-        for pair in zip(forget, retain, strict=True)
-    ]
-    return Measured("yardstick", statistics.median(each[0] for each in timings), None, peak.read(), [each[1] for each in timings])
+    batches = [[unpadded(ids) for ids in torch.tensor(setup.sequences(seed), device=setup.device).split(setup.batch)] for seed in range(3)]
+    timings = []
+    for number in range(setup.rounds):
+        for seed, name in enumerate(TOPICS, start=1):
+            vector = (COEFFICIENT * unit_vector(setup.config.hidden_size, f"{rmu.seed} {name}")).to(setup.device, setup.dtype)
+            step = partial(yardstick.step, batches[seed][number], batches[0][number], vector, ALPHA)
+            timings.append(timed(setup.device, step))
+    return Measured("yardstick", mean_seconds(timings), None, peak.read(), [losses for _, losses in timings])
 
 
 def unpadded(ids: Tensor) -> Padded:
@@ -161,8 +169,9 @@ def unpadded(ids: Tensor) -> Padded:
 def floor_operations(setup: Setup, warm: bool) -> float:
     """Floating-point operations of a LoRA step that no ordering of the work can avoid: 2 a weight and token, a pass.
 
-    Frozen and updated path part at the first adapted `down_proj`; all before it runs once, and not at all with a warm cache. The
-    backward pass carries gradients through the updated layers above the first. Adapters and element-wise work are left out.
+    Frozen and updated path part at the first adapted `down_proj`; all before it runs once (for a retain batch once in both topics'
+    turns), and not at all with a warm cache. The backward pass carries gradients through the updated layers above the first.
+    Adapters and element-wise work are left out.
     """
     rmu, tokens = setup.preset.rmu, setup.batch * setup.tokens
     weights = count_weights(setup.config, rmu.modules).layer_linear
@@ -170,7 +179,7 @@ def floor_operations(setup: Setup, warm: bool) -> float:
     layer = 2 * tokens * weights + attention
     first, above = min(rmu.adapter_layers), rmu.target_layer - min(rmu.adapter_layers)
     updated = 2 * above * (layer + layer + attention)  # forget and retain, there and back
-    return updated + (0 if warm else 2 * (first + 1) * layer + above * layer)
+    return updated + (0 if warm else 1.5 * (first + 1) * layer + 0.5 * above * layer)
 
 
 def matrix_rate(setup: Setup) -> float:
@@ -190,7 +199,7 @@ def largest_difference(engine: Measured, yardstick: Measured, steps: int | None)
 def print_table(setup: Setup, engines: list[Measured], yardstick: Measured | None) -> None:
     precision = "NF4" if setup.preset.model.quantisation == "nf4" else "not quantised"
     weights = "random weights" if setup.random_weights else setup.preset.model.name
-    title = f"{weights}, {precision}, {str(setup.dtype)[6:]} on {setup.device}: batches of {setup.batch} x {setup.tokens} tokens, {setup.epoch} an epoch"
+    title = f"{weights}, {precision}, {str(setup.dtype).removeprefix('torch.')} on {setup.device}: batches of {setup.batch} x {setup.tokens} tokens"
     table = Table(title=title, title_justify="left")
     for column in ("", "s a step", "speed", "warm cache", "speed", "peak memory", "share", "losses differ by"):
         table.add_column(column, justify="right" if column else "left")
@@ -200,16 +209,17 @@ def print_table(setup: Setup, engines: list[Measured], yardstick: Measured | Non
         ratios = ["", "", "", ""]
         if yardstick:
             steps = None if "weights" in each.name else 1  # LoRA takes another path from the second step on
-            differ = f"{largest_difference(each, yardstick, steps):.1e} ({steps or setup.epoch} steps)"
-            ratios = [f"{yardstick.first / each.first:.1f}x", f"{yardstick.first / (each.warm or 1):.1f}x", f"1/{yardstick.peak / each.peak:.1f}", differ]
+            differ = f"{largest_difference(each, yardstick, steps):.0e} in {steps or len(yardstick.losses)} steps"
+            speeds = [f"{yardstick.first / seconds:.1f}x" for seconds in (each.first, each.warm or math.nan)]
+            ratios = [*speeds, f"1/{yardstick.peak / each.peak:.1f}", differ]
         table.add_row(each.name, f"{each.first:.2f}", ratios[0], f"{each.warm:.2f}", ratios[1], gib(each.peak), ratios[2], ratios[3])
     console = Console(width=150)
     console.print(table)
     rate, lora = matrix_rate(setup), engines[-1]
     for label, seconds, warm in (("first epoch", lora.first, False), ("warm cache", lora.warm or 1, True)):
         floor = floor_operations(setup, warm) / rate
-        line = f"Limit, {label}: {floor_operations(setup, warm) / 1e9:.0f} GFLOP that cannot be avoided at {rate / 1e9:.0f} GFLOP/s are {floor:.2f} s; "
-        console.print(f"{line}the LoRA engine takes {seconds:.2f} s ({floor / seconds:.0%} of it is that).", highlight=False)
+        work = f"{floor_operations(setup, warm) / 1e9:.0f} GFLOP that cannot be avoided, at {rate / 1e9:.0f} GFLOP/s: {floor:.2f} s"
+        console.print(f"Limit, {label}: {work}; the LoRA engine takes {seconds:.2f} s ({floor / seconds:.0%} of it is that).", highlight=False)
 
 
 def yardstick_fits(setup: Setup) -> bool:
@@ -230,17 +240,18 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int, typer.Option(min=1)] = 4,
     tokens: Annotated[int, typer.Option(min=2)] = 512,
-    epoch: Annotated[int, typer.Option(min=1, help="Distinct batches: the engine goes through them twice.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Distinct batches a topic: the engine goes through them twice.")] = 2,
 ) -> None:
     """Measures the engine with whole matrices and with LoRA, then the yardstick where it fits."""
     quiet_libraries()
+    logging.set_verbosity_error()
     with friendly_exit():
         changes = [f"model.name={model}"] * bool(model) + [f"model.quantisation={quantisation}"] * bool(quantisation)
         preset = load_preset(shape, changes)
-        setup = Setup(preset, config_for_plan(preset), resolve_device(device), random_weights, batch, tokens, epoch)
-        moe = not any(name.endswith("down_proj") for name in trained_modules(skeleton(setup.config), Rmu(**preset.rmu.model_dump() | {"trainable": "weights"})))
-        engines = [measure_engine(setup, "lora")] if moe else [measure_engine(setup, "weights"), measure_engine(setup, "lora")]
-        yardstick = None if moe or not yardstick_fits(setup) else measure_yardstick(setup)
+        setup = Setup(preset, config_for_plan(preset), resolve_device(device), random_weights, batch, tokens, rounds)
+        dense = bool(trained_modules(skeleton(setup.config), preset.rmu.model_copy(update={"trainable": "weights"})))
+        engines = [measure_engine(setup, trainable) for trainable in ("weights", "lora") if dense or trainable == "lora"]
+        yardstick = measure_yardstick(setup) if dense and yardstick_fits(setup) else None
         print_table(setup, engines, yardstick)
 
 

@@ -26,6 +26,16 @@ class Trunk:
     hidden: Tensor
     layer_arguments: list[dict[str, Any]]
 
+    def first(self, samples: int | None) -> "Trunk":
+        """The same for the batch's first samples alone; None: for all. (What has one row for the whole batch keeps it.)"""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(each) for each in value)
+            return value[:samples] if isinstance(value, Tensor) and value.dim() > 1 else value
+
+        return Trunk(self.hidden[:samples], [{name: cut(value) for name, value in arguments.items()} for arguments in self.layer_arguments])
+
 
 class _Recorded(Exception):
     """Ends a forward pass once every updated layer's arguments are known."""

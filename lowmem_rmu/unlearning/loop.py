@@ -61,12 +61,22 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Activations:
-    """What leaves the target layer, `(batch, sequence, hidden)`, and which positions count in the losses."""
+    """What leaves the target layer, `(batch, sequence, hidden)`, and which positions count in the losses.
+
+    Of the frozen path there may be the batch's first sample only.
+    """
 
     updated: Tensor
     frozen: Tensor
     counted: Tensor
     tokens: int
+
+    def cosine(self) -> float:
+        samples = len(self.frozen)
+        return mean_cosine(self.updated[:samples], self.frozen, self.counted[:samples])
+
+    def frozen_norm(self) -> float:
+        return mean_norm(self.frozen, self.counted[: len(self.frozen)])
 
 
 class Unlearning:
@@ -114,7 +124,7 @@ class Unlearning:
         started = time.monotonic()
         turn = self.turns[self.progress.step]
         name, alpha = turn.topic, self.topics[turn.topic].alpha
-        forget = self._activations(turn.forget)
+        forget = self._activations(turn.forget, None if self.targets[name].needs_all else 1)
         target = self._target(name, forget)
         forget_loss = masked_mse(forget.updated, target, forget.counted)
         forget_loss.backward()
@@ -123,7 +133,7 @@ class Unlearning:
         (alpha * retain_loss).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), self.rmu.max_grad_norm or math.inf)
         retain_norm = mean_norm(retain.updated, retain.counted)
-        self._check(retain_norm / mean_norm(retain.frozen, retain.counted), forget_loss, retain_loss, grad_norm)
+        self._check(retain_norm / retain.frozen_norm(), forget_loss, retain_loss, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
@@ -133,8 +143,8 @@ class Unlearning:
             "loss": forget_loss.item() + alpha * retain_loss.item(),
             "forget_loss": forget_loss.item(),
             "retain_loss": retain_loss.item(),
-            "forget_cosine": mean_cosine(forget.updated, forget.frozen, forget.counted),
-            "retain_cosine": mean_cosine(retain.updated, retain.frozen, retain.counted),
+            "forget_cosine": forget.cosine(),
+            "retain_cosine": retain.cosine(),
             "forget_norm": mean_norm(forget.updated, forget.counted),
             "retain_norm": retain_norm,
             "grad_norm": grad_norm.item(),
@@ -143,20 +153,23 @@ class Unlearning:
             "peak_memory_bytes": memory_in_use(self.device),
         }
 
-    def _activations(self, key: BatchKey) -> Activations:
-        """Both paths over one trunk: frozen with the adapter off, updated with it on. Trunk and frozen path run once a distinct batch."""
+    def _activations(self, key: BatchKey, samples: int | None = None) -> Activations:
+        """Both paths over one trunk: updated with the adapter on, frozen with it off and for the first `samples` alone (None: all).
+
+        Trunk and frozen path run once a distinct batch, where the cache has room for them.
+        """
         side = "left" if self.rmu.padding == "paper" else "right"
         batch = pad(self.batches[key.corpus][key.number], self.data.pad_id, side, self.device)
         known = self.cache.get(str(key), self.device)
         trunk = run_trunk(self.model, batch.input_ids, batch.attention_mask, self.updated_layers, known["trunk"] if known else None)
         if known is None:
             with torch.no_grad(), base_only(self.model):
-                known = {"trunk": trunk.hidden, "frozen": run_layers(self.model, trunk, self.updated_layers)}
+                known = {"trunk": trunk.hidden, "frozen": run_layers(self.model, trunk.first(samples), self.updated_layers)}
             if key in self.comes_again:
                 self.cache.put(str(key), known)
         updated = run_layers(self.model, trunk, self.updated_layers, self.rmu.activation_checkpointing)
         counted = torch.ones_like(batch.is_token) if self.rmu.padding == "paper" else batch.is_token
-        return Activations(updated, known["frozen"], counted, int(batch.is_token.sum()))
+        return Activations(updated, known["frozen"][:samples], counted, int(batch.is_token.sum()))
 
     def _last_frozen(self, ids: list[int]) -> Tensor:
         """The frozen activation `(hidden,)` of a text's last token."""
@@ -168,7 +181,7 @@ class Unlearning:
         """Where this forget batch is pushed to. A topic's first batch fixes its coefficient and shows whether it makes sense."""
         target, made = self.targets[name], self.targets[name].of(forget.frozen, forget.counted)
         if name not in self.progress.coefficients:
-            check_scale(name, target.length(), mean_norm(forget.frozen, forget.counted))
+            check_scale(name, target.length(), forget.frozen_norm())
             self.progress.coefficients[name] = target.coefficient or 0.0
         return made
 

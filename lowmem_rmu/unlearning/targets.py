@@ -21,6 +21,8 @@ class Target(Protocol):
     """`coefficient` is None until it is known; it is part of every checkpoint."""
 
     coefficient: float | None
+    needs_all: bool
+    """Whether `of` looks at the frozen activations of every sample; else one sample is enough, for the figures that are shown."""
 
     def length(self) -> float:
         """How far it pushes, in units of activation."""
@@ -31,6 +33,8 @@ class Target(Protocol):
 
 class Random:
     """RMU: one control vector `c * u` for every token (Li et al. 2024)."""
+
+    needs_all = False
 
     def __init__(self, unit: Tensor, coefficient: float | None) -> None:
         self.unit, self.coefficient = unit, coefficient
@@ -50,6 +54,10 @@ class Adaptive(Random):
         super().__init__(unit, None)
         self.scale = scale
 
+    @property
+    def needs_all(self) -> bool:  # type: ignore[override]
+        return self.coefficient is None
+
     def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
         if self.coefficient is None:
             self.coefficient = self.scale * mean_norm(frozen, counted)
@@ -58,6 +66,8 @@ class Adaptive(Random):
 
 class Contrastive:
     """CUT, the paper's first version: every token's frozen activation, moved by `c * difference`."""
+
+    needs_all = True
 
     def __init__(self, difference: Tensor, coefficient: float | None) -> None:
         self.difference, self.coefficient = difference, coefficient

@@ -126,6 +126,17 @@ def test_known_hidden_states_stand_in_for_the_layers_below(model: PreTrainedMode
     assert not any("forward" in layer.__dict__ for layer in decoder_layers(model))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_first_samples_alone_give_what_they_give_in_the_batch(model: PreTrainedModel, side: str) -> None:
+    ids, mask = padded(side)
+    trunk = run_trunk(model, ids, mask if side == "left" else None, UPDATED)
+    whole = run_layers(model, trunk, UPDATED)
+    for samples in (1, 2, None):
+        some = run_layers(model, trunk.first(samples), UPDATED)
+        assert some.shape == whole[:samples].shape
+        torch.testing.assert_close(some, whole[:samples], rtol=1e-4, atol=1e-4)
+
+
 def test_forwards_are_given_back_after_success(llama: PreTrainedModel) -> None:
     logits = llama(IDS).logits
     run_trunk(llama, IDS, None, UPDATED)

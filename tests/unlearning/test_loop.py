@@ -329,7 +329,7 @@ def test_with_a_warm_cache_no_lower_layer_runs_and_no_frozen_path(small_settings
         calls.clear()
         unlearning.step()
         counts.append([calls[index] for index in range(TARGET + 1)])
-    assert counts[0] == [2, 4, 4, 4]  # a forget and a retain batch, each frozen and updated
+    assert counts[0] == [2, 4, 4, 4]  # a forget and a retain batch, each frozen (of the forget batch one sample) and updated
     assert counts[1] == [1, 3, 3, 3]  # in the paper's order this topic shares the retain batch
     assert counts[8] == [0, 2, 2, 2]  # the second epoch
 

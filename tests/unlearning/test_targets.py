@@ -56,11 +56,13 @@ def test_random_is_one_vector_of_the_given_length() -> None:
 def test_adaptive_takes_its_length_from_the_first_batch_and_keeps_it() -> None:
     target = make_target("bio", topic(adaptive_scale=5.0), 0, 2, [])
     assert target.coefficient is None
+    assert target.needs_all
     expected = 5 * (5 + 1 + 10) / 3
     made = target.of(FROZEN, COUNTED)
     torch.testing.assert_close(made, expected * unit_vector(2, "0 bio"))
     assert torch.equal(target.of(1000 * FROZEN, COUNTED), made)
     assert target.length() == pytest.approx(expected)
+    assert not target.needs_all
 
 
 def test_adaptive_does_not_overflow_in_half_precision() -> None:
