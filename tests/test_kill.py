@@ -17,7 +17,7 @@ from lowmem_rmu.presets import load_preset
 from lowmem_rmu.run import main_job, quiet_libraries
 
 KILLS = 20
-SETTINGS = ["rmu.steps=90", "rmu.batch_size=2", "rmu.retain_batch_size=2", "rmu.checkpoint_every=1", "rmu.cache_in=disk", "topics.locks.max_tokens=24"]
+SETTINGS = ["rmu.steps=90", "rmu.batch_size=2", "rmu.retain_batch_size=2", "rmu.checkpoint_every=1", "rmu.cache_in=disk"]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 

@@ -15,6 +15,7 @@ import torch
 import typer
 from click.testing import Result
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -83,6 +84,27 @@ def test_a_run_leaves_the_folder_that_the_contract_promises(finished: Path) -> N
     assert [row["topic"] for row in rows[:2]] == ["compounds", "locks"]
     assert rows[0].keys() >= METRICS
     assert rows[0]["retain_loss"] == 0.0
+
+
+MODES = {
+    "whole matrices": ["rmu.trainable=weights", "rmu.learning_rate=1e-3", "rmu.max_grad_norm=null"],
+    "eight bits": ["rmu.optimizer=adamw8bit", "rmu.cache_in=disk"],
+    "contrastive": ["topics.compounds.steering=contrastive", "topics.compounds.steering_coefficient=2", "topics.compounds.about=odd compounds"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_of_training_ends_the_same_in_one_process_or_in_two(finished: Path, tmp_path: Path, mode: str) -> None:
+    """In the second one only the layers up to the target are trained, and the adapter that was saved is measured."""
+    settings = [part for setting in MODES[mode] for part in ("--set", setting)]
+    assert run_tiny(tmp_path, "one", *settings).exit_code == 0
+    assert run_tiny(tmp_path, "two", *settings, "--stages", "unlearn").exit_code == 0
+    assert run_tiny(tmp_path, "two", *settings, "--stages", "evaluate-unlearned", "--resume").exit_code == 0
+    assert_same_adapter(tmp_path / "one", tmp_path / "two")
+    answers = [read_lines(tmp_path / name / "evaluation/answers_unlearned.jsonl") for name in ("one", "two")]
+    assert answers[0] == answers[1]
+    assert losses(tmp_path / "one") != losses(finished)
+    assert not (tmp_path / "one/cache").exists()
 
 
 def test_the_config_holds_what_decides_the_run_and_no_token(finished: Path) -> None:
@@ -170,7 +192,8 @@ def test_ctrl_c_stops_after_the_step_with_exit_code_130(tmp_path: Path) -> None:
     assert "Stopped. Nothing is lost" in said
     assert "Traceback" not in said
     steps = len(read_lines(tmp_path / "long/metrics.jsonl"))
-    assert json.loads((tmp_path / "long/checkpoint/progress.json").read_text())["step"] == steps
+    with safe_open(tmp_path / "long/checkpoint/state.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == steps
 
 
 def cut_short(folder: Path) -> Path:

@@ -68,7 +68,8 @@ def test_twenty_steps_on_whole_matrices_follow_the_yardstick(small_settings: Mod
         row = unlearning.step()
         assert row["forget_loss"] == pytest.approx(forget_loss, rel=1e-4)
         assert row["retain_loss"] == (pytest.approx(retain_loss, rel=1e-4) if step else 0.0)
-    matrices = {name.split("base_model.model.")[1].replace(".modules_to_save.default", ""): each for name, each in trainable(unlearning.model).items()}
+    learned = trainable(unlearning.model).items()
+    matrices = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): matrix for name, matrix in learned}
     assert matrices.keys() == after.keys()
     for name, matrix in matrices.items():
         moved = (after[name] - before[name]).norm()

@@ -77,9 +77,9 @@ def test_weights_and_optimiser_come_back_bit_for_bit(small_settings: ModelSettin
 
 
 def test_eight_bit_moments_take_a_quarter(small_settings: ModelSettings, tmp_path: Path) -> None:
-    sizes = {}
+    sizes, rmu = {}, Rmu(target_layer=2, adapter_layers=[2], rank=64)
     for name in OPTIMIZERS:
-        model = add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), Rmu(target_layer=2, adapter_layers=[2], rank=64), small_settings)
+        model = add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), rmu, small_settings)
         optimizer = optimizer_of(model, name)
         train(model, optimizer, 1)
         states = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key.startswith(("exp_avg", "state"))]

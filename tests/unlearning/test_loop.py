@@ -345,7 +345,8 @@ def test_what_never_comes_again_is_not_kept(small_settings: ModelSettings) -> No
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_whole_matrices_are_trained_as_well(small_settings: ModelSettings, tmp_path: Path, quantisation: str, kind: str) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
-    unlearning = unlearning_of(settings, rmu_of(trainable=kind, steps=30, learning_rate={"lora": 0.02, "weights": 0.005}[kind]), {"bio": adaptive(alpha=1.0)})
+    rmu = rmu_of(trainable=kind, steps=30, learning_rate={"lora": 0.02, "weights": 0.005}[kind])
+    unlearning = unlearning_of(settings, rmu, {"bio": adaptive(alpha=1.0)})
     rows, _ = run(unlearning, tmp_path / "checkpoint")
     assert rows[0]["retain_loss"] == 0.0
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
