@@ -1,15 +1,20 @@
 """The files of a checkpoint: only those that are needed are opened or downloaded, and one weight is read at a time."""
 
+import ctypes
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import is_local
@@ -47,15 +52,34 @@ def find_files(name: str, revision: str, layers: int | None) -> list[Path]:
     return [path for path in files.values() if path]
 
 
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight of an open file, read whole when it is asked for: `weight[...]`."""
+
+    file: Any
+    name: str
+
+    def __getitem__(self, _: EllipsisType) -> Tensor:
+        _give_back_freed_memory()
+        return self.file.get_tensor(self.name)
+
+
 @contextmanager
-def open_weights(files: list[Path], layers: int | None) -> Iterator[dict[str, Any]]:
-    """The needed weights by name, each a slice that is read when it is asked for. Raises UserError for a damaged file.
+def open_weights(files: list[Path], layers: int | None) -> Iterator[dict[str, StoredWeight]]:
+    """The needed weights by name. Raises UserError for a damaged file.
 
     Files are read and not mapped into memory: whatever was touched of a mapped file counts as this process's until the end.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(_open(file)) for file in files]
-        yield {name: file.get_slice(name) for file in opened for name in file.keys() if is_needed(name, layers)}  # noqa: SIM118
+        yield {name: StoredWeight(file, name) for file in opened for name in file.keys() if is_needed(name, layers)}  # noqa: SIM118
+
+
+def _give_back_freed_memory() -> None:
+    """glibc keeps freed blocks of less than 32 MiB: over all weights of a small model they add up to the whole checkpoint."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _open(file: Path) -> Any:
