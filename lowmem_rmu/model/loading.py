@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.model.quantisation import Nf4Config
 from lowmem_rmu.model.shards import find_files, is_needed, open_weights
 from lowmem_rmu.presets import ModelSettings, is_local
 
@@ -91,11 +92,13 @@ def load_model(
             config=config,
             state_dict=weights,
             dtype=dtype,
-            quantization_config=_nf4(dtype, unquantised) if settings.quantisation == "nf4" else None,
+            quantization_config=Nf4Config(dtype, unquantised) if settings.quantisation == "nf4" else None,
             device_map={"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they count as missing here
         )
-    _check_complete(settings.name, [name for name in report["missing_keys"] if is_needed(name, layers)])
+    missing = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    _check_complete(settings.name, [name for name in missing if is_needed(name, layers)])
     model.name_or_path = model.config.name_or_path = settings.name
     if layers is None:
         with suppress(OSError):  # not every checkpoint has one
@@ -118,7 +121,7 @@ def _check_complete(name: str, missing: list[str]) -> None:
     if missing:
         raise UserError(
             f"The checkpoint {name} lacks {len(missing)} weights, {min(missing)} among them.\n"
-            "It is incomplete, or not a causal language model: download it again, or choose another."
+            "It is incomplete, does not fit its config.json, or is no causal language model: download it again, or choose another."
         )
 
 
@@ -132,16 +135,6 @@ def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _nf4(dtype: torch.dtype, unquantised: Sequence[str]) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", *unquantised],  # it holds for 4 bits too
-    )
-
-
 def _check_local(name: str) -> None:
     if is_local(name) and not (Path(name) / "config.json").is_file():
         what = "holds no config.json" if Path(name).is_dir() else "does not exist"
@@ -150,11 +143,8 @@ def _check_local(name: str) -> None:
 
 def describe_weights(model: torch.nn.Module) -> dict[str, Any]:
     """How many of the model's weights are 4-bit: `{"weights": n, "in_4bit": m}`, counted and not assumed."""
-    quantised = plain = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is None:
-            plain += parameter.numel()
-        else:
-            quantised += state.shape.numel()
+    packed = [state for parameter in model.parameters() if (state := getattr(parameter, "quant_state", None))]
+    packed += [module.quant_state for module in model.modules() if isinstance(module, Bnb4bitParametrization)]
+    quantised = sum(state.shape.numel() for state in packed)
+    plain = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
     return {"weights": quantised + plain, "in_4bit": quantised}

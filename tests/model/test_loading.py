@@ -199,6 +199,12 @@ def test_a_checkpoint_that_lacks_a_weight_names_it(folder: Path) -> None:
         load_model(settings_of(folder), CPU)
 
 
+def test_a_checkpoint_that_does_not_fit_its_config_says_so(folder: Path) -> None:
+    edit_json(folder / "config.json", vocab_size=7)
+    with pytest.raises(UserError, match=r"lacks 2 weights, lm_head\.weight among them(.|\n)*does not fit its config\.json"):
+        load_model(settings_of(folder), CPU)
+
+
 def test_a_checkpoint_that_is_quantised_already_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UserError, match=r"is quantised already\.\nGive the original checkpoint"):
