@@ -1,10 +1,10 @@
-"""Shared by all tests: the shipped tiny model, and a random small Mistral with its tokenizer."""
+"""Shared by all tests: the shipped tiny model, and small random models (a Mistral and a Mixtral) with its tokenizer."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MixtralConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_rmu.presets import ModelSettings
 
@@ -16,6 +16,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(TINY / "model")
 
 
+def save_random_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A checkpoint with random weights, and the tiny tokenizer."""
+    config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def small_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A Mistral checkpoint of six layers with random weights (large enough that layers matter), and the tiny tokenizer."""
@@ -23,12 +32,20 @@ def small_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreT
     config = MistralConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, sliding_window=None, initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        MistralForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_random_model(config, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_mixtral_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The same with a mixture of four experts, of which a token takes two."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+    )  # fmt: skip
+    save_random_model(config, tokenizer, folder)
     return folder
 
 
@@ -36,3 +53,9 @@ def small_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreT
 def small_settings(small_model_folder: Path) -> ModelSettings:
     """The random model, unquantised in float32."""
     return ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32")
+
+
+@pytest.fixture
+def mixtral_settings(small_mixtral_folder: Path) -> ModelSettings:
+    """The random mixture of experts in 4-bit."""
+    return ModelSettings(name=str(small_mixtral_folder), quantisation="nf4", dtype="float32")

@@ -2,23 +2,26 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
-from lowmem_rmu.errors import UserError, causes, hub_errors
+from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.model.quantisation import Nf4Config
+from lowmem_rmu.model.shards import find_files, is_needed, open_weights
 from lowmem_rmu.presets import ModelSettings, is_local
 
 
@@ -67,7 +70,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def load_model(
     settings: ModelSettings, device: torch.device, layers: int | None = None, unquantised: Sequence[str] = ()
 ) -> PreTrainedModel:
-    """The model on `device`, frozen and in eval mode; with `layers`, only its first ones and no head.
+    """The model on `device`, frozen and in eval mode; with `layers`, only its first ones: neither final norm nor head are read.
 
     Modules named in `unquantised` keep `dtype`, whatever the rest is quantised to.
 
@@ -75,40 +78,51 @@ def load_model(
     """
     config = load_config(settings)
     if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        _cut(config, layers)
     dtype = resolve_dtype(settings, device)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels that are not used here
     disable_progress_bar()  # of reading files; downloads keep theirs
+    revision = getattr(config, "_commit_hash", None) or settings.revision or "main"
     with hub_errors("model", settings.name):
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                settings.name,
-                revision=settings.revision,
-                config=config,
-                dtype=dtype,
-                quantization_config=_nf4(dtype, unquantised) if settings.quantisation == "nf4" else None,
-                device_map={"": device},
-                output_loading_info=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-        except (SafetensorError, OSError) as error:
-            if (damaged := _damaged(settings.name, error)) is None:
-                raise
-            raise damaged from error
-    model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"The checkpoint {settings.name} lacks {len(missing)} weights, {missing[0]} among them.\n"
-            "It is incomplete, or not a causal language model: download it again, or choose another."
+        files = find_files(settings.name, revision, layers)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with open_weights(files, layers) as weights:
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            quantization_config=Nf4Config(dtype, unquantised) if settings.quantisation == "nf4" else None,
+            device_map={"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they count as missing here
         )
-    if layers is not None:
-        model.set_output_embeddings(torch.nn.Identity())  # no logits are computed: the head's memory goes back
+    missing = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    _check_complete(settings.name, [name for name in missing if is_needed(name, layers)])
+    model.name_or_path = model.config.name_or_path = settings.name
+    if layers is None:
+        with suppress(OSError):  # not every checkpoint has one
+            model.generation_config = GenerationConfig.from_pretrained(settings.name, revision=revision)
+    else:
+        model.set_output_embeddings(torch.nn.Identity())
     keep_autograd_on_cpu(model)
     return model.requires_grad_(False).eval()
+
+
+def _cut(config: PretrainedConfig, layers: int) -> None:
+    """Leaves the first layers. A head that is tied to the embeddings costs nothing until it is taken away."""
+    config.num_hidden_layers = layers
+    config.tie_word_embeddings = True
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def _check_complete(name: str, missing: list[str]) -> None:
+    if missing:
+        raise UserError(
+            f"The checkpoint {name} lacks {len(missing)} weights, {min(missing)} among them.\n"
+            "It is incomplete, does not fit its config.json, or is no causal language model: download it again, or choose another."
+        )
 
 
 def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
@@ -121,40 +135,16 @@ def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _nf4(dtype: torch.dtype, unquantised: Sequence[str]) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", *unquantised],  # it holds for 4 bits too
-    )
-
-
 def _check_local(name: str) -> None:
     if is_local(name) and not (Path(name) / "config.json").is_file():
         what = "holds no config.json" if Path(name).is_dir() else "does not exist"
         raise UserError(f"The model folder {name} {what}.\nGive a folder with config.json, *.safetensors and tokenizer files, or a Hub id.")
 
 
-def _damaged(name: str, error: Exception) -> UserError | None:
-    """For a checkpoint that is cut short or has no safetensors; None for any other error."""
-    if any(isinstance(cause, SafetensorError) for cause in causes(error)):
-        return UserError(f"The checkpoint {name} is damaged or cut short: {error}.\nDownload or copy it again.")
-    local_without = is_local(name) and not list(Path(name).glob("*.safetensors"))
-    if local_without or "file named model.safetensors" in str(error):
-        place = f"model folder {name}" if is_local(name) else f"model {name}"
-        return UserError(f"The {place} holds no *.safetensors file.\nOther formats are not read: pickled weights can run code.")
-    return None
-
-
 def describe_weights(model: torch.nn.Module) -> dict[str, Any]:
     """How many of the model's weights are 4-bit: `{"weights": n, "in_4bit": m}`, counted and not assumed."""
-    quantised = plain = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is None:
-            plain += parameter.numel()
-        else:
-            quantised += state.shape.numel()
+    packed = [state for parameter in model.parameters() if (state := getattr(parameter, "quant_state", None))]
+    packed += [module.quant_state for module in model.modules() if isinstance(module, Bnb4bitParametrization)]
+    quantised = sum(state.shape.numel() for state in packed)
+    plain = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
     return {"weights": quantised + plain, "in_4bit": quantised}

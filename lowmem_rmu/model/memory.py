@@ -1,6 +1,7 @@
 """The memory plan: what each stage needs, foretold from the model's shape alone; and what is in use now."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import psutil
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import check_layers
-from lowmem_rmu.model.layers import decoder_layers
+from lowmem_rmu.model.layers import decoder_layers, expert_shapes
 from lowmem_rmu.model.loading import load_config, resolve_dtype
 from lowmem_rmu.presets import Preset
 
@@ -32,6 +33,8 @@ class Weights:
     embedding: int
     head: int
     largest_linear: int
+    experts: int
+    """Of a layer's mixture of experts, which are among `layer_linear`: dequantised all at once."""
     adapter_inputs_and_outputs: int
     """Sum of in- and out-features of the adapted modules of one layer: times the rank, LoRA's parameters."""
 
@@ -85,9 +88,10 @@ def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
     """Counts the weights of the skeleton."""
     model = skeleton(config)
     layers = decoder_layers(model)
-    linears = {name: module for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
-    adapted = [module for name, module in linears.items() if name.rpartition(".")[2] in modules]
-    linear = sum(module.weight.numel() for module in linears.values())
+    experts = expert_shapes(layers[0])
+    shapes = {name: module.weight.shape for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)} | experts
+    adapted = [shape for name, shape in shapes.items() if name.rpartition(".")[2] in modules]
+    linear = sum(shape.numel() for shape in shapes.values())
     embeddings: Any = model.get_input_embeddings()
     embedding = embeddings.weight.numel()
     return Weights(
@@ -96,8 +100,9 @@ def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
         layer_other=sum(parameter.numel() for parameter in layers[0].parameters()) - linear,
         embedding=embedding,
         head=0 if config.tie_word_embeddings else embedding,
-        largest_linear=max(module.weight.numel() for module in linears.values()),
-        adapter_inputs_and_outputs=sum(module.in_features + module.out_features for module in adapted),
+        largest_linear=max(shape.numel() for shape in shapes.values()),
+        experts=sum(shape.numel() for shape in experts.values()),
+        adapter_inputs_and_outputs=sum(prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in adapted),
     )
 
 
@@ -114,10 +119,13 @@ def plan(preset: Preset, device: torch.device, whole_model: bool) -> list[StageN
         return int(layers * weights.layer_linear * linear_bytes + other * element)
 
     everything = held(weights.layers, head=True)
-    dequantised = weights.largest_linear * element if preset.model.quantisation == "nf4" else 0
+    dequantised = max(weights.largest_linear, weights.experts) * element if preset.model.quantisation == "nf4" else 0
+    # The backward pass dequantises a linear module anew; experts it needs as the forward pass has left them.
+    layers_kept = 0 if preset.rmu.activation_checkpointing else preset.rmu.target_layer - min(preset.rmu.adapter_layers)
+    kept = layers_kept * weights.experts * element if preset.model.quantisation == "nf4" else 0
     adapter = len(preset.rmu.adapter_layers) * preset.rmu.rank * weights.adapter_inputs_and_outputs * 4
     answering = preset.evaluation.batch_tokens * _forward_values(config) * element + dequantised
-    training = _training_bytes(preset, config, element) + dequantised + 4 * adapter  # weight, gradient, AdamW's two moments
+    training = _training_bytes(preset, config, element) + dequantised + kept + 4 * adapter  # weight, gradient, AdamW's two moments
     return [
         StageNeed("evaluate-base", everything, answering),
         StageNeed("unlearn", everything if whole_model else held(preset.rmu.target_layer + 1, head=False), training),
@@ -126,7 +134,12 @@ def plan(preset: Preset, device: torch.device, whole_model: bool) -> list[StageN
 
 
 def _forward_values(config: PretrainedConfig) -> int:
-    return FORWARD_HIDDEN * config.hidden_size + FORWARD_INTERMEDIATE * config.intermediate_size
+    return FORWARD_HIDDEN * config.hidden_size + FORWARD_INTERMEDIATE * _intermediate_values(config)
+
+
+def _intermediate_values(config: PretrainedConfig) -> int:
+    """Of a token in an MLP: in a mixture it goes through several experts."""
+    return int(config.intermediate_size * getattr(config, "num_experts_per_tok", 1))
 
 
 def _training_bytes(preset: Preset, config: PretrainedConfig, element: int) -> int:
@@ -137,7 +150,7 @@ def _training_bytes(preset: Preset, config: PretrainedConfig, element: int) -> i
         (rmu.retain_batch_size or rmu.batch_size) * preset.retain.max_tokens,
     )
     layers = rmu.target_layer - min(rmu.adapter_layers) + 1
-    one_layer = TRAIN_HIDDEN * config.hidden_size + TRAIN_INTERMEDIATE * config.intermediate_size
+    one_layer = TRAIN_HIDDEN * config.hidden_size + TRAIN_INTERMEDIATE * _intermediate_values(config)
     kept = one_layer + layers * config.hidden_size if rmu.activation_checkpointing else layers * one_layer
     return tokens * (kept * element + 4 * config.hidden_size * 4)  # and trunk, frozen, target and their difference in float32
 

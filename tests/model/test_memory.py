@@ -9,9 +9,11 @@ from bitsandbytes.nn import Linear4bit
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import memory
-from lowmem_rmu.model.loading import load_config, load_model
+from lowmem_rmu.model.adapters import add_adapter
+from lowmem_rmu.model.layers import run_layers, run_trunk
+from lowmem_rmu.model.loading import describe_weights, load_config, load_model
 from lowmem_rmu.model.memory import NF4_BYTES, StageNeed, count_weights, gib, memory_available, memory_in_use, out_of_memory, plan
-from lowmem_rmu.presets import ModelSettings, Preset, load_preset
+from lowmem_rmu.presets import ModelSettings, Preset, Rmu, load_preset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -44,6 +46,39 @@ def test_weights_are_counted_as_the_model_has_them(small_settings: ModelSettings
     assert weights.layer_other == 2 * 64
     assert weights.largest_linear == 64 * 128
     assert weights.adapter_inputs_and_outputs == (128 + 64) + (64 + 64)
+
+
+def test_experts_are_counted_with_their_adapters(mixtral_settings: ModelSettings) -> None:
+    model = load_model(mixtral_settings, CPU)
+    weights = count_weights(load_config(mixtral_settings), ["down_proj"])
+    assert weights.total() + model.model.norm.weight.numel() == describe_weights(model)["weights"]
+    assert weights.layers * weights.layer_linear == describe_weights(model)["in_4bit"]
+    assert weights.experts == 4 * (2 * 128 * 64 + 64 * 128)
+    assert weights.largest_linear == 4 * 2 * 128 * 64
+    adapted = add_adapter(model, Rmu(target_layer=3, adapter_layers=[1, 3], modules=["down_proj"], rank=5), mixtral_settings)
+    learning = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert learning == 2 * 5 * weights.adapter_inputs_and_outputs
+
+
+def test_dequantised_experts_that_the_backward_pass_needs_are_planned_for(mixtral_settings: ModelSettings, zephyr: Preset) -> None:
+    """Counted as autograd counts: for every updated layer but the first, whose input takes no gradient."""
+    rmu = Rmu(target_layer=3, adapter_layers=[1, 3], modules=["down_proj"], rank=5, batch_size=1)
+    model, updated, kept = add_adapter(load_model(mixtral_settings, CPU), rmu, mixtral_settings), slice(1, 4), dict[int, int]()
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        if saved.numel() >= 4 * 64 * 128:
+            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        run_layers(model, run_trunk(model, torch.arange(5, 21)[None], None, updated), updated)
+    topics = {name: topic.model_copy(update={"max_tokens": 2}) for name, topic in zephyr.topics.items()}  # next to no activations
+    retain, shape = zephyr.retain.model_copy(update={"max_tokens": 2}), load_config(mixtral_settings).to_dict()
+    small = zephyr.model_copy(
+        update={"rmu": rmu, "topics": topics, "retain": retain, "model": mixtral_settings.model_copy(update={"config": shape})}
+    )
+    planned = unlearn_need(small).working - unlearn_need(changed(small, activation_checkpointing=True)).working
+    assert planned == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 def test_tied_embeddings_are_counted_once(small_settings: ModelSettings) -> None:

@@ -1,0 +1,61 @@
+"""4-bit weights: NF4 with double quantisation for linear modules, as transformers does it, and for fused experts, which it leaves out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from lowmem_rmu.model.layers import is_expert_weight
+
+METHOD = "nf4_with_experts"
+
+
+class Nf4Config(BitsAndBytesConfig):
+    """The `quantization_config` of `from_pretrained`: arithmetic in `dtype`, and modules named in `unquantised` left as they are."""
+
+    def __init__(self, dtype: torch.dtype, unquantised: Sequence[str] = ()) -> None:
+        super().__init__(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", *unquantised],  # it holds for 4 bits too
+        )
+        self.quant_method = METHOD  # type: ignore[assignment]
+
+
+class _QuantiseAsLoaded(Bnb4bitQuantize):
+    """Brings a weight to 4-bit as soon as it is read; experts as soon as all of a layer's are read and fused."""
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **more: Any) -> Any:  # type: ignore[override]
+        for name in [name for name in input_dict if is_expert_weight(name, model.get_parameter(name))]:
+            weight = input_dict.pop(name)
+            weight = weight[0] if isinstance(weight, list) else weight
+            if weight.shape == model.get_parameter(name).shape:  # else an expert was not in the checkpoint
+                quantise_parameter(*get_module_from_name(model, name), weight)
+                missing_keys.discard(name)
+        return super().convert(input_dict, model=model, **more)
+
+
+@register_quantizer(METHOD)
+class _Nf4Quantizer(Bnb4BitHfQuantizer):
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **more: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return is_expert_weight(param_name, getattr(module, name)) or super().param_needs_quantization(model, param_name, **more)
+
+    def get_quantize_ops(self) -> Bnb4bitQuantize:
+        return _QuantiseAsLoaded(self)
+
+
+def quantise_parameter(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Makes the weight the module's parameter `name`, kept in 4-bit and dequantised for as long as it is used."""
+    setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
+    module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would draw it anew
