@@ -285,7 +285,8 @@ def plan_lines(preset: Preset, evaluates: bool) -> dict[str, str]:
     adapter = len(rmu.adapter_layers) * rmu.rank * weights.adapter_inputs_and_outputs
     precision = "4-bit (NF4, double quantisation)" if model.quantisation == "nf4" else "not quantised"
     adapted = f"{', '.join(rmu.modules)} of layers {', '.join(map(str, rmu.adapter_layers))}"
-    size = f"about {gib(2 * weights.total())} of weights in 16 bits, unless they are cached"
+    needed = weights.total() if evaluates else weights.up_to(rmu.target_layer + 1)
+    size = f"about {gib(2 * needed)} of weights in 16 bits (in whole files), unless they are cached"
     return {
         "Preset": preset.title,
         "Model": f"{model.name}: {_millions(weights.total())} parameters, {precision}",

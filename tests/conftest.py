@@ -1,5 +1,6 @@
 """Shared by all tests: the shipped tiny model, and small random models (a Mistral and a Mixtral) with its tokenizer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,37 +17,43 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(TINY / "model")
 
 
-def save_random_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A checkpoint with random weights, and the tiny tokenizer."""
-    config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+@pytest.fixture(scope="session")
+def save_random(tokenizer: PreTrainedTokenizerBase) -> Callable[[PretrainedConfig, Path], Path]:
+    """Writes a checkpoint with random weights and the tiny tokenizer into a folder, and gives the folder back."""
+
+    def save(config: PretrainedConfig, folder: Path) -> Path:
+        config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")
-def small_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def small_model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, save_random: Callable[[PretrainedConfig, Path], Path]
+) -> Path:
     """A Mistral checkpoint of six layers with random weights (large enough that layers matter), and the tiny tokenizer."""
-    folder = tmp_path_factory.mktemp("small")
     config = MistralConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, sliding_window=None, initializer_range=0.2,
     )  # fmt: skip
-    save_random_model(config, tokenizer, folder)
-    return folder
+    return save_random(config, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
-def small_mixtral_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def small_mixtral_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, save_random: Callable[[PretrainedConfig, Path], Path]
+) -> Path:
     """The same with a mixture of four experts, of which a token takes two."""
-    folder = tmp_path_factory.mktemp("mixtral")
     config = MixtralConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
     )  # fmt: skip
-    save_random_model(config, tokenizer, folder)
-    return folder
+    return save_random(config, tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture

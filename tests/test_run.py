@@ -331,6 +331,12 @@ def test_the_plan_of_every_preset_needs_no_network_and_loads_no_weights(preset: 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_downloads_only_what_is_loaded() -> None:
+    whole, cut = (call("zephyr-7b", "--plan", "--device", "cpu", *stages).stdout for stages in ((), ("--stages", "unlearn")))
+    assert "Download   about 13.49 GiB of weights" in whole
+    assert "Download   about 3.49 GiB of weights" in cut  # a quarter of the layers, and the embeddings
+
+
 def test_the_list_shows_every_preset() -> None:
     result = call("--list")
     assert all(name in result.stdout for name in preset_names())

@@ -1,8 +1,9 @@
 """Models and tokenizers: 4-bit or not, whole or only their first layers, from a local folder or the Hub."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -70,43 +71,58 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def load_model(
     settings: ModelSettings, device: torch.device, layers: int | None = None, unquantised: Sequence[str] = ()
 ) -> PreTrainedModel:
-    """The model on `device`, frozen and in eval mode; with `layers`, only its first ones: neither final norm nor head are read.
-
-    Modules named in `unquantised` keep `dtype`, whatever the rest is quantised to.
+    """The checkpoint's model as `build_model` gives it; with `layers`, only the files that hold the first ones are read.
 
     Raises UserError where the checkpoint cannot be had, is cut short or lacks weights.
     """
     config = load_config(settings)
-    if layers is not None:
-        _cut(config, layers)
-    dtype = resolve_dtype(settings, device)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels that are not used here
-    disable_progress_bar()  # of reading files; downloads keep theirs
     revision = getattr(config, "_commit_hash", None) or settings.revision or "main"
     with hub_errors("model", settings.name):
         files = find_files(settings.name, revision, layers)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with open_weights(files, layers) as weights:
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=dtype,
-            quantization_config=Nf4Config(dtype, unquantised) if settings.quantisation == "nf4" else None,
-            device_map={"": device},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they count as missing here
-        )
-    missing = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+        model, missing = build_model(config, weights, device, layers, settings.quantisation, resolve_dtype(settings, device), unquantised)
     _check_complete(settings.name, [name for name in missing if is_needed(name, layers)])
     model.name_or_path = model.config.name_or_path = settings.name
     if layers is None:
         with suppress(OSError):  # not every checkpoint has one
             model.generation_config = GenerationConfig.from_pretrained(settings.name, revision=revision)
-    else:
+    return model
+
+
+def build_model(
+    config: PretrainedConfig,
+    weights: Mapping[str, Any],
+    device: torch.device,
+    layers: int | None,
+    quantisation: str,
+    dtype: torch.dtype,
+    unquantised: Sequence[str] = (),
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model on `device`, frozen and in eval mode, and the names of weights that are missing or have another shape.
+
+    Every weight is asked for (`weights[name][...]`) when its turn comes, and quantised before the next. With `layers` the model has
+    only its first ones and no head. Modules named in `unquantised` keep `dtype`, whatever the rest is quantised to.
+    """
+    config = deepcopy(config)
+    if layers is not None:
+        _cut(config, layers)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels that are not used here
+    disable_progress_bar()  # of reading files; downloads keep theirs
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, report = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        quantization_config=Nf4Config(dtype, unquantised) if quantisation == "nf4" else None,
+        device_map={"": device},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported
+    )
+    if layers is not None:
         model.set_output_embeddings(torch.nn.Identity())
     keep_autograd_on_cpu(model)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval(), report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
 
 
 def _cut(config: PretrainedConfig, layers: int) -> None:

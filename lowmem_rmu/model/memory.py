@@ -39,7 +39,11 @@ class Weights:
     """Sum of in- and out-features of the adapted modules of one layer: times the rank, LoRA's parameters."""
 
     def total(self) -> int:
-        return self.layers * (self.layer_linear + self.layer_other) + self.embedding + self.head
+        return self.up_to(self.layers) + self.head
+
+    def up_to(self, layers: int) -> int:
+        """Of a model that is cut to its first layers."""
+        return layers * (self.layer_linear + self.layer_other) + self.embedding
 
 
 @dataclass(frozen=True)

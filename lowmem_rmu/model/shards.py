@@ -60,7 +60,7 @@ class StoredWeight:
     name: str
 
     def __getitem__(self, _: EllipsisType) -> Tensor:
-        _give_back_freed_memory()
+        give_back_freed_memory()
         return self.file.get_tensor(self.name)
 
 
@@ -75,7 +75,7 @@ def open_weights(files: list[Path], layers: int | None) -> Iterator[dict[str, St
         yield {name: StoredWeight(file, name) for file in opened for name in file.keys() if is_needed(name, layers)}  # noqa: SIM118
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """glibc keeps freed blocks of less than 32 MiB: over all weights of a small model they add up to the whole checkpoint."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
