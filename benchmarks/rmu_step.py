@@ -18,6 +18,7 @@ from typing import Annotated
 import psutil
 import torch
 import typer
+from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -73,6 +74,8 @@ class Measured:
     warm: float | None
     peak: int
     losses: list[tuple[float, float]]
+    updates: dict[str, Tensor]
+    """What the first epoch added to each trained matrix; none with LoRA."""
 
 
 class PeakMemory:
@@ -114,8 +117,18 @@ def measure_engine(setup: Setup, trainable: str) -> Measured:
         row = unlearning.step()
         return row["forget_loss"], row["retain_loss"]
 
-    first, again = ([timed(setup.device, step) for _ in range(len(TOPICS) * setup.rounds)] for _ in range(2))
-    return Measured(f"engine, {trainable}", mean_seconds(first), mean_seconds(again), peak.read(), [losses for _, losses in first + again])
+    first = [timed(setup.device, step) for _ in range(len(TOPICS) * setup.rounds)]
+    updates = engine_updates(unlearning)
+    again = [timed(setup.device, step) for _ in first]
+    return Measured(f"engine, {trainable}", mean_seconds(first), mean_seconds(again), peak.read(), [losses for _, losses in first], updates)
+
+
+def engine_updates(unlearning: Unlearning) -> dict[str, Tensor]:
+    wrappers = {name: module for name, module in unlearning.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": (each.modules_to_save["default"].weight - each.original_module.weight).detach().cpu()
+        for name, each in wrappers.items()
+    }
 
 
 def mean_seconds(timings: list[tuple[float, tuple[float, float]]]) -> float:
@@ -159,7 +172,9 @@ def measure_yardstick(setup: Setup) -> Measured:
             vector = (COEFFICIENT * unit_vector(setup.config.hidden_size, f"{rmu.seed} {name}")).to(setup.device, setup.dtype)
             step = partial(yardstick.step, batches[seed][number], batches[0][number], vector, ALPHA)
             timings.append(timed(setup.device, step))
-    return Measured("yardstick", mean_seconds(timings), None, peak.read(), [losses for _, losses in timings])
+    size = peak.read()
+    updates = {name: (matrix - yardstick.frozen.get_parameter(name)).detach().cpu() for name, matrix in yardstick.matrices.items()}
+    return Measured("yardstick", mean_seconds(timings), None, size, [losses for _, losses in timings], updates)
 
 
 def unpadded(ids: Tensor) -> Padded:
@@ -194,6 +209,11 @@ def largest_difference(engine: Measured, yardstick: Measured, steps: int | None)
     """Of the losses, relative to the yardstick's, over the steps that both made; a retain loss of 0 in both is no difference."""
     pairs = [pair for one, other in list(zip(engine.losses, yardstick.losses, strict=False))[:steps] for pair in zip(one, other, strict=True)]
     return max(abs(one - other) / abs(other) if other else abs(one) for one, other in pairs)
+
+
+def print_update_difference(engine: Measured, yardstick: Measured) -> None:
+    worst = max(((engine.updates[name] - update).norm() / update.norm()).item() for name, update in yardstick.updates.items())
+    print(f"After {len(yardstick.losses)} steps the updates of the matrices differ by {worst:.0e} of their own size ({engine.name}).")
 
 
 def print_table(setup: Setup, engines: list[Measured], yardstick: Measured | None) -> None:
@@ -253,6 +273,8 @@ def main(
         engines = [measure_engine(setup, trainable) for trainable in ("weights", "lora") if dense or trainable == "lora"]
         yardstick = measure_yardstick(setup) if dense and yardstick_fits(setup) else None
         print_table(setup, engines, yardstick)
+        if yardstick:
+            print_update_difference(engines[0], yardstick)
 
 
 if __name__ == "__main__":
