@@ -136,12 +136,10 @@ def mean_seconds(timings: list[tuple[float, tuple[float, float]]]) -> float:
 
 
 def build_engine(setup: Setup, trainable: str) -> Unlearning:
-    preset, rmu = setup.preset, setup.preset.rmu.model_copy(
-        update={
-            "trainable": trainable, "steps": 2 * len(TOPICS) * setup.rounds, "batch_size": setup.batch, "retain_batch_size": None, "shuffle": False,
-            "padding": "paper", "max_grad_norm": None, "learning_rate": RATE, "cache_gib": 8.0,
-        }
-    )  # fmt: skip
+    preset = setup.preset
+    changes = {"trainable": trainable, "modules": ["down_proj"], "steps": 2 * len(TOPICS) * setup.rounds, "cache_gib": 8.0}
+    as_the_paper = {"shuffle": False, "padding": "paper", "max_grad_norm": None, "learning_rate": RATE}
+    rmu = preset.rmu.model_copy(update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None})
     topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT, max_tokens=setup.tokens)
     model = cut_model(setup, trained_modules(skeleton(setup.config), rmu))
     data = UnlearningData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
