@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -15,6 +16,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from lowmem_rmu.model.layers import is_expert_weight
 
 METHOD = "nf4_with_experts"
+BLOCK = 64  # weights that share a quantisation constant
 
 
 class Nf4Config(BitsAndBytesConfig):
@@ -55,7 +57,16 @@ class _Nf4Quantizer(Bnb4BitHfQuantizer):
 
 
 def quantise_parameter(module: nn.Module, name: str, weight: Tensor) -> None:
-    """Makes the weight the module's parameter `name`, kept in 4-bit and dequantised for as long as it is used."""
-    setattr(module, name, nn.Parameter(weight, requires_grad=False))
-    replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
+    """Makes the weight the module's parameter `name`, kept in 4-bit and dequantised for as long as it is used.
+
+    The result is that of the whole weight at once, but it is made expert by expert: on a CPU, bitsandbytes takes some 16 bytes a weight.
+    """
+    parts = weight if weight[0].numel() % BLOCK == 0 else weight[None]
+    packed, states = zip(*(quantize_4bit(part, blocksize=BLOCK, quant_type="nf4") for part in parts), strict=True)
+    constants = torch.cat([state.absmax for state in states])
+    offset = constants.mean()
+    doubly, of_constants = quantize_blockwise(constants - offset, blocksize=256)
+    state = QuantState(doubly, weight.shape, states[0].code, BLOCK, "nf4", weight.dtype, offset, of_constants)
+    setattr(module, name, nn.Parameter(torch.cat(packed), requires_grad=False))
+    replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), weight.device)
     module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would draw it anew

@@ -50,6 +50,17 @@ def test_experts_are_quantised_as_bitsandbytes_quantises_the_same_matrices(mixtr
             assert one.mlp.experts.parametrizations[name].original.numel() * 2 == state.shape.numel()
 
 
+@pytest.mark.parametrize("shape", [(4, 24, 64), (3, 10, 6)], ids=["whole blocks", "blocks across experts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantising_expert_by_expert_is_quantising_all_at_once(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    module = nn.Module()
+    quantisation.quantise_parameter(module, "down_proj", weight)
+    assert torch.equal(module.down_proj, dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4")))
+    assert module.down_proj.dtype == dtype
+    assert (module.down_proj - weight).abs().mean() < 0.1
+
+
 def test_almost_all_of_a_mixture_is_in_4_bit_and_counted(mixtral_settings: ModelSettings, plain_settings: ModelSettings) -> None:
     """Trap 13: transformers' own 4-bit loader leaves the experts as they are."""
     plain = load_model(plain_settings, CPU)
