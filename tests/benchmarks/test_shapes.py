@@ -20,11 +20,11 @@ UPDATED = slice(1, 3)
 
 
 def config_of(preset: str) -> PretrainedConfig:
-    """The preset's shape, narrowed, and with six layers."""
+    """The preset's shape, 64 wide and with six layers."""
     shape: dict[str, Any] = dict(load_preset(preset).model.config or {})
-    heads = shape["num_attention_heads"] // shape["num_key_value_heads"]
-    small = {"num_attention_heads": heads, "num_key_value_heads": 1, "hidden_size": 8 * heads, "intermediate_size": 64, "num_hidden_layers": 6}
-    return AutoConfig.for_model(**shape | small | {"vocab_size": 128})
+    shared = shape["num_key_value_heads"] < shape["num_attention_heads"]
+    small = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 1 if shared else 4}
+    return AutoConfig.for_model(**shape | small | {"vocab_size": 128, "num_hidden_layers": 6})
 
 
 @pytest.mark.parametrize("preset", ["zephyr-7b", "yi-34b", "mixtral-8x7b", "smollm2-135m", "tiny"])

@@ -22,11 +22,16 @@ STEPS = 4
 
 
 def shrunk(preset: Preset) -> PretrainedConfig:
-    """As many layers and experts as the preset's model, 128 times narrower, with an eighth of its heads."""
+    """As many layers and experts as the preset's model has, and about its proportions, 64 wide (bitsandbytes wants multiples of that)."""
     shape: dict[str, Any] = dict(preset.model.config or {})
-    smaller = {name: shape[name] // 128 for name in ("hidden_size", "intermediate_size")}
-    heads = {name: shape[name] // 8 for name in ("num_attention_heads", "num_key_value_heads")}
-    return AutoConfig.for_model(**shape | smaller | heads | {"vocab_size": 1536, "initializer_range": 0.2})
+    smaller = {
+        "vocab_size": 1536,
+        "hidden_size": 64,
+        "intermediate_size": 64 * round(shape["intermediate_size"] / shape["hidden_size"]),
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8 * shape["num_key_value_heads"] // shape["num_attention_heads"],
+    }
+    return AutoConfig.for_model(**shape | smaller | {"initializer_range": 0.2})
 
 
 def sequences(seed: int) -> list[list[int]]:
