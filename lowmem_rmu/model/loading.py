@@ -75,8 +75,7 @@ def load_model(
 
     Raises UserError where the checkpoint cannot be had, is cut short or lacks weights.
     """
-    config = load_config(settings)
-    revision = getattr(config, "_commit_hash", None) or settings.revision or "main"
+    config, revision = load_config(settings), settings.revision or "main"
     with hub_errors("model", settings.name):
         files = find_files(settings.name, revision, layers)
     with open_weights(files, layers) as weights:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -16,7 +17,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from lowmem_rmu.model.layers import is_expert_weight
 
 METHOD = "nf4_with_experts"
-BLOCK = 64  # weights that share a quantisation constant
+BLOCK, PIECE = 64, 2**22  # weights that share a quantisation constant; that are quantised at once
 
 
 class Nf4Config(BitsAndBytesConfig):
@@ -37,13 +38,12 @@ class _QuantiseAsLoaded(Bnb4bitQuantize):
     """Brings a weight to 4-bit as soon as it is read; experts as soon as all of a layer's are read and fused."""
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **more: Any) -> Any:  # type: ignore[override]
-        for name in [name for name in input_dict if is_expert_weight(name, model.get_parameter(name))]:
-            weight = input_dict.pop(name)
-            weight = weight[0] if isinstance(weight, list) else weight
-            if weight.shape == model.get_parameter(name).shape:  # else an expert was not in the checkpoint
-                quantise_parameter(*get_module_from_name(model, name), weight)
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if weight.shape == model.get_parameter(name).shape:  # else it stays on the list of what is missing
+                put_in_4_bit(*get_module_from_name(model, name), weight)
                 missing_keys.discard(name)
-        return super().convert(input_dict, model=model, **more)
+        return {}  # nothing is left for the loader to put anywhere
 
 
 @register_quantizer(METHOD)
@@ -56,17 +56,22 @@ class _Nf4Quantizer(Bnb4BitHfQuantizer):
         return _QuantiseAsLoaded(self)
 
 
-def quantise_parameter(module: nn.Module, name: str, weight: Tensor) -> None:
-    """Makes the weight the module's parameter `name`, kept in 4-bit and dequantised for as long as it is used.
+def put_in_4_bit(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Makes the weight the module's parameter `name`: that of a `Linear4bit`, or one that is dequantised for as long as it is used."""
+    packed, state = quantise(weight)
+    constants = state.as_dict(packed=True)
+    if isinstance(module, Linear4bit):
+        module.weight = Params4bit.from_prequantized(packed, constants, device=weight.device, module=module)
+    else:
+        setattr(module, name, nn.Parameter(packed, requires_grad=False))
+        replace_parameter_4bit_prequantized(module, name, constants, weight.device)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would draw it anew
 
-    The result is that of the whole weight at once, but it is made expert by expert: on a CPU, bitsandbytes takes some 16 bytes a weight.
-    """
-    parts = weight if weight[0].numel() % BLOCK == 0 else weight[None]
-    packed, states = zip(*(quantize_4bit(part, blocksize=BLOCK, quant_type="nf4") for part in parts), strict=True)
+
+def quantise(weight: Tensor) -> tuple[Tensor, QuantState]:
+    """NF4 with double quantisation, to the bit as bitsandbytes does it at once; in pieces, for on a CPU it takes 16 bytes a weight."""
+    packed, states = zip(*(quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4") for piece in weight.reshape(-1).split(PIECE)), strict=True)
     constants = torch.cat([state.absmax for state in states])
     offset = constants.mean()
     doubly, of_constants = quantize_blockwise(constants - offset, blocksize=256)
-    state = QuantState(doubly, weight.shape, states[0].code, BLOCK, "nf4", weight.dtype, offset, of_constants)
-    setattr(module, name, nn.Parameter(torch.cat(packed), requires_grad=False))
-    replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), weight.device)
-    module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would draw it anew
+    return torch.cat(packed), QuantState(doubly, weight.shape, states[0].code, BLOCK, "nf4", weight.dtype, offset, of_constants)

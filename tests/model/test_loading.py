@@ -199,10 +199,14 @@ def test_a_checkpoint_that_lacks_a_weight_names_it(folder: Path) -> None:
         load_model(settings_of(folder), CPU)
 
 
-def test_a_checkpoint_that_does_not_fit_its_config_says_so(folder: Path) -> None:
-    edit_json(folder / "config.json", vocab_size=7)
-    with pytest.raises(UserError, match=r"lacks 2 weights, lm_head\.weight among them(.|\n)*does not fit its config\.json"):
-        load_model(settings_of(folder), CPU)
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("change", "first"), [("vocab_size", r"2 weights, lm_head\.weight"), ("intermediate_size", r"18 weights, model\.layers\.0\.mlp\.down")]
+)
+def test_a_checkpoint_that_does_not_fit_its_config_says_so(folder: Path, quantisation: str, change: str, first: str) -> None:
+    edit_json(folder / "config.json", **{change: 192})
+    with pytest.raises(UserError, match=rf"lacks {first}(.|\n)*does not fit its config\.json"):
+        load_model(settings_of(folder, quantisation=quantisation), CPU)
 
 
 def test_a_checkpoint_that_is_quantised_already_is_refused(folder: Path) -> None:

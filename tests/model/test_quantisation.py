@@ -16,6 +16,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import quantisation
 from lowmem_rmu.model.layers import decoder_layers, expert_shapes, run_layers, run_trunk
 from lowmem_rmu.model.loading import describe_weights, load_model
+from lowmem_rmu.model.quantisation import quantise
 from lowmem_rmu.presets import ModelSettings
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_a_model_without_experts_has_none(small_settings: ModelSettings) -> None
     assert expert_shapes(decoder_layers(load_model(small_settings, CPU))[0]) == {}
 
 
-def test_experts_are_quantised_as_bitsandbytes_quantises_the_same_matrices(mixtral_settings: ModelSettings, plain_settings: ModelSettings) -> None:
+def test_weights_are_quantised_as_bitsandbytes_quantises_the_same_matrices(mixtral_settings: ModelSettings, plain_settings: ModelSettings) -> None:
     nf4, plain = load_model(mixtral_settings, CPU), load_model(plain_settings, CPU)
     for one, other in zip(decoder_layers(nf4), decoder_layers(plain), strict=True):
         for name in ("gate_up_proj", "down_proj"):
@@ -48,17 +49,22 @@ def test_experts_are_quantised_as_bitsandbytes_quantises_the_same_matrices(mixtr
             assert torch.equal(getattr(one.mlp.experts, name), dequantize_4bit(packed, state))
             assert one.mlp.experts.parametrizations[name].original.dtype == torch.uint8
             assert one.mlp.experts.parametrizations[name].original.numel() * 2 == state.shape.numel()
+        packed, state = quantize_4bit(other.self_attn.o_proj.weight.data, compress_statistics=True, quant_type="nf4")
+        assert torch.equal(one.self_attn.o_proj.weight.data, packed)
+        assert one.self_attn.o_proj.weight.quant_state == one.self_attn.o_proj.quant_state == state
 
 
-@pytest.mark.parametrize("shape", [(4, 24, 64), (3, 10, 6)], ids=["whole blocks", "blocks across experts"])
+@pytest.mark.parametrize("shape", [(64, 128), (4, 24, 64), (3, 10, 6), (5, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantising_expert_by_expert_is_quantising_all_at_once(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_quantising_in_pieces_is_quantising_at_once(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantisation, "PIECE", 1024)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    module = nn.Module()
-    quantisation.quantise_parameter(module, "down_proj", weight)
-    assert torch.equal(module.down_proj, dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4")))
-    assert module.down_proj.dtype == dtype
-    assert (module.down_proj - weight).abs().mean() < 0.1
+    packed, state = quantise(weight)
+    expected, expected_state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(packed, expected)
+    ours, theirs = state.as_dict(packed=True), expected_state.as_dict(packed=True)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_almost_all_of_a_mixture_is_in_4_bit_and_counted(mixtral_settings: ModelSettings, plain_settings: ModelSettings) -> None:
@@ -85,17 +91,17 @@ def test_what_is_dequantised_goes_after_the_pass(mixtral_settings: ModelSettings
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
 
 
-def test_experts_are_quantised_one_weight_after_the_other(mixtral_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_quantised_one_after_the_other(mixtral_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is not yet quantised has not been read either: it lies on the meta device."""
-    own, plain_at_once = quantisation.quantise_parameter, []
+    own, plain_at_once = quantisation.put_in_4_bit, []
 
     def counted(module: nn.Module, name: str, weight: torch.Tensor) -> None:
         own(module, name, weight)
-        plain_at_once.append(sum(each.dim() == 3 and not each.is_meta for each in module.parameters()))
+        plain_at_once.append(sum(each.is_floating_point() and not each.is_meta for each in module.parameters()))
 
-    monkeypatch.setattr(quantisation, "quantise_parameter", counted)
+    monkeypatch.setattr(quantisation, "put_in_4_bit", counted)
     load_model(mixtral_settings, CPU)
-    assert plain_at_once == [0] * 12
+    assert plain_at_once == [0] * 6 * (4 + 2)  # four linear modules and two fused weights a layer
 
 
 def test_nothing_is_dequantised_while_a_model_is_loaded(mixtral_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
