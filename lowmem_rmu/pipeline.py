@@ -27,8 +27,9 @@ from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.evaluation.perplexity import text_loss
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter, trained_modules
+from lowmem_rmu.model.fit import out_of_memory
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer
-from lowmem_rmu.model.memory import memory_in_use, out_of_memory, skeleton
+from lowmem_rmu.model.memory import memory_in_use, reset_peak, skeleton
 from lowmem_rmu.presets import Preset, Role, is_local
 from lowmem_rmu.report import write_report
 from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
@@ -124,6 +125,13 @@ def short_name(model: str) -> str:
     return "/".join(Path(model).parts[-2:]) if is_local(model) else model
 
 
+def is_done(folder: RunFolder, stage: str) -> bool:
+    """Whether a run need not go through the stage again."""
+    if stage in SIDE_OF:
+        return folder.evaluation(SIDE_OF[stage]).exists()
+    return stage == "unlearn" and folder.adapter.exists()
+
+
 @dataclass
 class Job:
     """One run: `run` goes through `stages`, skipping those that the folder shows to be done."""
@@ -147,7 +155,7 @@ class Job:
         try:
             with self._translated_errors():
                 for stage in self.stages:
-                    if not self._is_done(stage):
+                    if not is_done(self.folder, stage):
                         self._run_stage(stage)
         except (Stopped, KeyboardInterrupt):
             self._write_status("stopped")
@@ -157,18 +165,12 @@ class Job:
             raise
         self._write_status("done")
 
-    def _is_done(self, stage: str) -> bool:
-        if stage in SIDE_OF:
-            return self.folder.evaluation(SIDE_OF[stage]).exists()
-        return stage == "unlearn" and self.folder.adapter.exists()
-
     def _run_stage(self, stage: str) -> None:
         self._start(stage, 0)
+        reset_peak(self.device)
         if stage != "report":
             self._ensure_model(stage)
         started, self._stage_peak = time.monotonic(), 0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         work = {"unlearn": self._unlearn, "report": self._report}.get(stage)
         try:
             work() if work else self._evaluate(SIDE_OF[stage])
@@ -178,14 +180,15 @@ class Job:
 
     def _evaluate(self, side: str) -> None:
         questions, texts, prompts = self.inputs.questions, self.inputs.texts, self.preset.evaluation.prompts
+        batch_tokens, pad_id = self.preset.evaluation.batch_tokens, self.inputs.tokenizer.pad_token_id
         self._start(self._stage, sum(len(each.questions) for each in questions))
         with base_only(self._model) if side == "base" else nullcontext():
             scores: dict[str, Any] = {"tasks": {}, "groups": {}, "seconds": 0.0, "questions_per_second": 0.0}
             answers: list[dict[str, Any]] = []
             if questions:
-                evaluated = evaluate(self._model, self.inputs.tokenizer, questions, self.preset.evaluation.batch_tokens, self._on_answers)
+                evaluated = evaluate(self._model, self.inputs.tokenizer, questions, batch_tokens, self._on_answers)
                 scores, answers = evaluated.scores, evaluated.answers
-            scores["texts"] = {name: text_loss(self._model, sequences, self.inputs.tokenizer.pad_token_id) for name, sequences in texts.items()}
+            scores["texts"] = {name: text_loss(self._model, sequences, pad_id, batch_tokens) for name, sequences in texts.items()}
             scores["samples"] = [{"prompt": prompt, "answer": self._answer(prompt)} for prompt in prompts]
         write_lines(self.folder.answers(side), answers)
         write_json(self.folder.evaluation(side), scores)
@@ -237,7 +240,7 @@ class Job:
     def _ensure_model(self, stage: str) -> None:
         """Loads what the remaining stages need: every layer if one of them evaluates, else only those up to the target layer."""
         if self._model is None:
-            evaluates = any(other in SIDE_OF and not self._is_done(other) for other in self.stages)
+            evaluates = any(other in SIDE_OF and not is_done(self.folder, other) for other in self.stages)
             layers = None if evaluates else self.preset.rmu.target_layer + 1
             self._model = load_model(self.preset.model, self.device, layers, unquantised_modules(self.preset))
             write_json(self.folder.path / "weights.json", describe_weights(self._model))
@@ -286,10 +289,10 @@ class Job:
         try:
             yield
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise out_of_memory(self.preset, self.device, self._stage) from error
+            raise out_of_memory(self.preset, self.device, self.stages, self._stage) from error
         except RuntimeError as error:
             if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # the CPU allocator's words
-                raise out_of_memory(self.preset, self.device, self._stage) from error
+                raise out_of_memory(self.preset, self.device, self.stages, self._stage) from error
             raise
         except OSError as error:
             if error.errno == errno.ENOSPC:

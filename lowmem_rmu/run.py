@@ -161,14 +161,16 @@ def main_job(
     preset_name: str, preset: Preset, runs_dir: Path, name: str | None, device: str, stages: list[str], resume: bool
 ) -> RunFolder:
     """Runs the stages in a new run folder, or goes on in an old one."""
-    from lowmem_rmu.model.loading import resolve_device  # heavy libraries load only once there is work for them
-    from lowmem_rmu.pipeline import Job, read_inputs, run_config
+    from lowmem_rmu.model.fit import check_fits  # heavy libraries load only once there is work for them
+    from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.pipeline import Job, is_done, read_inputs, run_config
 
     on = resolve_device(device)
     folder = find_run(runs_dir, name, preset_name, preset) if resume else None
     name = name or RunFolder.new_name(preset_name)
     if folder is None:
         RunFolder.free_path(runs_dir, name)
+    check_fits(preset, on, [stage for stage in stages if folder is None or not is_done(folder, stage)])
     inputs = read_inputs(preset, stages)
     if folder is None:
         config = run_config(preset_name, preset, on)
@@ -223,7 +225,10 @@ def resume_command(folder: Path) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' own notes out of the run's output; errors still show."""
+    """Keeps the libraries' own notes out of the run's output (errors still show), and their caches small."""
+    # In 16 bits on a CPU, torch compiles kernels for every shape of batch and keeps 1,024 of them, twice: 300 MB for the tiny model.
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on being imported it warns of optional CPU kernels that are not used here
@@ -244,7 +249,7 @@ def presets_table() -> Table:
     for name in preset_names():
         preset = load_preset(name)
         weights = count_weights(config_for_plan(preset), preset.rmu.modules)
-        needed = max(stage.total for stage in memory_plan(preset, torch.device("cuda"), whole_model=True))
+        needed = max(stage.total for stage in memory_plan(preset, torch.device("cuda")))
         table.add_row(name, Path(preset.model.name).name, _millions(weights.total()), gib(needed), ", ".join(preset.topics))
     return table
 
@@ -260,15 +265,14 @@ def print_plan(preset: Preset, device: str, stages: list[str]) -> None:
     from lowmem_rmu.model.memory import plan as memory_plan
 
     on, console = resolve_device(device), Console()
-    evaluates = any(stage.startswith("evaluate") for stage in stages)
-    needs = [need for need in memory_plan(preset, on, whole_model=evaluates) if need.stage in stages]
+    evaluates, needs = any(stage.startswith("evaluate") for stage in stages), memory_plan(preset, on, stages)
     for label, words in plan_lines(preset, evaluates).items():
         console.print(f"{label:<10} {words}", highlight=False, soft_wrap=True)
     table = Table()
-    for column in ("Stage", "Weights", "Working memory", "Together"):
+    for column in ("Stage", "Weights", "Working memory", "Cache, at most", "Together"):
         table.add_column(column, justify="left" if column == "Stage" else "right")
     for need in needs:
-        table.add_row(need.stage, gib(need.weights), gib(need.working), gib(need.total))
+        table.add_row(need.stage, gib(need.weights), gib(need.working), gib(need.cache) if need.cache else "-", gib(need.total))
     console.print(table)
     console.print(f"Free on {on} now: {gib(memory_available(on))}. The libraries themselves take about 0.6 GiB of main memory.", highlight=False)
 
@@ -282,8 +286,8 @@ def plan_lines(preset: Preset, evaluates: bool) -> dict[str, str]:
     corpora = [*(topic.corpus for topic in preset.topics.values()), *preset.retain.corpora]
     sources = [corpus.source for corpus in corpora] + [task.source for task in preset.evaluation.tasks.values()]
     remote = sorted({source for source in sources if not is_local(source)})
-    adapter = len(rmu.adapter_layers) * rmu.rank * weights.adapter_inputs_and_outputs
     precision = "4-bit (NF4, double quantisation)" if model.quantisation == "nf4" else "not quantised"
+    method = f"LoRA of rank {rmu.rank} on" if rmu.trainable == "lora" else "the matrices"
     adapted = f"{', '.join(rmu.modules)} of layers {', '.join(map(str, rmu.adapter_layers))}"
     needed = weights.total() if evaluates else weights.up_to(rmu.target_layer + 1)
     size = f"about {gib(2 * needed)} of weights in 16 bits (in whole files), unless they are cached"
@@ -293,7 +297,7 @@ def plan_lines(preset: Preset, evaluates: bool) -> dict[str, str]:
         "Download": "nothing: a local folder" if is_local(model.name) else size,
         "Data": f"{', '.join(remote)} (Hub)" if remote else "local files only",
         "Loaded": f"{weights.layers} of {weights.layers} layers" if evaluates else f"{rmu.target_layer + 1} of {weights.layers} layers, no head",
-        "Trained": f"{rmu.steps} steps; LoRA of rank {rmu.rank} on {adapted}: {_millions(adapter)} parameters",
+        "Trained": f"{rmu.steps} steps; {method} {adapted}: {_millions(weights.learning(rmu))} parameters",
         "Steered": f"the output of layer {rmu.target_layer}; layers 0 to {rmu.target_layer} run in training, the others do not",
     }
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.logits import logits_at
 
 CHANCE = 1 / len(LETTERS)
 
@@ -70,8 +71,10 @@ def letter_logprobs(model: nn.Module, contexts: list[list[int]], letters: list[i
     device = next(model.parameters()).device
     batch = pad(contexts, pad_id, "left", device)
     positions = (batch.is_token.long().cumsum(-1) - 1).clamp(min=0)  # padding shifts no token's position
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, logits_to_keep=1, use_cache=False)
-    return output.logits[:, -1].float().log_softmax(-1)[:, letters].cpu()
+    last = torch.zeros_like(batch.is_token)
+    last[:, -1] = True
+    logits = logits_at(model, last, input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions)
+    return torch.cat([piece.log_softmax(-1)[:, letters] for piece in logits]).cpu()
 
 
 def summarise(answers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,26 +1,39 @@
 """The memory plan: what each stage needs, foretold from the model's shape alone; and what is in use now."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import check_layers
 from lowmem_rmu.model.layers import decoder_layers, expert_shapes
 from lowmem_rmu.model.loading import load_config, resolve_dtype
-from lowmem_rmu.presets import Preset
+from lowmem_rmu.model.logits import POSITIONS
+from lowmem_rmu.presets import Preset, Rmu, is_local
+from lowmem_rmu.runs import STAGES
 
 # 4 bits, an 8-bit constant a block of 64, and a float32 a block of 256 of those (double quantisation, arXiv 2305.14314).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Values a token that a layer keeps for its backward pass, or holds at once in a forward pass: multiples of its hidden and
-# intermediate size, counted over a Llama layer (norms, projections, attention, gated MLP; dequantised weights come on top).
-TRAIN_HIDDEN, TRAIN_INTERMEDIATE = 14, 5
-FORWARD_HIDDEN, FORWARD_INTERMEDIATE = 6, 3
+FLOAT32 = 4  # bytes: adapters, their inputs and gradients, and what a norm works on
+STORED = 2  # bytes of a weight as checkpoints hold it, read one at a time
+QUANTISING = 16  # bytes a weight that bitsandbytes takes on a CPU while it brings a matrix to 4-bit; its GPU kernel takes none
+BUFFERS = 4 * 2**20  # bytes on a CPU beside all tensors: threads' buffers, Python's objects; measured in every stage of the tiny model
+PROMPT_TOKENS = 64  # of a sample prompt in its chat template
+
+
+class Linear(NamedTuple):
+    """A linear module of a decoder layer, or so many experts' matrices."""
+
+    inputs: int
+    outputs: int
+    in_mlp: bool
+    matrices: int
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,8 @@ class Weights:
     largest_linear: int
     experts: int
     """Of a layer's mixture of experts, which are among `layer_linear`: dequantised all at once."""
-    adapter_inputs_and_outputs: int
-    """Sum of in- and out-features of the adapted modules of one layer: times the rank, LoRA's parameters."""
+    adapted: tuple[Linear, ...]
+    """What is adapted in a layer."""
 
     def total(self) -> int:
         return self.up_to(self.layers) + self.head
@@ -45,25 +58,43 @@ class Weights:
         """Of a model that is cut to its first layers."""
         return layers * (self.layer_linear + self.layer_other) + self.embedding
 
+    def learning(self, rmu: Rmu) -> int:
+        """Parameters that learn."""
+        sizes = [each.inputs * each.outputs if rmu.trainable == "weights" else rmu.rank * (each.inputs + each.outputs) for each in self.adapted]
+        return len(rmu.adapter_layers) * sum(size * each.matrices for size, each in zip(sizes, self.adapted, strict=True))
+
 
 @dataclass(frozen=True)
 class StageNeed:
-    """Bytes a stage needs on its device, beyond the libraries themselves."""
+    """Bytes a stage needs on its device at its peak, beyond the libraries themselves."""
 
     stage: str
     weights: int
     working: int
+    cache: int = 0
+    """Of the hidden-state cache, at most: how much of it fills depends on the texts."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.working
+        return self.weights + self.working + self.cache
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the GPU allocator's peak, or this process's resident memory on a CPU."""
+    """Bytes at the peak since `reset_peak`: of the GPU's allocator, or of this process (where its system tells no peak: now)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
+    return peaks[0] if peaks else psutil.Process().memory_info().rss
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new peak for `memory_in_use`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")
 
 
 def memory_available(device: torch.device) -> int:
@@ -74,8 +105,8 @@ def memory_available(device: torch.device) -> int:
 
 
 def config_for_plan(preset: Preset) -> PretrainedConfig:
-    """The model's shape: the preset's own copy where it has one, so that no download is needed, else the model's."""
-    if preset.model.config is None:
+    """The model's shape: of a model on the Hub the preset's own copy where it has one, so that no download is needed."""
+    if preset.model.config is None or is_local(preset.model.name):
         return load_config(preset.model)
     shape = dict(preset.model.config)
     return AutoConfig.for_model(shape.pop("model_type"), **shape)
@@ -94,7 +125,7 @@ def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
     layers = decoder_layers(model)
     experts = expert_shapes(layers[0])
     shapes = {name: module.weight.shape for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)} | experts
-    adapted = [shape for name, shape in shapes.items() if name.rpartition(".")[2] in modules]
+    adapted = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in modules}
     linear = sum(shape.numel() for shape in shapes.values())
     embeddings: Any = model.get_input_embeddings()
     embedding = embeddings.weight.numel()
@@ -106,84 +137,132 @@ def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
         head=0 if config.tie_word_embeddings else embedding,
         largest_linear=max(shape.numel() for shape in shapes.values()),
         experts=sum(shape.numel() for shape in experts.values()),
-        adapter_inputs_and_outputs=sum(prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in adapted),
+        adapted=tuple(Linear(shape[-1], shape[-2], "attn" not in name, prod(shape[:-2])) for name, shape in adapted.items()),
     )
 
 
-def plan(preset: Preset, device: torch.device, whole_model: bool) -> list[StageNeed]:
-    """What each stage needs. `whole_model`: the run also evaluates, so every layer stays loaded while it trains."""
-    config = config_for_plan(preset)
-    weights = count_weights(config, preset.rmu.modules)
-    check_layers(preset.rmu, weights.layers)
-    element = torch.empty((), dtype=resolve_dtype(preset.model, device)).element_size()
-    linear_bytes = NF4_BYTES if preset.model.quantisation == "nf4" else element
-
-    def held(layers: int, head: bool) -> int:
-        other = layers * weights.layer_other + weights.embedding + (weights.head if head else 0)
-        return int(layers * weights.layer_linear * linear_bytes + other * element)
-
-    everything = held(weights.layers, head=True)
-    dequantised = max(weights.largest_linear, weights.experts) * element if preset.model.quantisation == "nf4" else 0
-    # The backward pass dequantises a linear module anew; experts it needs as the forward pass has left them.
-    layers_kept = 0 if preset.rmu.activation_checkpointing else preset.rmu.target_layer - min(preset.rmu.adapter_layers)
-    kept = layers_kept * weights.experts * element if preset.model.quantisation == "nf4" else 0
-    adapter = len(preset.rmu.adapter_layers) * preset.rmu.rank * weights.adapter_inputs_and_outputs * 4
-    answering = preset.evaluation.batch_tokens * _forward_values(config) * element + dequantised
-    training = _training_bytes(preset, config, element) + dequantised + kept + 4 * adapter  # weight, gradient, AdamW's two moments
-    return [
-        StageNeed("evaluate-base", everything, answering),
-        StageNeed("unlearn", everything if whole_model else held(preset.rmu.target_layer + 1, head=False), training),
-        StageNeed("evaluate-unlearned", everything + adapter, answering),
+def plan(preset: Preset, device: torch.device, stages: Sequence[str] = STAGES) -> list[StageNeed]:
+    """What each of the stages needs that work on the model. The first loads it: every layer where one of them evaluates."""
+    needs, evaluates = Needs(preset, device), any(stage.startswith("evaluate") for stage in stages)
+    loaded = needs.weights_held(None if evaluates else preset.rmu.target_layer + 1)
+    planned = [
+        StageNeed("evaluate-base", loaded, needs.evaluating(adapted=False)),
+        StageNeed("unlearn", loaded, needs.unlearning(), needs.cache()),
+        StageNeed("evaluate-unlearned", loaded + needs.adapter(), needs.evaluating(adapted=True)),
     ]
+    planned = [need for need in planned if need.stage in stages]
+    planned = [replace(need, working=max(need.working, needs.loading())) for need in planned[:1]] + planned[1:]
+    return [replace(need, working=need.working + BUFFERS) for need in planned] if device.type == "cpu" else planned
 
 
-def _forward_values(config: PretrainedConfig) -> int:
-    return FORWARD_HIDDEN * config.hidden_size + FORWARD_INTERMEDIATE * _intermediate_values(config)
+class Needs:
+    """Bytes by what holds them, for one preset on one device; each was counted over a Llama layer and checked against measurements.
 
+    h, i: hidden and intermediate size; d: of a head; a, kv: of all queries and of all keys; e: bytes of an activation.
+    """
 
-def _intermediate_values(config: PretrainedConfig) -> int:
-    """Of a token in an MLP: in a mixture it goes through several experts."""
-    return int(config.intermediate_size * getattr(config, "num_experts_per_tok", 1))
+    def __init__(self, preset: Preset, device: torch.device) -> None:
+        config: Any = config_for_plan(preset)
+        self.preset, self.rmu, self.device = preset, preset.rmu, device
+        self.weights = count_weights(config, preset.rmu.modules)
+        check_layers(preset.rmu, self.weights.layers)
+        self.nf4 = preset.model.quantisation == "nf4"
+        self.e = torch.empty((), dtype=resolve_dtype(preset.model, device)).element_size()
+        self.vocabulary, self.h = config.vocab_size, config.hidden_size
+        self.i = config.intermediate_size * getattr(config, "num_experts_per_tok", 1)
+        self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.a = config.num_attention_heads * self.d
+        self.kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * self.d
 
+    def weights_held(self, layers: int | None) -> int:
+        """The first layers without a head, or (None) the whole model."""
+        weights, count = self.weights, self.weights.layers if layers is None else layers
+        other = count * weights.layer_other + weights.embedding + (weights.head if layers is None else 0)
+        linear = count * weights.layer_linear
+        whole = weights.learning(self.rmu) if self.rmu.trainable == "weights" else 0
+        return int((linear - whole) * (NF4_BYTES if self.nf4 else self.e) + (other + whole) * self.e)
 
-def _training_bytes(preset: Preset, config: PretrainedConfig, element: int) -> int:
-    """Activations of the larger of the two batches; the forget and the retain loss run backwards one after the other."""
-    rmu = preset.rmu
-    tokens = max(
-        rmu.batch_size * max(topic.max_tokens for topic in preset.topics.values()),
-        (rmu.retain_batch_size or rmu.batch_size) * preset.retain.max_tokens,
-    )
-    layers = rmu.target_layer - min(rmu.adapter_layers) + 1
-    one_layer = TRAIN_HIDDEN * config.hidden_size + TRAIN_INTERMEDIATE * _intermediate_values(config)
-    kept = one_layer + layers * config.hidden_size if rmu.activation_checkpointing else layers * one_layer
-    return tokens * (kept * element + 4 * config.hidden_size * 4)  # and trunk, frozen, target and their difference in float32
+    def adapter(self) -> int:
+        return self.weights.learning(self.rmu) * FLOAT32
 
+    def loading(self) -> int:
+        """Beside the weights: the one that is being read, or being quantised."""
+        quantising = QUANTISING * self.weights.largest_linear if self.nf4 and self.device.type == "cpu" else 0
+        return max(STORED * max(self.weights.embedding, self.weights.largest_linear), quantising)
 
-def out_of_memory(preset: Preset, device: torch.device, stage: str) -> UserError:
-    """What to lower, and by how much, after the device ran out of memory."""
-    needs = {need.stage: need for need in plan(preset, device, whole_model=True)}
-    need = needs.get(stage, needs["unlearn"])
-    free = max(memory_available(device), 0)
-    lines = [f"Out of memory in the stage {stage}: the plan foretells {gib(need.total)}, {gib(free)} are free on {device} now."]
-    if stage == "unlearn":
-        half = max(1, preset.rmu.batch_size // 2)
-        saved = need.working - _unlearn_working(preset, device, batch_size=half, retain_batch_size=half)
-        if saved > 0:
-            lines.append(f"Lower the batch: --set rmu.batch_size={half} --set rmu.retain_batch_size={half} saves about {gib(saved)}.")
-        saved = need.working - _unlearn_working(preset, device, activation_checkpointing=True)
-        if saved > 0:
-            lines.append(f"Recompute activations: --set rmu.activation_checkpointing=true saves about {gib(saved)}, and takes longer.")
-        alone = plan(preset, device, whole_model=False)[1]
-        lines.append(f"Train with the lower layers alone: --stages unlearn takes {gib(alone.total)} in all.")
-    else:
-        half = max(1, preset.evaluation.batch_tokens // 2)
-        lines.append(f"Lower the batch: --set evaluation.batch_tokens={half} saves about {gib(need.working // 2)}.")
-    return UserError("\n".join(lines))
+    def dequantised(self) -> int:
+        return max(self.weights.largest_linear, self.weights.experts) * self.e if self.nf4 else 0
 
+    def forward(self, tokens: int, adapted: bool) -> int:
+        """A forward pass without gradients at its widest: within an MLP, or an adapter."""
+        residuals = (4 * self.h + 2 * self.d) * self.e  # embeddings, the layer's input, the residual stream, the normed input; rotations
+        plain = 2 * self.i * self.e * tokens + max(self.i * self.e * tokens, self.dequantised())
+        adapters = [tokens * self._in_adapter(module) for module in self.weights.adapted if adapted]
+        return residuals * tokens + max(plain, *adapters, 0)
 
-def _unlearn_working(preset: Preset, device: torch.device, **changes: object) -> int:
-    changed = preset.model_copy(update={"rmu": preset.rmu.model_copy(update=changes)})
-    return plan(changed, device, whole_model=True)[1].working
+    def _in_adapter(self, module: Linear) -> int:
+        """A token in an adapted module: its input or what its output will be multiplied with, the output, both in float32, and their sum."""
+        copies = 3 if self.e < FLOAT32 and not self.nf4 else 2
+        cast = FLOAT32 * module.inputs if self.e < FLOAT32 else 0
+        return self.e * (max(module.inputs, module.outputs) + module.outputs) + copies * FLOAT32 * module.outputs + cast
+
+    def evaluating(self, adapted: bool) -> int:
+        evaluation = self.preset.evaluation
+        corpora = [topic.corpus for topic in self.preset.topics.values()] + self.preset.retain.corpora
+        tokens = evaluation.batch_tokens if evaluation.tasks or any(corpus.held_out for corpus in corpora) else 0
+        # Hidden states, those that are asked for; the logits of a few, the same in float32, and their log-probabilities.
+        logits = 2 * tokens * self.h * self.e + POSITIONS * self.vocabulary * (self.e + 2 * FLOAT32)
+        return max(self.forward(tokens, adapted), logits, self.answering() if evaluation.prompts else 0)
+
+    def answering(self) -> int:
+        """A sample answer: the keys and values of all its tokens, and one dequantised matrix."""
+        tokens = PROMPT_TOKENS + self.preset.evaluation.max_new_tokens
+        return tokens * self.weights.layers * 2 * self.kv * self.e + self.forward(PROMPT_TOKENS, adapted=False)
+
+    def unlearning(self) -> int:
+        """Learning parameters with gradient and moments, and the activations of the forget or the retain batch."""
+        rmu = self.rmu
+        forget = rmu.batch_size * max(topic.max_tokens for topic in self.preset.topics.values())
+        retain = (rmu.retain_batch_size or rmu.batch_size) * self.preset.retain.max_tokens
+        moments = 2 * FLOAT32 if rmu.optimizer == "adamw" else 2
+        learning = self.weights.learning(rmu) * (FLOAT32 + FLOAT32 + moments)
+        # While the retain batch is trained on, what left the target layer in the forget batch is kept for the figures of the step.
+        return learning + max(self.training(forget), self.training(retain) + forget * self.h * self.e)
+
+    def training(self, tokens: int) -> int:
+        """A batch at its peak, when the backward pass is in the last layer's MLP; trunk, frozen and updated activations stay throughout."""
+        layers = self.rmu.target_layer - min(self.rmu.adapter_layers) + 1
+        first, other = self.kept(first=True), self.kept(first=False) if layers > 1 else 0
+        kept = max(first, other) + layers * self.h * self.e if self.rmu.activation_checkpointing else first + (layers - 1) * other
+        gradients = (FLOAT32 + self.e) * self.i  # of the MLP's product: from the adapter and from the matrix
+        backward = tokens * (kept + gradients + 3 * self.h * self.e) + self.dequantised()
+        # The backward pass dequantises a linear module anew; experts it needs as the forward pass has left them.
+        experts = (layers - 1) * self.weights.experts * self.e if self.nf4 and not self.rmu.activation_checkpointing else 0
+        return max(backward + experts, self.forward(tokens, adapted=False))
+
+    def kept(self, first: bool) -> int:
+        """Bytes a token that autograd keeps of an updated layer; of the first only from its first adapter on, for its input learns nothing."""
+        adapted, widths = self.weights.adapted, 2 * self.kv
+        if self.rmu.padding == "paper":
+            widths = 2 * self.a  # under a mask, keys and values are repeated for every query
+        inputs = [(module.in_mlp, module.inputs) for module in adapted]
+        kept = FLOAT32 * sum(size for _, size in (inputs if self.e < FLOAT32 else set(inputs)))  # float32 modules share their input
+        if not first:
+            kept += FLOAT32 * self.h  # the input norm's
+        if not first or any(not module.in_mlp for module in adapted):
+            kept += self.e * (2 * self.a + widths) + FLOAT32 * self.h  # attention, and the MLP's norm
+        if not first or any(module.inputs == self.h for module in adapted):
+            kept += 3 * self.i * self.e  # gate, its activation, up
+        return kept
+
+    def cache(self) -> int:
+        """The hidden-state cache where it is in this memory: of half the steps at most, for batches are kept that come again."""
+        rmu = self.rmu
+        if self.device.type != "cpu" or rmu.cache_in == "disk":
+            return 0
+        forget = (rmu.batch_size + 1) * max(topic.max_tokens for topic in self.preset.topics.values())  # of the frozen path one sample
+        retain = 2 * (rmu.retain_batch_size or rmu.batch_size) * self.preset.retain.max_tokens
+        return min(int(rmu.cache_gib * 2**30), rmu.steps // 2 * (forget + retain) * self.h * self.e)
 
 
 def gib(size: int) -> str:

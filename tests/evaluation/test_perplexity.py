@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_every_sequence_alone_whatever_the_padding(model: Pr
 
 def test_a_token_that_is_also_the_padding_counts_where_it_is_text(model: PreTrainedModel) -> None:
     ending = [[1, 5, 6, PAD], [1, 5, 6, 7, 8, 9, PAD]]
-    assert text_loss(model, ending, PAD)["loss"] == pytest.approx(sum(direct(model, each) for each in ending) / 9, rel=1e-5)
+    assert text_loss(model, ending, PAD, 64)["loss"] == pytest.approx(sum(direct(model, each) for each in ending) / 9, rel=1e-5)
 
 
 def test_stderr_by_hand_on_two_sequences(model: PreTrainedModel) -> None:
@@ -52,15 +52,15 @@ def test_stderr_by_hand_on_two_sequences(model: PreTrainedModel) -> None:
     # Of a ratio of means: the spread of (sum - ratio * count) over n - 1 = 1, times n = 2, over all tokens.
     expected = math.sqrt(2 * ((sums[0] - ratio * 30) ** 2 + (sums[1] - ratio * 4) ** 2)) / 34
     assert expected > 0.01
-    assert text_loss(model, [one, other], PAD)["stderr"] == pytest.approx(expected, rel=1e-3)
+    assert text_loss(model, [one, other], PAD, 64)["stderr"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_stderr_is_that_of_a_mean_where_lengths_are_equal(model: PreTrainedModel) -> None:
     equal = [sequence[:10] for sequence in SEQUENCES if len(sequence) >= 10]
     losses = torch.tensor([direct(model, sequence) / 9 for sequence in equal])
     assert len(losses) == 4
-    assert text_loss(model, equal, PAD)["stderr"] == pytest.approx((losses.std() / 2).item(), rel=1e-4)
+    assert text_loss(model, equal, PAD, 64)["stderr"] == pytest.approx((losses.std() / 2).item(), rel=1e-4)
 
 
 def test_one_sequence_has_no_stderr(model: PreTrainedModel) -> None:
-    assert text_loss(model, SEQUENCES[:1], PAD)["stderr"] == 0.0
+    assert text_loss(model, SEQUENCES[:1], PAD, 64)["stderr"] == 0.0

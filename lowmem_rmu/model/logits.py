@@ -1,0 +1,32 @@
+"""Logits of the positions that are asked for: the decoder runs once, the head over a few positions at a time.
+
+    tokens -> [decoder] -> hidden states -> the positions asked for -> [head] -> logits, 128 positions at a time
+
+The logits of a whole batch can be larger than the model: 4 x 512 positions of 128,000 tokens take 1 GiB in float32, and each step
+of a loss takes as much again. On a CPU in bfloat16, a head over a slice of the batch would even copy its weights once a row.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lowmem_rmu.model.layers import lent_forward
+
+POSITIONS = 128
+
+
+def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Iterator[Tensor]:
+    """Logits `(up to 128, vocabulary)` in float32 where `positions` `(batch, sequence)` is True, piece by piece in their order."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    output = inner.get_decoder()(**inputs, use_cache=False)
+    for hidden in output.last_hidden_state[positions].split(POSITIONS):
+        yield _head(inner, type(output)(last_hidden_state=hidden[None]), inputs)
+
+
+def _head(model: Any, decoded: Any, inputs: dict[str, Any]) -> Tensor:
+    """The model's own forward over what its decoder gave, so that whatever it does to its logits (scaling, capping) is done."""
+    with lent_forward([model.get_decoder()], lambda **_: decoded):
+        logits: Tensor = model(**inputs, use_cache=False).logits[0]
+    return logits.float()
