@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Preset
+from lowmem_rmu.presets import recorded_preset
 from lowmem_rmu.run import friendly_exit, presets_table, quiet_libraries, run
 from lowmem_rmu.runs import RunFolder
 
@@ -42,7 +42,7 @@ def chat(
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         if not folder.adapter.exists():
             raise UserError(f"Run {folder.path} has no adapter yet.\nGo on with it: python -m lowmem_rmu.run ... --resume --name {folder.path.name}")
-        preset = Preset.model_validate(folder.config["settings"])
+        preset = recorded_preset(folder.config["settings"], folder.path)
         tokenizer = load_tokenizer(preset.model)
         model = load_adapter(load_model(preset.model, resolve_device(device), unquantised=unquantised_modules(preset)), folder.adapter)
         writer = SideWriter()

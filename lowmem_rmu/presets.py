@@ -234,6 +234,18 @@ def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset
         raise UserError(_complaint(path, tree, content, error, overridden)) from error
 
 
+def recorded_preset(settings: Any, where: Path) -> Preset:
+    """The settings that a run folder holds. Raises UserError where another version wrote them and this one reads them no more."""
+    try:
+        return Preset.model_validate(settings)
+    except ValidationError as error:
+        named = ", ".join(sorted({".".join(map(str, problem["loc"])) for problem in error.errors()}))
+        raise UserError(
+            f"{where} was written by another version of lowmem-rmu: this one does not know its settings of {named}.\n"
+            "Read it with the version that its config.json names, or make the run anew."
+        ) from error
+
+
 def differences(first: Any, second: Any, where: str = "") -> list[str]:
     """The paths at which two settings differ."""
     if isinstance(first, dict) and isinstance(second, dict):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import PRESETS_FOLDER, find_preset, is_local, load_preset, preset_names
+from lowmem_rmu.presets import PRESETS_FOLDER, find_preset, is_local, load_preset, preset_names, recorded_preset
 
 GOOD = """\
 title: A test
@@ -249,3 +249,16 @@ def test_hub_ids_stay_as_they_are(good: Path, monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_local_source_starts_like_a_path(source: str, local: bool) -> None:
     assert is_local(source) is local
+
+
+def test_settings_of_another_version_are_named_with_their_run(good: Path) -> None:
+    settings = load_preset(str(good)).model_dump()
+    assert recorded_preset(settings, Path("runs/a")) == load_preset(str(good))
+    settings["rmu"]["momentum"] = 0.9
+    del settings["title"]
+    with pytest.raises(UserError) as caught:
+        recorded_preset(settings, Path("runs/a"))
+    assert str(caught.value) == (
+        "runs/a was written by another version of lowmem-rmu: this one does not know its settings of rmu.momentum, title.\n"
+        "Read it with the version that its config.json names, or make the run anew."
+    )

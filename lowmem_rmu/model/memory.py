@@ -15,6 +15,7 @@ from lowmem_rmu.model.adapters import check_layers
 from lowmem_rmu.model.layers import decoder_layers, expert_shapes
 from lowmem_rmu.model.loading import load_config, resolve_dtype
 from lowmem_rmu.model.logits import POSITIONS
+from lowmem_rmu.model.quantisation import PIECE
 from lowmem_rmu.presets import Preset, Rmu, is_local
 from lowmem_rmu.runs import STAGES
 
@@ -22,7 +23,7 @@ from lowmem_rmu.runs import STAGES
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4  # bytes: adapters, their inputs and gradients, and what a norm works on
 STORED = 2  # bytes of a weight as checkpoints hold it, read one at a time
-QUANTISING = 16  # bytes a weight that bitsandbytes takes on a CPU while it brings a matrix to 4-bit; its GPU kernel takes none
+QUANTISING = 16  # bytes a weight that bitsandbytes takes on a CPU while it brings a piece of a matrix to 4-bit; its GPU kernel takes none
 BUFFERS = 4 * 2**20  # bytes on a CPU beside all tensors: threads' buffers, Python's objects; measured in every stage of the tiny model
 PROMPT_TOKENS = 64  # of a sample prompt in its chat template
 
@@ -186,9 +187,10 @@ class Needs:
         return self.weights.learning(self.rmu) * FLOAT32
 
     def loading(self) -> int:
-        """Beside the weights: the one that is being read, or being quantised."""
-        quantising = QUANTISING * self.weights.largest_linear if self.nf4 and self.device.type == "cpu" else 0
-        return max(STORED * max(self.weights.embedding, self.weights.largest_linear), quantising)
+        """Beside the weights: the matrix that is being read, or brought to 4-bit piece by piece."""
+        largest = self.weights.largest_linear
+        piece = QUANTISING * min(PIECE, largest) if self.device.type == "cpu" else 0
+        return largest * self.e + piece if self.nf4 else largest * STORED
 
     def dequantised(self) -> int:
         return max(self.weights.largest_linear, self.weights.experts) * self.e if self.nf4 else 0
