@@ -7,11 +7,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from platform import machine, processor, python_version
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -24,21 +25,28 @@ from lowmem_rmu.data.corpora import Samples, load_samples
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
-from lowmem_rmu.evaluation.multiple_choice import evaluate
-from lowmem_rmu.evaluation.perplexity import text_loss
+from lowmem_rmu.evaluation.multiple_choice import Answer, Interrupted, evaluate
+from lowmem_rmu.evaluation.perplexity import divergence, text_loss
+from lowmem_rmu.evaluation.scorer import find_batch_tokens
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter, trained_modules
-from lowmem_rmu.model.fit import out_of_memory
+from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
+from lowmem_rmu.model.identity import model_digest
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer
 from lowmem_rmu.model.memory import memory_in_use, reset_peak, skeleton
 from lowmem_rmu.presets import Preset, Role, is_local
+from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
-from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
+from lowmem_rmu.runs import RunFolder, Stopped, add_lines, folder_replaced, read_lines, write_json, write_lines
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
 from lowmem_rmu.unlearning.targets import cues
 
 SIDE_OF = {"evaluate-base": "base", "evaluate-unlearned": "unlearned"}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 HEARTBEAT_SECONDS = 1.0
+NO_MORE: Any = ()
+"""What the first process tells the others when there is nothing left to evaluate."""
+BASE_ANSWERS = ".base_answers"
+"""Beside the runs: what base models have answered, for runs to come."""
 
 
 class Watcher(Protocol):
@@ -125,6 +133,20 @@ def short_name(model: str) -> str:
     return "/".join(Path(model).parts[-2:]) if is_local(model) else model
 
 
+def help_evaluate(preset: Preset, inputs: Inputs, device: torch.device, processes: Processes) -> None:
+    """What all processes but the first do: their share of the questions whenever the first one evaluates, until it is done."""
+    model: Any = load_model(preset.model, device, None, unquantised_modules(preset)) if inputs.questions else None
+    while (order := processes.from_first(NO_MORE)) != NO_MORE:
+        side, known, batch_tokens, adapter = order
+        if side == "unlearned":
+            with TemporaryDirectory() as folder:
+                for name, content in adapter.items():
+                    (Path(folder) / name).write_bytes(content)
+                model = load_adapter(model, Path(folder))
+        with base_only(model) if side == "base" else nullcontext(), suppress(Interrupted):
+            evaluate(model, inputs.tokenizer, inputs.questions, batch_tokens, known, processes=processes)
+
+
 def is_done(folder: RunFolder, stage: str) -> bool:
     """Whether a run need not go through the stage again."""
     if stage in SIDE_OF:
@@ -142,6 +164,7 @@ class Job:
     device: torch.device
     stages: list[str]
     watcher: Watcher
+    processes: Processes = field(default_factory=Processes)
     _model: Any = None  # a PreTrainedModel, and a PeftModel once it has an adapter
     _stage: str = "prepare"
     _step: int = 0
@@ -157,13 +180,16 @@ class Job:
                 for stage in self.stages:
                     if not is_done(self.folder, stage):
                         self._run_stage(stage)
-        except (Stopped, KeyboardInterrupt):
+        except (Stopped, KeyboardInterrupt) as stop:
             self._write_status("stopped")
+            if isinstance(stop, Stopped):
+                self.processes.from_first(NO_MORE)
             raise
         except BaseException as error:
             self._give_up(error)
             raise
         self._write_status("done")
+        self.processes.from_first(NO_MORE)
 
     def _run_stage(self, stage: str) -> None:
         self._start(stage, 0)
@@ -179,19 +205,57 @@ class Job:
                 self._note_cost(stage, time.monotonic() - started)
 
     def _evaluate(self, side: str) -> None:
-        questions, texts, prompts = self.inputs.questions, self.inputs.texts, self.preset.evaluation.prompts
-        batch_tokens, pad_id = self.preset.evaluation.batch_tokens, self.inputs.tokenizer.pad_token_id
-        self._start(self._stage, sum(len(each.questions) for each in questions))
+        texts, prompts = self.inputs.texts, self.preset.evaluation.prompts
         with base_only(self._model) if side == "base" else nullcontext():
-            scores: dict[str, Any] = {"tasks": {}, "groups": {}, "seconds": 0.0, "questions_per_second": 0.0}
-            answers: list[dict[str, Any]] = []
-            if questions:
-                evaluated = evaluate(self._model, self.inputs.tokenizer, questions, batch_tokens, self._on_answers)
-                scores, answers = evaluated.scores, evaluated.answers
-            scores["texts"] = {name: text_loss(self._model, sequences, pad_id, batch_tokens) for name, sequences in texts.items()}
+            batch_tokens = self._batch_tokens()
+            scores, answers = self._ask(side, batch_tokens)
+            scores["texts"] = {name: text_loss(self._model, self.inputs.tokenizer, each, batch_tokens) for name, each in texts.items()}
             scores["samples"] = [{"prompt": prompt, "answer": self._answer(prompt)} for prompt in prompts]
+        if side == "unlearned" and "retain" in texts:
+            scores["texts"]["retain"] |= divergence(self._model, self.inputs.tokenizer, texts["retain"], batch_tokens)
         write_lines(self.folder.answers(side), answers)
         write_json(self.folder.evaluation(side), scores)
+
+    def _ask(self, side: str, batch_tokens: int) -> tuple[dict[str, Any], list[Answer]]:
+        """Scores and answers to all questions: those that an earlier process has left, or another run of the same base model, and new ones."""
+        questions, path = self.inputs.questions, self.folder.answers(side)
+        if not questions:
+            return {"tasks": {}, "groups": {}, "seconds": 0.0, "questions_per_second": 0.0}, []
+        self._start(self._stage, sum(len(each.questions) for each in questions))
+        before = read_lines(path)
+        write_lines(path, before)  # without the line that a kill may have torn
+        shared = self._base_answers() if side == "base" else None
+        known = {row["prompt"]: row["logprobs"] for row in (read_lines(shared) if shared else []) + before}
+
+        def keep(answers: list[Answer]) -> None:
+            add_lines(path, answers)
+            if shared:
+                add_lines(shared, [{"prompt": row["prompt"], "logprobs": row["logprobs"]} for row in answers])
+
+        if self.processes.count > 1:
+            adapter = {file.name: file.read_bytes() for file in self.folder.adapter.iterdir()} if side == "unlearned" else {}
+            self.processes.from_first((side, known, batch_tokens, adapter))
+        try:
+            evaluated = evaluate(self._model, self.inputs.tokenizer, questions, batch_tokens, known, keep, self._on_answers, self.processes)
+        except Interrupted as stop:
+            raise Stopped(self.folder.path) from stop
+        return evaluated.scores, evaluated.answers
+
+    def _base_answers(self) -> Path:
+        """What this base model has answered in any run beside this one."""
+        digest = model_digest(self.preset.model, self.device, unquantised_modules(self.preset))
+        path = self.folder.path.parent / BASE_ANSWERS / f"{digest}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def _batch_tokens(self) -> int:
+        """The preset's; or what was found to be fastest, and is kept so that a resumed evaluation makes the same batches."""
+        if self.preset.evaluation.batch_tokens != "auto":
+            return self.preset.evaluation.batch_tokens
+        path = self.folder.path / "evaluation" / "batch_tokens.json"
+        if not path.exists():
+            write_json(path, find_batch_tokens(self._model, self.inputs.tokenizer.pad_token_id))
+        return int(path.read_text(encoding="utf-8"))
 
     def _answer(self, prompt: str) -> str:
         return answer(self._model, self.inputs.tokenizer, [{"role": "user", "content": prompt}], self.preset.evaluation.max_new_tokens)
@@ -247,10 +311,9 @@ class Job:
         if stage == "evaluate-unlearned" and not isinstance(self._model, PeftModel):  # trained by an earlier process
             self._model = load_adapter(self._model, self.folder.adapter)
 
-    def _on_answers(self, done: int, accuracy: float) -> None:
+    def _on_answers(self, done: int, accuracy: float) -> bool:
         self._advance(done, {"accuracy": accuracy})
-        if self._asked_to_stop():
-            raise Stopped(self.folder.path)
+        return self._asked_to_stop()
 
     def _on_step(self, row: dict[str, Any]) -> None:
         self._stage_peak = max(self._stage_peak, row["peak_memory_bytes"])
@@ -288,10 +351,8 @@ class Job:
     def _translated_errors(self) -> Iterator[None]:
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise out_of_memory(self.preset, self.device, self.stages, self._stage) from error
-        except RuntimeError as error:
-            if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # the CPU allocator's words
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
                 raise out_of_memory(self.preset, self.device, self.stages, self._stage) from error
             raise
         except OSError as error:

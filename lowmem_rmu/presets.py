@@ -1,6 +1,7 @@
 """Typed presets: YAML in, a checked `Preset` out, or one complete list of what is wrong with it."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lowmem_rmu.errors import UserError, nearest
 
 PRESETS_FOLDER = Path(__file__).resolve().parent.parent / "presets"
+TASKS_FILE = Path(__file__).resolve().parent / "tasks.yaml"
+SMALLEST_BATCH = 1024
+"""Tokens of the smallest batch that `evaluation.batch_tokens: auto` tries."""
 Role = Literal["forgotten", "measured", "adjacent", "kept"]
 
 
@@ -153,19 +157,40 @@ class Rmu(Section):
 
 
 class Task(Section):
-    """A-D questions: a Hub data set, a local JSONL file (`question, choices, answer`), or a folder with a file a subject."""
+    """A-D questions: a Hub data set, a local JSONL file (`question, choices, answer`), or a folder with a file a subject.
+
+    A name of `tasks.yaml` (`wmdp_bio`, `mmlu`, ...) brings its settings along; a preset gives what differs.
+    """
 
     source: str
     subset: str | None = None
     split: str = "test"
+    """Of a folder: its subfolder, where it has one of that name."""
     about: str | None = None
     """What the prompt says the questions are about; the subject's or the task's name if left out."""
     subject_column: str | None = None
     """The column of a Hub data set that splits it into subjects."""
+    subjects: list[str] | None = Field(None, min_length=1)
+    """Only these subjects."""
+    scoring: Literal["letters", "cloze"] = "letters"
+    """`letters`: the choice whose letter is the most likely. `cloze`: the choice whose text is, a character; for models too small for letters."""
+    num_fewshot: int = Field(0, ge=0)
+    """Answered examples in front of every question: the first ones of `examples_split`."""
+    examples_split: str | None = None
     role: Role
     """What the verdict expects: `forgotten` to fall, `kept` and `adjacent` to stay, `measured` nothing."""
     adjacent: list[str] = []
     """Subjects that lie next to a forgotten topic: their role is `adjacent`."""
+    group: str | None = None
+    """Tasks of the same group get an average together."""
+    averages: dict[str, list[str]] = {}
+    """Averages over some of the subjects, by name."""
+
+    @model_validator(mode="after")
+    def _examples_where_they_count(self) -> "Task":
+        if self.num_fewshot and self.examples_split is None:
+            raise ValueError(f"num_fewshot {self.num_fewshot} takes an examples_split; this task has none, so ask it with 0")
+        return self
 
 
 class Evaluation(Section):
@@ -173,12 +198,27 @@ class Evaluation(Section):
 
     tasks: dict[str, Task] = {}
     limit: int | None = Field(None, ge=1)
-    """Questions a task or subject at most, the same sample every time."""
-    batch_tokens: int = Field(4096, ge=1)
-    """Tokens in one forward pass at most, padding included."""
+    """Questions a task at most, spread over its subjects in proportion (one a subject at least): the same sample every time."""
+    batch_tokens: int | Literal["auto"] = "auto"
+    """Tokens in one forward pass at most, padding included. `auto`: what is fastest, tried out before the first question."""
     prompts: list[str] = []
     """Asked of base and unlearned for the report and as suggestions in the chat."""
     max_new_tokens: int = Field(64, ge=1)
+
+    @property
+    def planned_batch_tokens(self) -> int:
+        """What the memory plan counts with: `auto` takes more only where there is room."""
+        return SMALLEST_BATCH if self.batch_tokens == "auto" else self.batch_tokens
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_tasks(cls, given: Any) -> Any:
+        """Fills in what a preset leaves out of a task that is known by its name."""
+        if not isinstance(given, dict) or not isinstance(given.get("tasks"), dict):
+            return given
+        known = known_tasks()
+        tasks = {name: {**known.get(name, {}), **task} if isinstance(task, dict) else task for name, task in given["tasks"].items()}
+        return given | {"tasks": tasks}
 
 
 class Preset(Section):
@@ -190,6 +230,12 @@ class Preset(Section):
     topics: dict[str, Topic] = Field(min_length=1)
     retain: Retain
     evaluation: Evaluation = Evaluation()
+
+
+@cache
+def known_tasks() -> dict[str, dict[str, Any]]:
+    """The field's tasks by name, as settings of a `Task`."""
+    return yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8"))
 
 
 def preset_names() -> list[str]:

@@ -143,7 +143,8 @@ def run(
             print_plan(chosen, device, wanted)
             return
         folder = main_job(find_preset(preset).stem, chosen, runs_dir, name, device, wanted, resume)
-        print_summary(folder, as_json)
+        if folder:
+            print_summary(folder, as_json)
 
 
 def parse_stages(text: str) -> list[str]:
@@ -159,13 +160,18 @@ def parse_stages(text: str) -> list[str]:
 
 def main_job(
     preset_name: str, preset: Preset, runs_dir: Path, name: str | None, device: str, stages: list[str], resume: bool
-) -> RunFolder:
-    """Runs the stages in a new run folder, or goes on in an old one."""
+) -> RunFolder | None:
+    """Runs the stages in a new run folder, or goes on in an old one; None where this process only helped another one to evaluate."""
     from lowmem_rmu.model.fit import check_fits  # heavy libraries load only once there is work for them
     from lowmem_rmu.model.loading import resolve_device
-    from lowmem_rmu.pipeline import Job, is_done, read_inputs, run_config
+    from lowmem_rmu.pipeline import Job, help_evaluate, is_done, read_inputs, run_config
+    from lowmem_rmu.processes import Processes
 
-    on = resolve_device(device)
+    processes = Processes()
+    on = resolve_device(processes.device(device))
+    if not processes.is_first:
+        help_evaluate(preset, read_inputs(preset, stages), on, processes)
+        return None
     folder = find_run(runs_dir, name, preset_name, preset) if resume else None
     name = name or RunFolder.new_name(preset_name)
     if folder is None:
@@ -179,7 +185,7 @@ def main_job(
     console, interrupts = Console(stderr=True), Interrupts()
     console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
     with interrupts.watched(), (Bars if console.is_terminal else Lines)(console, interrupts) as watcher:
-        Job(preset, folder, inputs, on, stages, watcher).run()
+        Job(preset, folder, inputs, on, stages, watcher, processes).run()
     return folder
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -48,8 +48,19 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def add_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends rows in one write; a kill may tear the last line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    """The rows of a file that may be missing, or be torn where a process was killed while it wrote."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class Stopped(Exception):
@@ -180,8 +191,7 @@ class RunFolder:
         write_json(self.path / "status.json", status)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        add_lines(self.metrics, [row])
 
     def truncate_metrics(self, steps: int) -> None:
         """Drops lines beyond `steps`, the last of which may be half written: a resumed run writes them again."""

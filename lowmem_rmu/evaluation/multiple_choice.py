@@ -1,26 +1,29 @@
-"""A-D questions scored as lm-evaluation-harness does: the choice whose letter is the most likely next token.
-
-    The following are multiple choice questions (with answers) about biology.\\n\\n<question>\\nA. ...\\nD. ...\\nAnswer: A
-    |----------------------------- context --------------------------------------------------------------------| |-| letter
-                                                     one forward pass; of its last position only: log P(" A") .. log P(" D")
-"""
+"""A-D questions scored as lm-evaluation-harness does: the choice whose letter, or whose text, is the most likely continuation."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.logits import logits_at
+from lowmem_rmu.evaluation.prompts import Prompt, prompt
+from lowmem_rmu.evaluation.scorer import Request, Scorer, plan_batches
+from lowmem_rmu.processes import Processes
 
 CHANCE = 1 / len(LETTERS)
+ROUND = 4  # batches that each process takes before they tell each other
+
+Answer = dict[str, Any]
+"""A line of `answers_base.jsonl`: task, index, prompt (its digest), logprobs, answer, gold, correct."""
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to stop and has done so, in all processes."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,17 @@ class Evaluated:
     """What one side of a run scored: `scores` as in `evaluation/base.json`, `answers` a row a question."""
 
     scores: dict[str, Any]
-    answers: list[dict[str, Any]]
+    answers: list[Answer]
 
 
-def prompt(about: str, question: Question) -> str:
-    """The harness's 0-shot prompt of `wmdp_*` and `mmlu_*`, byte for byte."""
-    lines = [question.question.strip(), *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True))]
-    return f"The following are multiple choice questions (with answers) about {about}.\n\n" + "\n".join([*lines, "Answer:"])
+@dataclass(frozen=True)
+class Asked:
+    """A question in its place, and the prompt that puts it."""
+
+    asked: QuestionSet
+    index: int
+    question: Question
+    prompt: Prompt
 
 
 def evaluate(
@@ -42,84 +49,155 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     sets: list[QuestionSet],
     batch_tokens: int,
-    progress: Callable[[int, float], None] = lambda done, accuracy: None,
+    known: Mapping[str, list[float]] | None = None,
+    keep: Callable[[list[Answer]], None] = lambda answers: None,
+    progress: Callable[[int, float], bool] = lambda done, accuracy: False,
+    processes: Processes | None = None,
 ) -> Evaluated:
-    """Asks the model every question as it stands (adapter on or off); `progress` hears questions done and accuracy so far."""
-    started = time.monotonic()
-    questions = [(each, number, question) for each in sets for number, question in enumerate(each.questions)]
-    contexts, letters = _encode(tokenizer, [prompt(each.about, question) for each, _, question in questions])
-    _check_length(model, contexts)
-    answers: list[dict[str, Any]] = [{}] * len(questions)
-    correct = done = 0
-    for indices in _batches([len(ids) for ids in contexts], batch_tokens):
-        scores = letter_logprobs(model, [contexts[index] for index in indices], letters, tokenizer.pad_token_id)
-        for index, logprobs in zip(indices, scores.tolist(), strict=True):
-            each, number, question = questions[index]
-            chosen = max(range(len(LETTERS)), key=logprobs.__getitem__)
-            answers[index] = {
-                "task": each.name, "index": number, "logprobs": logprobs, "answer": chosen, "gold": question.gold, "correct": chosen == question.gold,
-            }
-            correct += chosen == question.gold
-        done += len(indices)
-        progress(done, correct / done)
-    return Evaluated(_scores(sets, answers, time.monotonic() - started), answers)
+    """Asks the model every question as it stands (adapter on or off); of `processes`, each asks its share of them.
+
+    `known` are log-probabilities by the digest of their prompt, which are not asked again; `keep` gets new answers as they come;
+    `progress` hears questions done and accuracy so far, and may ask to stop (of several processes, the first one's is heard):
+    then Interrupted is raised.
+    """
+    processes = processes or Processes()
+    started, everything = time.monotonic(), ask(sets)
+    places: dict[str, list[Asked]] = {}
+    for each in everything:
+        places.setdefault(each.prompt.digest, []).append(each)
+    logprobs = {digest: values for digest, values in (known or {}).items() if digest in places}
+    done = [answer(each, values) for digest, values in logprobs.items() for each in places[digest]]
+    known_before, work = len(done), Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens)
+    for found in work.results(set(logprobs), processes):
+        new = [answer(each, values) for digest, values in found.items() for each in places[digest]]
+        logprobs |= found
+        done += new
+        keep(new)
+        if processes.from_first(progress(len(done), sum(each["correct"] for each in done) / len(done))):
+            raise Interrupted
+    answers = [answer(each, logprobs[each.prompt.digest]) for each in everything]
+    scores = score(sets, answers, time.monotonic() - started)
+    return Evaluated(scores | {"known_before": known_before, "cut_prompts": work.cut}, answers)
 
 
-@torch.inference_mode()
-def letter_logprobs(model: nn.Module, contexts: list[list[int]], letters: list[int], pad_id: int) -> torch.Tensor:
-    """Log-probabilities `(batch, 4)` of the letters as the next token, over the whole vocabulary, in float32."""
-    device = next(model.parameters()).device
-    batch = pad(contexts, pad_id, "left", device)
-    positions = (batch.is_token.long().cumsum(-1) - 1).clamp(min=0)  # padding shifts no token's position
-    last = torch.zeros_like(batch.is_token)
-    last[:, -1] = True
-    logits = logits_at(model, last, input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions)
-    return torch.cat([piece.log_softmax(-1)[:, letters] for piece in logits]).cpu()
+def ask(sets: list[QuestionSet]) -> list[Asked]:
+    """Every question in its place, with its prompt."""
+    return [Asked(each, index, question, prompt(each, question)) for each in sets for index, question in enumerate(each.questions)]
 
 
-def summarise(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy with its standard error in the n-1 form: sqrt(p (1 - p) / (n - 1)), as the harness computes it."""
-    total, correct = len(answers), sum(answer["correct"] for answer in answers)
-    accuracy = correct / total
-    stderr = math.sqrt(accuracy * (1 - accuracy) / (total - 1)) if total > 1 else 0.0
-    return {"accuracy": accuracy, "stderr": stderr, "questions": total, "correct": correct}
+def answer(each: Asked, logprobs: list[float]) -> Answer:
+    """The choice with the highest log-probability; in the cloze form a character of its text, as the harness's `acc_norm` has it."""
+    lengths = [len(choice) for choice in each.question.choices] if each.asked.scoring == "cloze" else [1] * len(logprobs)
+    chosen = max(range(len(logprobs)), key=lambda choice: logprobs[choice] / max(1, lengths[choice]))
+    row = {"task": each.asked.name, "index": each.index, "prompt": each.prompt.digest, "logprobs": logprobs}
+    return row | {"answer": chosen, "gold": each.question.gold, "correct": chosen == each.question.gold}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> tuple[list[list[int]], list[int]]:
-    """Token ids of every context, and of the four letters as they follow it."""
-    contexts = tokenizer(prompts, verbose=False)["input_ids"]
-    probe = prompts[0]
-    whole = [tokenizer(f"{probe} {letter}")["input_ids"] for letter in LETTERS]
-    if any(ids[:-1] != contexts[0] for ids in whole):
-        raise UserError('This tokenizer splits " A" into several tokens, so the letters cannot be compared by one forward pass.')
-    return contexts, [ids[-1] for ids in whole]
+class Work:
+    """Distinct prompts as batches of requests to a model."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, distinct: list[Asked], batch_tokens: int) -> None:
+        self.scorer = Scorer(model, tokenizer.pad_token_id)
+        self.requests: list[Request] = []
+        self.numbers: dict[str, range] = {}
+        """The requests that each prompt takes: one for letters, one a choice for the cloze form."""
+        self.cut = 0
+        """Prompts that are longer than the model reads, and so lose tokens on the left as in the harness."""
+        room = getattr(model.config, "max_position_embeddings", None)
+        groups: dict[str, list[int]] = {}
+        for each, requests in zip(distinct, _encode(tokenizer, distinct), strict=True):
+            kept = [Request(request.ids[-room:], request.wanted) for request in requests] if room else requests
+            numbers = range(len(self.requests), len(self.requests) + len(kept))
+            self.numbers[each.prompt.digest] = numbers
+            self.cut += kept != requests
+            groups.setdefault(each.asked.name if kept == requests else "", []).extend(numbers)  # a cut prompt begins like no other
+            self.requests += kept
+        self.batches = plan_batches(self.requests, groups.values(), batch_tokens)
+
+    def results(self, known: set[str], processes: Processes) -> Iterator[dict[str, list[float]]]:
+        """Log-probabilities by prompt, as they come. A batch is computed whole where any prompt in it is not known, so that its figures
+        are the same to the bit whatever was known before."""
+        have = {number for digest in known for number in self.numbers[digest]}
+        batches = [batch for batch in self.batches if not have.issuperset(batch.numbers)]
+        missing = [digest for digest in self.numbers if digest not in known]
+        found: dict[int, list[float]] = {}
+        size = 1 if processes.count == 1 else processes.count * ROUND
+        for start in range(0, len(batches), size):
+            mine = processes.mine(batches[start : start + size])
+            for part in processes.gathered([dict(zip(batch.numbers, self.scorer.score(self.requests, batch), strict=True)) for batch in mine]):
+                found |= part
+            complete = [digest for digest in missing if all(number in found for number in self.numbers[digest])]
+            missing = [digest for digest in missing if digest not in set(complete)]
+            yield {digest: [value for number in self.numbers[digest] for value in found[number]] for digest in complete}
 
 
-def _check_length(model: nn.Module, contexts: list[list[int]]) -> None:
-    longest, room = max(map(len, contexts)), getattr(model.config, "max_position_embeddings", None)
-    if room is not None and longest > room:
-        raise UserError(f"The longest question takes {longest} tokens, but the model reads {room} at most.\nShorten or leave out that question.")
+def _encode(tokenizer: PreTrainedTokenizerBase, distinct: list[Asked]) -> Iterator[list[Request]]:
+    """The requests of each prompt. Context and continuation are tokenised together and then parted, as the harness does it."""
+    contexts = tokenizer([each.prompt.context for each in distinct], verbose=False)["input_ids"] if distinct else []
+    letters: tuple[int, ...] | None = None
+    for each, context in zip(distinct, contexts, strict=True):
+        if each.asked.scoring == "letters":
+            letters = letters or _letters(tokenizer, each.prompt.context, context)
+            yield [Request(tuple(context), (letters,))]
+        else:
+            whole = tokenizer([each.prompt.context + continuation for continuation in each.prompt.continuations], verbose=False)["input_ids"]
+            yield [Request(tuple(ids[:-1]), tuple((token,) for token in ids[len(context) :])) for ids in whole]
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of questions of like length, the longest first, at most `batch_tokens` tokens a batch, padding counted."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    yield batch
+def _letters(tokenizer: PreTrainedTokenizerBase, context: str, ids: list[int]) -> tuple[int, ...]:
+    whole = [tokenizer(f"{context} {letter}", verbose=False)["input_ids"] for letter in LETTERS]
+    if any(each[:-1] != ids for each in whole):
+        raise UserError(
+            'This tokenizer splits " A" into several tokens, so the letters cannot be compared by one forward pass.\n'
+            "Ask for the choices' texts instead: scoring: cloze."
+        )
+    return tuple(each[-1] for each in whole)
 
 
-def _scores(sets: list[QuestionSet], answers: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    by_task = {each.name: [answer for answer in answers if answer["task"] == each.name] for each in sets}
-    groups = {each.group for each in sets if each.group}
+def score(sets: list[QuestionSet], answers: list[Answer], seconds: float) -> dict[str, Any]:
+    """The sums over all answers, as `evaluation/base.json` holds them."""
+    by_task = {each.name: [row for row in answers if row["task"] == each.name] for each in sets}
+    tasks = {each.name: summarise(by_task[each.name]) | _origin(each) for each in sets}
+    groups: dict[str, list[str]] = {}
+    for each in sets:
+        for group in filter(None, (each.group, *each.averages)):
+            groups.setdefault(group, []).append(each.name)
     return {
-        "tasks": {name: summarise(rows) for name, rows in by_task.items()},
-        "groups": {
-            group: summarise([answer for each in sets if each.group == group for answer in by_task[each.name]]) for group in sorted(groups)
-        },
+        "tasks": tasks,
+        "groups": {group: _pooled([by_task[name] for name in members]) for group, members in sorted(groups.items())},
         "seconds": seconds,
         "questions_per_second": len(answers) / seconds,
     }
+
+
+def _origin(each: QuestionSet) -> dict[str, Any]:
+    """What a number must not be read without."""
+    return {"num_fewshot": len(each.examples), "scoring": each.scoring, "sampled_from": each.sampled_from}
+
+
+def summarise(answers: list[Answer]) -> dict[str, Any]:
+    """Accuracy with its standard error in the n-1 form: sqrt(p (1 - p) / (n - 1)), as the harness computes it; how often each choice
+    was answered; and the mean probability of the answer among the four."""
+    total, correct = len(answers), sum(row["correct"] for row in answers)
+    accuracy = correct / total
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (total - 1)) if total > 1 else 0.0
+    letters = [sum(row["answer"] == choice for row in answers) for choice in range(len(LETTERS))]
+    return {
+        "accuracy": accuracy, "stderr": stderr, "questions": total, "correct": correct, "answers": letters, "confidence": _confidence(answers),
+    }
+
+
+def _confidence(answers: list[Answer]) -> float | None:
+    """None where a model gives no log-probabilities."""
+    if any(row["logprobs"] is None for row in answers):
+        return None
+    shares = [1 / sum(math.exp(min(value - row["logprobs"][row["answer"]], 700.0)) for value in row["logprobs"]) for row in answers]
+    return sum(shares) / len(shares)
+
+
+def _pooled(members: list[list[Answer]]) -> dict[str, Any]:
+    """The average weighted by questions, with the harness's standard error: of the variance within the members."""
+    together = [row for rows in members for row in rows]
+    within = sum((len(rows) - 1) * len(rows) * summarise(rows)["stderr"] ** 2 for rows in members)
+    freedom = len(together) - len(members)
+    return summarise(together) | {"stderr": math.sqrt(within / freedom / len(together)) if freedom else 0.0}

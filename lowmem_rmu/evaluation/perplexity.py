@@ -1,4 +1,4 @@
-"""Loss on held-out text, for topics that have no questions."""
+"""Held-out text: its loss, for topics that have no questions, and how far the unlearned model's predictions are from base."""
 
 import math
 from collections.abc import Iterator
@@ -6,42 +6,92 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.corpora import Batch, pad
-from lowmem_rmu.model.logits import POSITIONS, logits_at
+from lowmem_rmu.model.adapters import base_only
+from lowmem_rmu.model.logits import POSITIONS, decode, head_of, logits_at
 
 
 @torch.inference_mode()
-def text_loss(model: nn.Module, sequences: list[list[int]], pad_id: int, batch_tokens: int) -> dict[str, Any]:
-    """Mean next-token loss in nats a token with its standard error over sequences, and its exponential, the perplexity.
+def text_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> dict[str, Any]:
+    """Mean next-token loss in nats a token with its standard error over sequences, its exponential (the perplexity), and bits a byte.
 
-    At most `batch_tokens` tokens go through the model at once, padding included. Sequences are weighed by their length; the standard
-    error is that of the ratio of two means.
+    At most `batch_tokens` tokens go through the model at once, padding included. Bytes are those of the text that is predicted, so that
+    models with other tokenizers can be compared.
     """
-    device = next(model.parameters()).device
     sums: list[float] = []
-    counts: list[int] = []
-    batch_size = max(1, batch_tokens // max(map(len, sequences)))
-    for start in range(0, len(sequences), batch_size):
-        batch = pad(sequences[start : start + batch_size], pad_id, "right", device)
-        counted = batch.is_token[:, 1:]
-        losses = torch.zeros(counted.shape, device=device)
-        losses[counted] = torch.cat(list(_losses(model, batch)))
-        sums += losses.sum(1).tolist()
-        counts += counted.sum(1).tolist()
-    tokens = sum(counts)
-    loss = sum(sums) / tokens
-    residuals = sum((total - loss * count) ** 2 for total, count in zip(sums, counts, strict=True))
-    n = len(sums)
-    stderr = math.sqrt(residuals * n / (n - 1)) / tokens if n > 1 else 0.0
-    return {"loss": loss, "stderr": stderr, "perplexity": math.exp(loss), "tokens": tokens, "sequences": n}
+    for batch in _batches(model, tokenizer, sequences, batch_tokens):
+        sums += _sums(batch, _losses(model, batch))
+    loss, stderr = _mean_a_token(sums, sequences)
+    written = sum(len(text.encode()) - len(first.encode()) for text, first in _texts(tokenizer, sequences))
+    return {
+        "loss": loss, "stderr": stderr, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": sum(sums) / math.log(2) / max(1, written),
+        "tokens": sum(map(len, sequences)) - len(sequences), "sequences": len(sequences),
+    }
+
+
+@torch.inference_mode()
+def divergence(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> dict[str, float]:
+    """KL(base || unlearned) of the next token in nats, mean over tokens with its standard error: 0 where both predict the same."""
+    sums: list[float] = []
+    for batch in _batches(model, tokenizer, sequences, batch_tokens):
+        sums += _sums(batch, _divergences(model, batch))
+    kl, stderr = _mean_a_token(sums, sequences)
+    return {"kl": kl, "kl_stderr": stderr}
+
+
+def _batches(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> Iterator[Batch]:
+    size, device = max(1, batch_tokens // max(map(len, sequences))), next(model.parameters()).device
+    for start in range(0, len(sequences), size):
+        yield pad(sequences[start : start + size], tokenizer.pad_token_id, "right", device)
+
+
+def _sums(batch: Batch, values: Iterator[Tensor]) -> list[float]:
+    """The sum of a value a predicted token, for each sequence."""
+    counted = batch.is_token[:, 1:]
+    placed = torch.zeros(counted.shape, device=counted.device)
+    placed[counted] = torch.cat(list(values))
+    return placed.sum(1).tolist()
+
+
+def _mean_a_token(sums: list[float], sequences: list[list[int]]) -> tuple[float, float]:
+    """Sequences weigh by their length; the standard error is that of the ratio of two means."""
+    counts = [len(each) - 1 for each in sequences]
+    tokens, n = sum(counts), len(counts)
+    mean = sum(sums) / tokens
+    residuals = sum((total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    return mean, math.sqrt(residuals * n / (n - 1)) / tokens if n > 1 else 0.0
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> Iterator[tuple[str, str]]:
+    """The text of each sequence, and of its first token, which nothing predicts."""
+    for ids in sequences:
+        yield str(tokenizer.decode(ids, skip_special_tokens=True)), str(tokenizer.decode(ids[:1], skip_special_tokens=True))
+
+
+def _predicting(batch: Batch) -> Tensor:
+    """The positions whose next token is one of the text."""
+    positions = torch.zeros_like(batch.is_token)
+    positions[:, :-1] = batch.is_token[:, 1:]
+    return positions
 
 
 def _losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
     """The next-token losses of all that follows a first token, row after row, piece by piece."""
-    predicting = torch.zeros_like(batch.is_token)
-    predicting[:, :-1] = batch.is_token[:, 1:]
     targets = batch.input_ids[:, 1:][batch.is_token[:, 1:]]
-    for logits, following in zip(logits_at(model, predicting, input_ids=batch.input_ids), targets.split(POSITIONS), strict=True):
+    for logits, following in zip(logits_at(model, _predicting(batch), input_ids=batch.input_ids), targets.split(POSITIONS), strict=True):
         yield cross_entropy(logits, following, reduction="none")
+
+
+def _divergences(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
+    """The divergence at every position that predicts; the decoder runs once on each side, the head over a few positions at a time."""
+    positions = _predicting(batch)
+    unlearned = decode(model, input_ids=batch.input_ids)
+    with base_only(model):
+        base = decode(model, input_ids=batch.input_ids)
+        hidden = zip(*(side.last_hidden_state[positions].split(POSITIONS) for side in (base, unlearned)), strict=True)
+    for of_base, of_unlearned in hidden:
+        before, after = (head_of(model, type(base)(last_hidden_state=each[None]), input_ids=batch.input_ids) for each in (of_base, of_unlearned))
+        yield kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -38,9 +38,15 @@ def out_of_memory(preset: Preset, device: torch.device, stages: Sequence[str], s
     return UserError(f"{begin}\nAny one of these needs less:{_listed(less)}" if less else begin)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where it is a plain RuntimeError: the CPU's allocator says so in words only."""
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in words or "can't allocate memory" in words
+
+
 def savings(preset: Preset) -> list[list[Settings]]:
     """Settings that save memory, by kind; of each kind the mildest first."""
-    rmu, batch_tokens = preset.rmu, preset.evaluation.batch_tokens
+    rmu, batch_tokens = preset.rmu, preset.evaluation.planned_batch_tokens
     batches = halvings(rmu.batch_size, rmu.retain_batch_size or rmu.batch_size)
     kinds: list[list[Settings]] = [
         [{"model.quantisation": "nf4"}] if preset.model.quantisation == "none" else [],

@@ -19,14 +19,23 @@ POSITIONS = 128
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Iterator[Tensor]:
     """Logits `(up to 128, vocabulary)` in float32 where `positions` `(batch, sequence)` is True, piece by piece in their order."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    output = inner.get_decoder()(**inputs, use_cache=False)
+    output = decode(model, **inputs)
     for hidden in output.last_hidden_state[positions].split(POSITIONS):
-        yield _head(inner, type(output)(last_hidden_state=hidden[None]), inputs)
+        yield head_of(model, type(output)(last_hidden_state=hidden[None]), **inputs)
 
 
-def _head(model: Any, decoded: Any, inputs: dict[str, Any]) -> Tensor:
+def decode(model: nn.Module, **inputs: Any) -> Any:
+    """What the decoder gives for a batch; keys and values are not kept (those that are passed in are used)."""
+    return _inner(model).get_decoder()(**inputs, use_cache=False)
+
+
+def head_of(model: nn.Module, decoded: Any, **inputs: Any) -> Tensor:
     """The model's own forward over what its decoder gave, so that whatever it does to its logits (scaling, capping) is done."""
-    with lent_forward([model.get_decoder()], lambda **_: decoded):
-        logits: Tensor = model(**inputs, use_cache=False).logits[0]
+    inner = _inner(model)
+    with lent_forward([inner.get_decoder()], lambda **_: decoded):
+        logits: Tensor = inner(**inputs, use_cache=False).logits[0]
     return logits.float()
+
+
+def _inner(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -211,7 +211,7 @@ class Needs:
     def evaluating(self, adapted: bool) -> int:
         evaluation = self.preset.evaluation
         corpora = [topic.corpus for topic in self.preset.topics.values()] + self.preset.retain.corpora
-        tokens = evaluation.batch_tokens if evaluation.tasks or any(corpus.held_out for corpus in corpora) else 0
+        tokens = evaluation.planned_batch_tokens if evaluation.tasks or any(corpus.held_out for corpus in corpora) else 0
         # Hidden states, those that are asked for; the logits of a few, the same in float32, and their log-probabilities.
         logits = 2 * tokens * self.h * self.e + POSITIONS * self.vocabulary * (self.e + 2 * FLOAT32)
         return max(self.forward(tokens, adapted), logits, self.answering() if evaluation.prompts else 0)

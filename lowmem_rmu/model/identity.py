@@ -1,0 +1,44 @@
+"""What names a model's answers: everything that decides them, as one short digest."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_rmu import __version__
+from lowmem_rmu.model.loading import load_config, resolve_dtype
+from lowmem_rmu.model.shards import find_files
+from lowmem_rmu.presets import ModelSettings
+
+DECIDING = ("torch", "transformers", "tokenizers", "bitsandbytes")
+"""Packages another version of which may answer otherwise."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def model_digest(settings: ModelSettings, device: torch.device, unquantised: Sequence[str] = ()) -> str:
+    """Of the weights' and the tokenizer's content, the precision, the kind of device and the versions of the packages."""
+    weights = find_files(settings.name, settings.revision or "main", None)
+    tokenizer = [file for name in TOKENIZER_FILES if (file := weights[0].parent / name).exists()]
+    deciding: dict[str, Any] = {
+        "files": {file.name: content_digest(file) for file in [*weights, *tokenizer]},
+        "config": load_config(settings).to_diff_dict(),
+        "precision": [settings.quantisation, str(resolve_dtype(settings, device)), sorted(unquantised)],
+        "device": device.type,
+        "versions": {package: version(package) for package in DECIDING} | {"lowmem-rmu": __version__},
+    }
+    for where in ("_name_or_path", "transformers_version"):  # where the model lies and who wrote it decide nothing
+        deciding["config"].pop(where, None)
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def content_digest(file: Path) -> str:
+    """The Hub's cache names files by their content; any other file is read."""
+    stored = file.resolve()
+    if file.is_symlink() and stored.parent.name == "blobs":
+        return stored.name
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
