@@ -29,7 +29,7 @@ from lowmem_rmu.runs import RunFolder, read_lines
 from lowmem_rmu.unlearning.loop import Unlearning
 
 TINY_MODEL = Path(__file__).parent.parent / "lowmem_rmu/tiny/model"
-SHORT = ("--set", "rmu.steps=6", "--set", "rmu.checkpoint_every=2", "--set", "evaluation.limit=6", "--device", "cpu")
+SHORT = ("--set", "rmu.steps=6", "--set", "rmu.checkpoint_every=2", "--set", "evaluation.limit=18", "--device", "cpu")
 METRICS = {
     "step", "topic", "loss", "forget_loss", "retain_loss", "forget_cosine", "retain_cosine", "grad_norm", "tokens", "seconds", "peak_memory_bytes",
 }  # fmt: skip
@@ -75,7 +75,7 @@ def test_a_run_leaves_the_folder_that_the_contract_promises(finished: Path) -> N
         assert {"tasks", "groups", "seconds", "questions_per_second"} <= scores.keys()
         assert {"accuracy", "stderr", "questions", "correct"} <= scores["tasks"]["compounds"].keys()
         answers = read_lines(finished / f"evaluation/answers_{side}.jsonl")
-        assert len(answers) == 15 * 6
+        assert len(answers) == 5 * 18
         assert all(len(answer["logprobs"]) == 4 for answer in answers)
     status = json.loads((finished / "status.json").read_text())
     assert (status["state"], status["stage"], status["error"]) == ("done", "report", None)
@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_run_to_the_last_digit(finished: Path, tmp_
 
 
 def test_plain_peft_reloads_the_adapter_and_answers_every_question_as_the_run_did(finished: Path) -> None:
-    preset = load_preset("tiny", ["evaluation.limit=6"])
+    preset = load_preset("tiny", ["evaluation.limit=18"])
     model = PeftModel.from_pretrained(load_model(preset.model, torch.device("cpu")), finished / "adapter")
     evaluated = evaluate(model, load_tokenizer(preset.model), load_questions(preset.evaluation), preset.evaluation.batch_tokens)
     recorded = read_lines(finished / "evaluation/answers_unlearned.jsonl")

@@ -73,7 +73,7 @@ def evaluate(
         logprobs |= found
         done += new
         keep(new)
-        if processes.from_first(progress(len(done), sum(each["correct"] for each in done) / len(done))):
+        if processes.from_first(progress(len(done), sum(each["correct"] for each in done) / max(1, len(done)))):
             raise Interrupted
     answers = [answer(each, logprobs[each.prompt.digest]) for each in everything]
     scores = score(sets, answers, time.monotonic() - started)

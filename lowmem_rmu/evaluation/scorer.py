@@ -6,10 +6,11 @@
 The prefix is the longest one that the prompts' *token ids* share: its text tokenised alone ends in other tokens at the seam.
 """
 
-import time
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -178,9 +179,9 @@ def find_batch_tokens(model: nn.Module, pad_id: int) -> int:
     chosen, best, tokens = SMALLEST_BATCH, 0.0, SMALLEST_BATCH
     scorer.score(*_made_up(SMALLEST_BATCH, pad_id))  # the first batch of all also makes buffers
     while tokens <= LARGEST_BATCH:
-        started = time.perf_counter()
+        started = perf_counter()
         scorer.score(*_made_up(tokens, pad_id))
-        speed = tokens / (time.perf_counter() - started)
+        speed = tokens / (perf_counter() - started)
         if scorer.most is not None or speed < GAIN * best:
             break
         chosen, best, tokens = tokens, speed, 2 * tokens

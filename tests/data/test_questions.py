@@ -7,9 +7,9 @@ from datasets import Dataset
 
 from lowmem_rmu.data.questions import Question, load_questions, load_task
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Evaluation, Task
+from lowmem_rmu.presets import Evaluation, Task, known_tasks
 
-MMLU = Path(__file__).resolve().parents[3] / "shared/data/mmlu/test"
+MMLU = Path(__file__).resolve().parents[3] / "shared/data/mmlu"
 CHOICES = ["red", "green", "blue", "white"]
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
 
@@ -185,25 +185,76 @@ def test_a_missing_subject_column_is_told_with_those_there_are(monkeypatch: pyte
         load_task("quiz", Task(source="owner/quiz", subject_column="field", role="kept"))
 
 
-def test_a_limit_takes_the_same_questions_of_every_subject_each_time(tmp_path: Path) -> None:
+def test_a_limit_is_spread_over_the_subjects_in_proportion_the_same_each_time(tmp_path: Path) -> None:
     folder = tmp_path / "subjects"
     folder.mkdir()
-    for name, count in (("a", 40), ("b", 40), ("c", 3)):
+    for name, count in (("a", 60), ("b", 36), ("c", 4)):
         jsonl(folder / f"{name}.jsonl", [row(number) for number in range(count)])
     tasks = {"quiz": task(folder)}
     everything, first, second = (load_questions(Evaluation(tasks=tasks, limit=limit)) for limit in (None, 10, 10))
     assert first == second
-    assert [len(each.questions) for each in everything] == [40, 40, 3]
-    assert [len(each.questions) for each in first] == [10, 10, 3]
+    assert [len(each.questions) for each in everything] == [60, 36, 4]
+    assert [each.sampled_from for each in everything] == [None, None, None]
+    assert [len(each.questions) for each in first] == [6, 4, 1]  # one a subject at least
+    assert [each.sampled_from for each in first] == [60, 36, 4]
     for sample, whole in zip(first, everything, strict=True):
         assert list(sample.questions) == [question for question in whole.questions if question in set(sample.questions)]
-    assert list(first[0].questions) != list(everything[0].questions[:10]), "the first ones are no sample"
+    assert list(first[0].questions) != list(everything[0].questions[:6]), "the first ones are no sample"
+
+
+def test_a_limit_beyond_all_questions_leaves_no_mark(tmp_path: Path) -> None:
+    tasks = {"quiz": task(jsonl(tmp_path / "a.jsonl", [row(number) for number in range(5)]))}
+    assert load_questions(Evaluation(tasks=tasks, limit=5)) == load_questions(Evaluation(tasks=tasks))
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """Two subjects in MMLU's layout, with three examples each."""
+    for split, count in (("dev", 3), ("test", 7)):
+        (tmp_path / "quiz" / split).mkdir(parents=True)
+        for subject in ("field_mice", "owls"):
+            rows = [row(number, question=f"{split} {subject} {number}") for number in range(count)]
+            jsonl(tmp_path / "quiz" / split / f"{subject}_{split}.jsonl", rows)
+    return tmp_path / "quiz"
+
+
+def test_a_folder_with_splits_gives_questions_and_examples(splits: Path) -> None:
+    mice, owls = load_task("quiz", task(splits, examples_split="dev", num_fewshot=2))
+    assert (mice.name, mice.about, mice.group, len(mice.questions)) == ("quiz_field_mice", "field mice", "quiz", 7)
+    assert [example.question for example in owls.examples] == ["dev owls 0", "dev owls 1"]
+
+
+def test_only_the_subjects_asked_for_are_read_and_averaged(splits: Path) -> None:
+    [owls] = load_task("quiz", task(splits, subjects=["owls"], averages={"birds": ["owls"], "rest": ["field_mice"]}, group="zoo"))
+    assert (owls.name, owls.averages) == ("quiz_owls", ("zoo", "birds"))
+    assert mistake(splits, subjects=["owl"]) == f"evaluation.tasks.colours.subjects names owl, which {splits} does not hold."
+
+
+def test_too_few_examples_are_named(splits: Path) -> None:
+    assert mistake(splits, examples_split="dev", num_fewshot=5) == f"num_fewshot is 5, but dev of {splits} holds 3 examples for field_mice."
+
+
+def test_few_shot_without_examples_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"):
+        task(tmp_path, num_fewshot=5)
+
+
+def test_a_known_task_needs_only_what_differs() -> None:
+    tasks = Evaluation.model_validate({"tasks": {"wmdp_bio": {"role": "forgotten"}, "mmlu": {"num_fewshot": 5}}}).tasks
+    bio, mmlu = tasks["wmdp_bio"], tasks["mmlu"]
+    assert (bio.source, bio.subset, bio.about, bio.role, bio.group) == ("cais/wmdp", "wmdp-bio", "biology", "forgotten", "wmdp")
+    assert (mmlu.source, mmlu.examples_split, mmlu.num_fewshot, mmlu.role) == ("cais/mmlu", "dev", 5, "kept")
+    assert sorted(len(subjects) for subjects in mmlu.averages.values()) == [12, 13, 13, 19]
+    assert len({subject for subjects in mmlu.averages.values() for subject in subjects}) == 57
 
 
 @pytest.mark.skipif(not MMLU.exists(), reason=f"needs MMLU at {MMLU}")
 def test_the_real_mmlu_is_read_in_full() -> None:
     subjects = load_task("mmlu", task(MMLU, adjacent=["virology", "college_biology"]))
     assert len(subjects) == 57
+    assert {subject.removeprefix("mmlu_") for subject in (each.name for each in subjects)} == {
+        name for names in known_tasks()["mmlu"]["averages"].values() for name in names
+    }
     assert sum(len(subject.questions) for subject in subjects) == 14042
     assert {subject.about for subject in subjects if subject.role == "adjacent"} == {"virology", "college biology"}
     assert {subject.name for subject in subjects} >= {"mmlu_abstract_algebra", "mmlu_world_religions"}

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_rmu.evaluation.perplexity import text_loss
+from lowmem_rmu.evaluation.perplexity import divergence, text_loss
+from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings
 
@@ -31,8 +33,10 @@ def direct(model: PreTrainedModel, sequence: list[int]) -> float:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
-def test_the_loss_is_that_of_every_sequence_alone_whatever_the_padding(model: PreTrainedModel, batch_size: int) -> None:
-    result = text_loss(model, SEQUENCES, PAD, batch_size)
+def test_the_loss_is_that_of_every_sequence_alone_whatever_the_padding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> None:
+    result = text_loss(model, tokenizer, SEQUENCES, batch_size)
     tokens = sum(len(sequence) - 1 for sequence in SEQUENCES)
     loss = sum(direct(model, sequence) for sequence in SEQUENCES) / tokens
     assert (result["tokens"], result["sequences"]) == (tokens, len(SEQUENCES))
@@ -40,27 +44,67 @@ def test_the_loss_is_that_of_every_sequence_alone_whatever_the_padding(model: Pr
     assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_a_token_that_is_also_the_padding_counts_where_it_is_text(model: PreTrainedModel) -> None:
+def test_a_token_that_is_also_the_padding_counts_where_it_is_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     ending = [[1, 5, 6, PAD], [1, 5, 6, 7, 8, 9, PAD]]
-    assert text_loss(model, ending, PAD, 64)["loss"] == pytest.approx(sum(direct(model, each) for each in ending) / 9, rel=1e-5)
+    assert text_loss(model, tokenizer, ending, 64)["loss"] == pytest.approx(sum(direct(model, each) for each in ending) / 9, rel=1e-5)
 
 
-def test_stderr_by_hand_on_two_sequences(model: PreTrainedModel) -> None:
+def test_stderr_by_hand_on_two_sequences(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     one, other = SEQUENCES[1], SEQUENCES[2]
     sums = (direct(model, one), direct(model, other))
     ratio = sum(sums) / 34
     # Of a ratio of means: the spread of (sum - ratio * count) over n - 1 = 1, times n = 2, over all tokens.
     expected = math.sqrt(2 * ((sums[0] - ratio * 30) ** 2 + (sums[1] - ratio * 4) ** 2)) / 34
     assert expected > 0.01
-    assert text_loss(model, [one, other], PAD, 64)["stderr"] == pytest.approx(expected, rel=1e-3)
+    assert text_loss(model, tokenizer, [one, other], 64)["stderr"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_stderr_is_that_of_a_mean_where_lengths_are_equal(model: PreTrainedModel) -> None:
+def test_stderr_is_that_of_a_mean_where_lengths_are_equal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     equal = [sequence[:10] for sequence in SEQUENCES if len(sequence) >= 10]
     losses = torch.tensor([direct(model, sequence) / 9 for sequence in equal])
     assert len(losses) == 4
-    assert text_loss(model, equal, PAD, 64)["stderr"] == pytest.approx((losses.std() / 2).item(), rel=1e-4)
+    assert text_loss(model, tokenizer, equal, 64)["stderr"] == pytest.approx((losses.std() / 2).item(), rel=1e-4)
 
 
-def test_one_sequence_has_no_stderr(model: PreTrainedModel) -> None:
-    assert text_loss(model, SEQUENCES[:1], PAD, 64)["stderr"] == 0.0
+def test_one_sequence_has_no_stderr(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert text_loss(model, tokenizer, SEQUENCES[:1], 64)["stderr"] == 0.0
+
+
+def test_bits_a_byte_are_those_of_the_text_that_is_predicted(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "The quick brown fox \u2013 of course \u2013 jumps over the dog."
+    ids = tokenizer(text)["input_ids"]
+    result = text_loss(model, tokenizer, [ids], 64)
+    first = str(tokenizer.decode(ids[:1], skip_special_tokens=True))
+    predicted = str(tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(first)
+    assert result["bits_per_byte"] == pytest.approx(direct(model, ids) / math.log(2) / len(predicted.encode()), rel=1e-5)
+
+
+@pytest.fixture
+def adapted(small_settings: ModelSettings) -> PeftModel:
+    model = load_model(small_settings, torch.device("cpu"))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return get_peft_model(model, LoraConfig(target_modules=["down_proj"], init_lora_weights=False)).eval()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 1000])
+def test_the_divergence_is_that_of_every_position_by_hand(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> None:
+    expected = 0.0
+    for sequence in SEQUENCES:
+        with torch.no_grad():
+            after = adapted(torch.tensor([sequence])).logits[0, :-1].double().log_softmax(-1)
+            with base_only(adapted):
+                before = adapted(torch.tensor([sequence])).logits[0, :-1].double().log_softmax(-1)
+        expected += (before.exp() * (before - after)).sum().item()
+    found = divergence(adapted, tokenizer, SEQUENCES, batch_tokens)
+    assert found["kl"] == pytest.approx(expected / sum(len(each) - 1 for each in SEQUENCES), rel=1e-4)
+    assert found["kl"] > 0.01
+    assert found["kl_stderr"] > 0
+
+
+def test_a_model_does_not_diverge_from_itself(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert divergence(adapted, tokenizer, SEQUENCES, 64)["kl"] == pytest.approx(0, abs=1e-6)
