@@ -25,7 +25,8 @@ from lowmem_rmu.data.corpora import Samples, load_samples
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
-from lowmem_rmu.evaluation.multiple_choice import Answer, Interrupted, evaluate
+from lowmem_rmu.evaluation.kept import evaluate_and_keep, shared_answers
+from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
 from lowmem_rmu.evaluation.scorer import find_batch_tokens
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter, trained_modules
@@ -36,7 +37,7 @@ from lowmem_rmu.model.memory import memory_in_use, reset_peak, skeleton
 from lowmem_rmu.presets import Preset, Role, is_local
 from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
-from lowmem_rmu.runs import RunFolder, Stopped, add_lines, folder_replaced, read_lines, write_json, write_lines
+from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
 from lowmem_rmu.unlearning.targets import cues
 
@@ -45,8 +46,6 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 HEARTBEAT_SECONDS = 1.0
 NO_MORE: Any = ()
 """What the first process tells the others when there is nothing left to evaluate."""
-BASE_ANSWERS = ".base_answers"
-"""Beside the runs: what base models have answered, for runs to come."""
 
 
 class Watcher(Protocol):
@@ -137,14 +136,14 @@ def help_evaluate(preset: Preset, inputs: Inputs, device: torch.device, processe
     """What all processes but the first do: their share of the questions whenever the first one evaluates, until it is done."""
     model: Any = load_model(preset.model, device, None, unquantised_modules(preset)) if inputs.questions else None
     while (order := processes.from_first(NO_MORE)) != NO_MORE:
-        side, known, batch_tokens, adapter = order
+        side, batch_tokens, adapter = order
         if side == "unlearned":
             with TemporaryDirectory() as folder:
                 for name, content in adapter.items():
                     (Path(folder) / name).write_bytes(content)
                 model = load_adapter(model, Path(folder))
         with base_only(model) if side == "base" else nullcontext(), suppress(Interrupted):
-            evaluate(model, inputs.tokenizer, inputs.questions, batch_tokens, known, processes=processes)
+            evaluate(model, inputs.tokenizer, inputs.questions, batch_tokens, processes=processes)
 
 
 def is_done(folder: RunFolder, stage: str) -> bool:
@@ -208,45 +207,32 @@ class Job:
         texts, prompts = self.inputs.texts, self.preset.evaluation.prompts
         with base_only(self._model) if side == "base" else nullcontext():
             batch_tokens = self._batch_tokens()
-            scores, answers = self._ask(side, batch_tokens)
+            scores = self._ask(side, batch_tokens)
             scores["texts"] = {name: text_loss(self._model, self.inputs.tokenizer, each, batch_tokens) for name, each in texts.items()}
             scores["samples"] = [{"prompt": prompt, "answer": self._answer(prompt)} for prompt in prompts]
         if side == "unlearned" and "retain" in texts:
             scores["texts"]["retain"] |= divergence(self._model, self.inputs.tokenizer, texts["retain"], batch_tokens)
-        write_lines(self.folder.answers(side), answers)
         write_json(self.folder.evaluation(side), scores)
 
-    def _ask(self, side: str, batch_tokens: int) -> tuple[dict[str, Any], list[Answer]]:
-        """Scores and answers to all questions: those that an earlier process has left, or another run of the same base model, and new ones."""
+    def _ask(self, side: str, batch_tokens: int) -> dict[str, Any]:
+        """The scores of all questions, with the help of the other processes."""
         questions, path = self.inputs.questions, self.folder.answers(side)
         if not questions:
-            return {"tasks": {}, "groups": {}, "seconds": 0.0, "questions_per_second": 0.0}, []
+            write_lines(path, [])
+            return {"tasks": {}, "groups": {}, "seconds": 0.0, "questions_per_second": 0.0}
         self._start(self._stage, sum(len(each.questions) for each in questions))
-        before = read_lines(path)
-        write_lines(path, before)  # without the line that a kill may have torn
-        shared = self._base_answers() if side == "base" else None
-        known = {row["prompt"]: row["logprobs"] for row in (read_lines(shared) if shared else []) + before}
-
-        def keep(answers: list[Answer]) -> None:
-            add_lines(path, answers)
-            if shared:
-                add_lines(shared, [{"prompt": row["prompt"], "logprobs": row["logprobs"]} for row in answers])
-
         if self.processes.count > 1:
             adapter = {file.name: file.read_bytes() for file in self.folder.adapter.iterdir()} if side == "unlearned" else {}
-            self.processes.from_first((side, known, batch_tokens, adapter))
+            self.processes.from_first((side, batch_tokens, adapter))
+        shared = None
+        if side == "base":
+            digest = model_digest(self.preset.model, self.device, unquantised_modules(self.preset))
+            shared = shared_answers(self.folder.path.parent, digest)
+        tokenizer = self.inputs.tokenizer
         try:
-            evaluated = evaluate(self._model, self.inputs.tokenizer, questions, batch_tokens, known, keep, self._on_answers, self.processes)
+            return evaluate_and_keep(self._model, tokenizer, questions, batch_tokens, path, shared, self._on_answers, self.processes).scores
         except Interrupted as stop:
             raise Stopped(self.folder.path) from stop
-        return evaluated.scores, evaluated.answers
-
-    def _base_answers(self) -> Path:
-        """What this base model has answered in any run beside this one."""
-        digest = model_digest(self.preset.model, self.device, unquantised_modules(self.preset))
-        path = self.folder.path.parent / BASE_ANSWERS / f"{digest}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        return path
 
     def _batch_tokens(self) -> int:
         """The preset's; or what was found to be fastest, and is kept so that a resumed evaluation makes the same batches."""

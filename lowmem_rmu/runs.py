@@ -174,7 +174,7 @@ class RunFolder:
     @property
     def has_results(self) -> bool:
         """Whether anything was measured or trained: such a folder is kept, whatever happens."""
-        return self.evaluation("base").exists() or self.metrics.exists() or self.adapter.exists()
+        return bool(read_lines(self.answers("base"))) or self.evaluation("base").exists() or self.metrics.exists() or self.adapter.exists()
 
     def read_stages(self) -> list[dict[str, Any]]:
         """Time and peak memory of the stages run so far."""

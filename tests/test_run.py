@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,62 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_stopped(
     assert run_tiny(tmp_path, "stopped", "--resume").exit_code == 0
     assert losses(tmp_path / "stopped") == losses(finished)
     assert_same_adapter(tmp_path / "stopped", finished)
+
+
+def scores(folder: Path, side: str) -> dict[str, Any]:
+    found = json.loads((folder / f"evaluation/{side}.json").read_text())
+    return {key: value for key, value in found.items() if key not in ("seconds", "questions_per_second", "known_before")}
+
+
+@pytest.mark.parametrize("side", ["base", "unlearned"])
+def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    small = ["--set", "evaluation.batch_tokens=1024"]
+    assert run_tiny(tmp_path, "whole", *small).exit_code == 0
+    shutil.rmtree(tmp_path / ".base_answers")
+    with monkeypatch.context() as patched:
+        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: self.stage == f"evaluate-{side}")
+        assert run_tiny(tmp_path, "stopped", *small).exit_code == 130
+    answers = tmp_path / f"stopped/evaluation/answers_{side}.jsonl"
+    there = answers.read_text()
+    assert 0 < len(read_lines(answers)) < 90
+    answers.write_text(there[:-20])  # the last line is torn, as by a kill
+    assert run_tiny(tmp_path, "stopped", *small, "--resume").exit_code == 0
+    assert answers.read_text() == (tmp_path / f"whole/evaluation/answers_{side}.jsonl").read_text()
+    assert scores(tmp_path / "stopped", side) == scores(tmp_path / "whole", side)
+    known = there.count("\n") - (1 if side == "unlearned" else 0)  # what base has answered is also kept beside the runs
+    assert json.loads((tmp_path / f"stopped/evaluation/{side}.json").read_text())["known_before"] == known
+
+
+def test_a_second_run_of_the_same_base_model_asks_it_nothing_again(finished: Path) -> None:
+    assert run_tiny(finished.parent, "second", "--set", "rmu.steps=7").exit_code == 0
+    second = finished.parent / "second"
+    assert json.loads((second / "evaluation/base.json").read_text())["known_before"] == 90
+    assert json.loads((second / "evaluation/unlearned.json").read_text())["known_before"] == 0
+    assert (second / "evaluation/answers_base.jsonl").read_text() == (finished / "evaluation/answers_base.jsonl").read_text()
+    assert scores(second, "base") == scores(finished, "base")
+
+
+def test_another_precision_of_the_base_model_is_asked_anew(finished: Path) -> None:
+    assert run_tiny(finished.parent, "third", "--set", "model.quantisation=none", "--stages", "evaluate-base").exit_code == 0
+    assert json.loads((finished.parent / "third/evaluation/base.json").read_text())["known_before"] == 0
+
+
+def test_two_processes_give_the_numbers_of_one(finished: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    arguments = ["-m", "lowmem_rmu.run", "tiny", *SHORT, "--runs-dir", str(tmp_path), "--name", "two", "--set", "evaluation.batch_tokens=1024"]
+    launched = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
+    assert launched.returncode == 0, launched.stderr
+    assert launched.stdout.count("Report:") == 1, "only the first process speaks"
+    assert run_tiny(tmp_path / "apart", "one", "--set", "evaluation.batch_tokens=1024").exit_code == 0
+    assert_same_adapter(tmp_path / "apart/one", tmp_path / "two")
+    for side in ("base", "unlearned"):
+        one, two = (read_lines(tmp_path / name / f"evaluation/answers_{side}.jsonl") for name in ("apart/one", "two"))
+        assert [{**row, "logprobs": None} for row in one] == [{**row, "logprobs": None} for row in two]
+        differences = torch.tensor([row["logprobs"] for row in one]) - torch.tensor([row["logprobs"] for row in two])
+        assert differences.abs().max() < 1e-5
+        assert json.loads((tmp_path / f"two/evaluation/{side}.json").read_text())["tasks"].keys() == scores(finished, side)["tasks"].keys()
 
 
 def test_resuming_with_other_settings_is_refused_by_name(finished: Path) -> None:

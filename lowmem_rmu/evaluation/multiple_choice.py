@@ -57,10 +57,11 @@ def evaluate(
     """Asks the model every question as it stands (adapter on or off); of `processes`, each asks its share of them.
 
     `known` are log-probabilities by the digest of their prompt, which are not asked again; `keep` gets new answers as they come;
-    `progress` hears questions done and accuracy so far, and may ask to stop (of several processes, the first one's is heard):
-    then Interrupted is raised.
+    `progress` hears questions done and accuracy so far, and may ask to stop: then Interrupted is raised. Of several processes, those
+    of the first one count.
     """
     processes = processes or Processes()
+    known = processes.from_first(known)
     started, everything = time.monotonic(), ask(sets)
     places: dict[str, list[Asked]] = {}
     for each in everything:

@@ -1,0 +1,52 @@
+"""An evaluation that loses nothing: answers are written as they come, and those that are there already are not asked for again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_rmu.data.questions import QuestionSet
+from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, evaluate
+from lowmem_rmu.processes import Processes
+from lowmem_rmu.runs import add_lines, read_lines, write_lines
+
+BASE_ANSWERS = ".base_answers"
+"""The folder beside all runs that holds what base models have answered, for runs to come."""
+
+
+def evaluate_and_keep(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: list[QuestionSet],
+    batch_tokens: int,
+    path: Path,
+    shared: Path | None,
+    progress: Callable[[int, float], bool],
+    processes: Processes,
+) -> Evaluated:
+    """As `evaluate`, with the answers in `path`, in the order of the questions once all are there.
+
+    `shared` holds what the same model has answered elsewhere, and gets what is new. Only the first process reads and writes.
+    """
+    if not processes.is_first:
+        return evaluate(model, tokenizer, sets, batch_tokens, processes=processes)
+    before = read_lines(path)
+    write_lines(path, before)  # without the line that a kill may have torn
+    known = {row["prompt"]: row["logprobs"] for row in (read_lines(shared) if shared else []) + before}
+
+    def keep(answers: list[Answer]) -> None:
+        add_lines(path, answers)
+        if shared:
+            add_lines(shared, [{"prompt": row["prompt"], "logprobs": row["logprobs"]} for row in answers])
+
+    evaluated = evaluate(model, tokenizer, sets, batch_tokens, known, keep, progress, processes)
+    write_lines(path, evaluated.answers)
+    return evaluated
+
+
+def shared_answers(folder: Path, digest: str) -> Path:
+    """Where the answers of the model with this digest are kept, in a folder of runs."""
+    path = folder / BASE_ANSWERS / f"{digest}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
