@@ -1,16 +1,17 @@
-"""`python -m lowmem_rmu VERB`: run, chat, presets."""
+"""`python -m lowmem_rmu VERB`: run, evaluate, chat, presets."""
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import recorded_preset
-from lowmem_rmu.run import friendly_exit, presets_table, quiet_libraries, run
+from lowmem_rmu.run import accuracy_table, friendly_exit, presets_table, quiet_libraries, run, watched
 from lowmem_rmu.runs import RunFolder
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make a chat model forget, and prove it.")
@@ -22,6 +23,36 @@ def presets() -> None:
     """Lists the presets."""
     quiet_libraries()
     Console().print(presets_table())
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A Hub id, or the folder of a model, of an adapter or of a run.")],
+    tasks: Annotated[str, typer.Option(help="With commas: wmdp, wmdp_bio, mmlu, mmlu_stem, mmlu_virology, ...")] = "wmdp,mmlu",
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Answered examples before each question; what the task says if left out.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most: a sample over its subjects, always the same.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="TASK.KEY=VALUE", help="Change a task, e.g. mmlu.source=./mmlu.")] = None,
+    quantisation: Annotated[Literal["nf4", "none"] | None, typer.Option(help="nf4 or none; the run's, or nf4, if left out.")] = None,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    batch_tokens: Annotated[str, typer.Option(help="Tokens in a forward pass at most; auto tries what is fastest.")] = "auto",
+    to: Annotated[Path | None, typer.Option(help="Where results go; evaluations/<model>-<time> if left out. An old one is gone on with.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Asks any model, adapter or run A-D questions, as lm-evaluation-harness does."""
+    quiet_libraries()
+    with friendly_exit():
+        from lowmem_rmu.measure import choose_tasks, find_subject, measure  # heavy libraries load only once there is work for them
+        from lowmem_rmu.model.loading import resolve_device
+        from lowmem_rmu.processes import Processes
+
+        asked = choose_tasks(tasks, num_fewshot, set_ or [], limit, int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens)
+        subject, processes = find_subject(model, quantisation, dtype), Processes()
+        folder = to or Path("evaluations") / RunFolder.new_name(subject.file_name)
+        with watched(folder) if processes.is_first else nullcontext() as watcher:
+            summary = measure(subject, asked, resolve_device(processes.device(device)), folder, watcher, processes)
+        if processes.is_first:
+            Console().print_json(data=summary) if as_json else Console().print(accuracy_table(summary))
 
 
 @app.command()

@@ -25,10 +25,9 @@ from lowmem_rmu.data.corpora import Samples, load_samples
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
-from lowmem_rmu.evaluation.kept import evaluate_and_keep, shared_answers
+from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
-from lowmem_rmu.evaluation.scorer import find_batch_tokens
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter, trained_modules
 from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.identity import model_digest
@@ -204,9 +203,9 @@ class Job:
                 self._note_cost(stage, time.monotonic() - started)
 
     def _evaluate(self, side: str) -> None:
-        texts, prompts = self.inputs.texts, self.preset.evaluation.prompts
+        texts, prompts, pad_id = self.inputs.texts, self.preset.evaluation.prompts, self.inputs.tokenizer.pad_token_id
         with base_only(self._model) if side == "base" else nullcontext():
-            batch_tokens = self._batch_tokens()
+            batch_tokens = fixed_batch_tokens(self.preset.evaluation.batch_tokens, self._model, pad_id, self.folder.path / "evaluation")
             scores = self._ask(side, batch_tokens)
             scores["texts"] = {name: text_loss(self._model, self.inputs.tokenizer, each, batch_tokens) for name, each in texts.items()}
             scores["samples"] = [{"prompt": prompt, "answer": self._answer(prompt)} for prompt in prompts]
@@ -233,15 +232,6 @@ class Job:
             return evaluate_and_keep(self._model, tokenizer, questions, batch_tokens, path, shared, self._on_answers, self.processes).scores
         except Interrupted as stop:
             raise Stopped(self.folder.path) from stop
-
-    def _batch_tokens(self) -> int:
-        """The preset's; or what was found to be fastest, and is kept so that a resumed evaluation makes the same batches."""
-        if self.preset.evaluation.batch_tokens != "auto":
-            return self.preset.evaluation.batch_tokens
-        path = self.folder.path / "evaluation" / "batch_tokens.json"
-        if not path.exists():
-            write_json(path, find_batch_tokens(self._model, self.inputs.tokenizer.pad_token_id))
-        return int(path.read_text(encoding="utf-8"))
 
     def _answer(self, prompt: str) -> str:
         return answer(self._model, self.inputs.tokenizer, [{"role": "user", "content": prompt}], self.preset.evaluation.max_new_tokens)

@@ -272,7 +272,7 @@ def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset
         raise UserError(f"{path} cannot be read as a preset: {error}.") from error
     if tree is None or not isinstance(content, dict):
         raise UserError(f"{path} holds no preset: expected keys such as model, rmu, topics, retain.")
-    overridden = {_override(content, override) for override in overrides or []}
+    overridden = {override(content, change) for change in overrides or []}
     content = resolve_paths(content, path.parent, overridden)
     try:
         return Preset.model_validate(content)
@@ -319,16 +319,16 @@ def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str =
     return {key: resolve_paths(value, folder, overridden, f"{where}.{key}" if where else str(key)) for key, value in content.items()}
 
 
-def _override(content: dict[str, Any], override: str) -> str:
+def override(content: dict[str, Any], change: str) -> str:
     """Writes one `key.path=value` into the raw preset and returns its path; whether the key exists is checked afterwards."""
-    path, separator, value = override.partition("=")
+    path, separator, value = change.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
-        raise UserError(f'--set "{override}" is not of the form key.path=value, for example --set rmu.steps=50.')
+        raise UserError(f'--set "{change}" is not of the form key.path=value, for example --set rmu.steps=50.')
     try:
         given = yaml.safe_load(value)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f'--set "{override}": the value is not valid YAML.') from error
+        raise UserError(f'--set "{change}": the value is not valid YAML.') from error
     node: Any = content
     try:
         for key in keys[:-1]:
@@ -336,7 +336,7 @@ def _override(content: dict[str, Any], override: str) -> str:
         last: Any = int(keys[-1]) if isinstance(node, list) else keys[-1]
         node[last] = given
     except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f'--set "{override}": the preset has no place "{path}".') from error
+        raise UserError(f'--set "{change}": the preset has no place "{path}".') from error
     return ".".join(keys)
 
 

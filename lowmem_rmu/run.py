@@ -113,6 +113,15 @@ class Lines:
         pass
 
 
+@contextmanager
+def watched(folder: Path) -> Iterator[Bars | Lines]:
+    """Shows on stderr how far the work in a folder is, and hears Ctrl-C."""
+    console, interrupts = Console(stderr=True), Interrupts()
+    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
+    with interrupts.watched(), (Bars if console.is_terminal else Lines)(console, interrupts) as watcher:
+        yield watcher
+
+
 def _words(figures: dict[str, float | str]) -> str:
     return "  ".join(f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else str(value) for key, value in figures.items())
 
@@ -182,9 +191,7 @@ def main_job(
         config = run_config(preset_name, preset, on)
         folder = RunFolder.create(runs_dir, name)
         write_json(folder.path / "config.json", config)
-    console, interrupts = Console(stderr=True), Interrupts()
-    console.print(f"Run folder: {folder.path}", highlight=False, soft_wrap=True)
-    with interrupts.watched(), (Bars if console.is_terminal else Lines)(console, interrupts) as watcher:
+    with watched(folder.path) as watcher:
         Job(preset, folder, inputs, on, stages, watcher, processes).run()
     return folder
 
@@ -216,7 +223,7 @@ def friendly_exit() -> Iterator[None]:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as stopped:
-        print(f"Stopped. Nothing is lost; go on with: {resume_command(stopped.folder)}", file=sys.stderr)
+        print(f"Stopped. Nothing is lost; go on with: {stopped.go_on or resume_command(stopped.folder)}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except KeyboardInterrupt:
         print("Stopped at once. Go on from the last checkpoint with the same command and --resume.", file=sys.stderr)

@@ -64,11 +64,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has done so; `--resume` goes on in its `folder`."""
+    """A run was asked to stop and has done so; `--resume` goes on in its `folder`, or what `go_on` says in words."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, go_on: str | None = None) -> None:
         super().__init__(f"{folder} was stopped")
-        self.folder = folder
+        self.folder, self.go_on = folder, go_on
 
 
 @contextmanager

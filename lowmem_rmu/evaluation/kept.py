@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, evaluate
+from lowmem_rmu.evaluation.scorer import find_batch_tokens
 from lowmem_rmu.processes import Processes
-from lowmem_rmu.runs import add_lines, read_lines, write_lines
+from lowmem_rmu.runs import add_lines, read_lines, write_json, write_lines
 
 BASE_ANSWERS = ".base_answers"
 """The folder beside all runs that holds what base models have answered, for runs to come."""
@@ -43,6 +44,16 @@ def evaluate_and_keep(
     evaluated = evaluate(model, tokenizer, sets, batch_tokens, known, keep, progress, processes)
     write_lines(path, evaluated.answers)
     return evaluated
+
+
+def fixed_batch_tokens(asked: int | str, model: nn.Module, pad_id: int, folder: Path) -> int:
+    """What was asked for; or, where that is `auto`, what is fastest, kept so that an evaluation that goes on makes the same batches."""
+    if isinstance(asked, int):
+        return asked
+    path = folder / "batch_tokens.json"
+    if not path.exists():
+        write_json(path, find_batch_tokens(model, pad_id))
+    return int(path.read_text(encoding="utf-8"))
 
 
 def shared_answers(folder: Path, digest: str) -> Path:

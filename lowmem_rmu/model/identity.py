@@ -21,17 +21,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 def model_digest(settings: ModelSettings, device: torch.device, unquantised: Sequence[str] = ()) -> str:
     """Of the weights' and the tokenizer's content, the precision, the kind of device and the versions of the packages."""
+    config = load_config(settings).to_diff_dict()
     weights = find_files(settings.name, settings.revision or "main", None)
     tokenizer = [file for name in TOKENIZER_FILES if (file := weights[0].parent / name).exists()]
     deciding: dict[str, Any] = {
         "files": {file.name: content_digest(file) for file in [*weights, *tokenizer]},
-        "config": load_config(settings).to_diff_dict(),
+        "config": config,
         "precision": [settings.quantisation, str(resolve_dtype(settings, device)), sorted(unquantised)],
         "device": device.type,
         "versions": {package: version(package) for package in DECIDING} | {"lowmem-rmu": __version__},
     }
     for where in ("_name_or_path", "transformers_version"):  # where the model lies and who wrote it decide nothing
-        deciding["config"].pop(where, None)
+        config.pop(where, None)
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

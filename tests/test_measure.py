@@ -1,0 +1,152 @@
+"""`python -m lowmem_rmu evaluate`: models, adapters and runs on any tasks, into a folder that is gone on with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from lowmem_rmu import run as command_line
+from lowmem_rmu.__main__ import app
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.measure import choose_tasks, find_subject
+from lowmem_rmu.runs import read_lines
+
+TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
+SUBJECTS = TINY / "data/questions/subjects"
+COMPOUNDS = TINY / "data/questions/compounds.jsonl"
+ASKED = ("--tasks", f"{SUBJECTS},{COMPOUNDS}", "--limit", "24", "--device", "cpu")
+
+
+def evaluate(model: Path | str, to: Path, *more: str) -> Result:
+    return CliRunner().invoke(app, ["evaluate", str(model), *ASKED, "--to", str(to), *more])
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run that unlearns compounds."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    options = ["--stages", "unlearn", "--device", "cpu", "--set", "rmu.steps=8", "--runs-dir", str(runs_dir), "--name", "short"]
+    assert CliRunner().invoke(app, ["run", "tiny", *options]).exit_code == 0
+    return runs_dir / "short"
+
+
+def read(to: Path, name: str) -> Any:
+    return json.loads((to / name).read_text())
+
+
+def test_a_model_is_asked_and_the_folder_holds_all_of_it(tmp_path: Path) -> None:
+    result = evaluate(TINY / "model", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    scores = read(tmp_path / "a", "base.json")
+    assert scores["tasks"]["compounds"]["accuracy"] == 1.0
+    assert scores["tasks"]["compounds"]["sampled_from"] == 264
+    assert scores["groups"]["subjects"]["questions"] == 24
+    assert len(read_lines(tmp_path / "a/answers_base.jsonl")) == 48
+    assert not (tmp_path / "a/unlearned.json").exists()
+    assert "100.0" in result.stdout
+
+
+def test_a_run_and_its_adapter_alone_are_asked_as_base_and_as_unlearned_with_the_same_answers(run_folder: Path, tmp_path: Path) -> None:
+    assert evaluate(run_folder, tmp_path / "run").exit_code == 0
+    result = evaluate(run_folder / "adapter", tmp_path / "adapter", "--json", "--batch-tokens", "2048")
+    assert result.exit_code == 0
+    for side in ("base", "unlearned"):
+        answers = [read_lines(tmp_path / name / f"answers_{side}.jsonl") for name in ("run", "adapter")]
+        assert [row["answer"] for row in answers[0]] == [row["answer"] for row in answers[1]]
+    summary = json.loads(result.stdout)
+    assert summary == read(tmp_path / "adapter", "summary.json")
+    assert {row["unlearned"] is None for row in summary["rows"]} == {False}
+    assert read(tmp_path / "adapter", "base.json")["known_before"] == 48, "the same base model was asked by the other evaluation"
+
+
+def test_the_folder_of_a_finished_evaluation_is_read_and_nothing_asked(tmp_path: Path) -> None:
+    assert evaluate(TINY / "model", tmp_path / "a").exit_code == 0
+    before = (tmp_path / "a/answers_base.jsonl").read_text()
+    shutil.rmtree(tmp_path / ".base_answers")
+    assert evaluate(TINY / "model", tmp_path / "a").exit_code == 0
+    assert read(tmp_path / "a", "base.json")["known_before"] == 48
+    assert (tmp_path / "a/answers_base.jsonl").read_text() == before
+
+
+def test_a_stopped_evaluation_says_how_to_go_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--batch-tokens", "512")
+    assert evaluate(TINY / "model", tmp_path / "one/whole", *small).exit_code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: True)
+        stopped = evaluate(TINY / "model", tmp_path / "two/stopped", *small)
+    assert stopped.exit_code == 130
+    assert f"go on with: the same command with --to {tmp_path / 'two/stopped'}" in stopped.stderr
+    assert evaluate(TINY / "model", tmp_path / "two/stopped", *small).exit_code == 0
+    assert (tmp_path / "one/whole/answers_base.jsonl").read_text() == (tmp_path / "two/stopped/answers_base.jsonl").read_text()
+
+
+def test_results_of_another_model_or_of_other_questions_are_not_mixed(tmp_path: Path, run_folder: Path) -> None:
+    assert evaluate(TINY / "model", tmp_path / "a").exit_code == 0
+    other = evaluate(run_folder, tmp_path / "a")
+    assert (other.exit_code, other.stderr.splitlines()[-2:]) == (
+        2, [f"The folder {tmp_path / 'a'} holds results of another model: tiny/model.", "Give a new folder with --to."],
+    )  # fmt: skip
+    others = evaluate(TINY / "model", tmp_path / "a", "--limit", "12")
+    assert others.exit_code == 2
+    assert "holds results of other questions: limit differ" in others.stderr
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/letter.txt").write_text("Dear")
+    assert "holds other files" in evaluate(TINY / "model", tmp_path / "b").stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("wmdp", {"wmdp_bio": None, "wmdp_chem": None, "wmdp_cyber": None}),
+        ("wmdp_bio,mmlu", {"wmdp_bio": None, "mmlu": None}),
+        ("mmlu_virology, mmlu_anatomy", {"mmlu": ["virology", "anatomy"]}),
+        ("./own/quiz.jsonl", {"quiz": None}),
+    ],
+)
+def test_names_of_tasks_groups_and_subjects(names: str, found: dict[str, Any]) -> None:
+    tasks = choose_tasks(names, None, [], None, "auto").tasks
+    assert {name: task.subjects for name, task in tasks.items()} == found
+
+
+def test_an_average_names_its_subjects() -> None:
+    assert len(choose_tasks("mmlu_stem", 5, [], None, 512).tasks["mmlu"].subjects or []) == 19
+
+
+def test_changes_reach_their_task() -> None:
+    task = choose_tasks("mmlu", 5, ["mmlu.source=./mmlu", "mmlu.scoring=cloze"], 100, "auto").tasks["mmlu"]
+    assert (task.source, task.scoring, task.num_fewshot) == (str(Path.cwd() / "mmlu"), "cloze", 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("mmul",), ['There is no task "mmul". Did you mean "mmlu"?']),
+        ((" , ",), ["--tasks names no task. There is: mmlu, wmdp_bio"]),
+        (("wmdp_bio", 5), ["tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"]),
+        (("mmlu", None, ["mmlu.scorng=cloze"]), ["tasks.mmlu.scorng: Extra inputs are not permitted"]),
+        (("mmlu", None, ["mmlu"]), ['--set "mmlu" is not of the form']),
+    ],
+)
+def test_tasks_that_cannot_be_asked(arguments: tuple[Any, ...], words: list[str]) -> None:
+    names, num_fewshot, changes = (*arguments, None, None)[:3]
+    with pytest.raises(UserError) as caught:
+        choose_tasks(names, num_fewshot, changes or [], None, "auto")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    result = evaluate("./nowhere", tmp_path / "a")
+    assert result.exit_code == 2
+    assert "does not exist" in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_says_how_it_is_quantised_and_options_override_it(run_folder: Path) -> None:
+    assert find_subject(str(run_folder)).model.quantisation == "nf4"
+    subject = find_subject(str(run_folder), quantisation="none", dtype="float32")
+    assert (subject.model.quantisation, subject.model.dtype, subject.adapter) == ("none", "float32", run_folder / "adapter")
+    assert find_subject("owner/model").model.name == "owner/model"
