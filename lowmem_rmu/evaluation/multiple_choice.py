@@ -63,9 +63,7 @@ def evaluate(
     processes = processes or Processes()
     known = processes.from_first(known)
     started, everything = time.monotonic(), ask(sets)
-    places: dict[str, list[Asked]] = {}
-    for each in everything:
-        places.setdefault(each.prompt.digest, []).append(each)
+    places = by_prompt(everything)
     logprobs = {digest: values for digest, values in (known or {}).items() if digest in places}
     done = [answer(each, values) for digest, values in logprobs.items() for each in places[digest]]
     known_before, work = len(done), Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens)
@@ -86,10 +84,23 @@ def ask(sets: list[QuestionSet]) -> list[Asked]:
     return [Asked(each, index, question, prompt(each, question)) for each in sets for index, question in enumerate(each.questions)]
 
 
+def by_prompt(everything: list[Asked]) -> dict[str, list[Asked]]:
+    """By its digest, every place that the same prompt has."""
+    places: dict[str, list[Asked]] = {}
+    for each in everything:
+        places.setdefault(each.prompt.digest, []).append(each)
+    return places
+
+
 def answer(each: Asked, logprobs: list[float]) -> Answer:
     """The choice with the highest log-probability; in the cloze form a character of its text, as the harness's `acc_norm` has it."""
     lengths = [len(choice) for choice in each.question.choices] if each.asked.scoring == "cloze" else [1] * len(logprobs)
     chosen = max(range(len(logprobs)), key=lambda choice: logprobs[choice] / max(1, lengths[choice]))
+    return as_row(each, logprobs, chosen)
+
+
+def as_row(each: Asked, logprobs: list[float] | None, chosen: int | None) -> Answer:
+    """`chosen` is None where a model named no choice: a wrong answer."""
     row = {"task": each.asked.name, "index": each.index, "prompt": each.prompt.digest, "logprobs": logprobs}
     return row | {"answer": chosen, "gold": each.question.gold, "correct": chosen == each.question.gold}
 
@@ -190,10 +201,9 @@ def summarise(answers: list[Answer]) -> dict[str, Any]:
 
 def _confidence(answers: list[Answer]) -> float | None:
     """None where a model gives no log-probabilities."""
-    if any(row["logprobs"] is None for row in answers):
-        return None
-    shares = [1 / sum(math.exp(min(value - row["logprobs"][row["answer"]], 700.0)) for value in row["logprobs"]) for row in answers]
-    return sum(shares) / len(shares)
+    given = [row for row in answers if row["logprobs"] is not None]
+    shares = [1 / sum(math.exp(min(value - row["logprobs"][row["answer"]], 700.0)) for value in row["logprobs"]) for row in given]
+    return sum(shares) / len(shares) if shares else None
 
 
 def _pooled(members: list[list[Answer]]) -> dict[str, Any]:
