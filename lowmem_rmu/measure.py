@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.evaluation.compare import compare_tasks, rows_as_json
+from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.multiple_choice import Interrupted
 from lowmem_rmu.model.adapters import base_only, load_adapter
@@ -23,7 +25,7 @@ from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.pipeline import Watcher, short_name, unquantised_modules
 from lowmem_rmu.presets import Evaluation, ModelSettings, differences, is_local, known_tasks, override, recorded_preset, resolve_paths
 from lowmem_rmu.processes import Processes
-from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
+from lowmem_rmu.runs import RunFolder, Stopped, add_lines, read_lines, write_json, write_lines
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Subject:
 
     @property
     def file_name(self) -> str:
-        return re.sub(r"[^A-Za-z0-9.-]+", "-", Path(self.adapter.resolve().parent if self.adapter else self.model.name).name)
+        return as_file_name(Path(self.adapter.resolve().parent if self.adapter else self.model.name).name)
 
     def digest(self, base: str) -> str:
         """Of the model's digest and the adapter's."""
         return f"{base}+{content_digest(self.adapter / 'adapter_model.safetensors')[:24]}" if self.adapter else base
+
+
+def as_file_name(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", model)
 
 
 def find_subject(name: str, quantisation: str | None = None, dtype: str | None = None) -> Subject:
@@ -132,6 +138,20 @@ def measure(
         if processes.is_first:
             write_json(to / f"{side}.json", evaluated.scores)
     return summary(to, subject.name, questions, evaluation.limit) if processes.is_first else {}
+
+
+def measure_endpoint(endpoint: Endpoint, evaluation: Evaluation, to: Path, watcher: Watcher) -> dict[str, Any]:
+    """The same of a model behind a server."""
+    questions, path, name = load_questions(evaluation), to / "answers_base.jsonl", f"{endpoint.model} at {endpoint.address}"
+    claim(to, name, name, evaluation)
+    before = read_lines(path)
+    write_lines(path, before)  # without the line that a kill may have torn
+    known = {row["prompt"]: row for row in before}
+    with stopped_in(to):
+        evaluated = evaluate_endpoint(endpoint, questions, known, partial(add_lines, path), followed(watcher, "base", questions))
+    write_lines(path, evaluated.answers)
+    write_json(to / "base.json", evaluated.scores)
+    return summary(to, name, questions, evaluation.limit)
 
 
 def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,41 @@ def test_a_run_says_how_it_is_quantised_and_options_override_it(run_folder: Path
     subject = find_subject(str(run_folder), quantisation="none", dtype="float32")
     assert (subject.model.quantisation, subject.model.dtype, subject.adapter) == ("none", "float32", run_folder / "adapter")
     assert find_subject("owner/model").model.name == "owner/model"
+
+
+ENDPOINT = ("--endpoint", "http://localhost:1/v1")
+
+
+@pytest.mark.parametrize("options", [(), ENDPOINT, ("--model", "gpt"), ("./model", *ENDPOINT, "--model", "gpt")], ids=len)
+def test_one_model_is_named_and_no_two(options: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["evaluate", *options])
+    assert (result.exit_code, result.stderr) == (2, "Which model? Give either a model or a run, or --endpoint URL with --model NAME.\n")
+
+
+class AlwaysB(BaseHTTPRequestHandler):
+    """A server whose model gives the same letter to everything, and no log-probabilities."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        content = json.dumps({"choices": [{"message": {"content": "B"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_server_is_asked_and_its_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), AlwaysB)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    options = [*ASKED[:4], "--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--model", "owner/b", "--to", str(tmp_path / "b")]
+    result = CliRunner().invoke(app, ["evaluate", *options])
+    server.shutdown()
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "b", "base.json")["tasks"]["compounds"]["answers"] == [0, 24, 0, 0]
+    assert read(tmp_path / "b", "config.json")["model"] == f"owner/b at http://127.0.0.1:{server.server_port}/v1/chat/completions"
+    assert CliRunner().invoke(app, ["evaluate", *options]).exit_code == 0, "the server is gone, but its answers are there"
+    assert "sk-secret" not in "".join(file.read_text() for file in (tmp_path / "b").iterdir())
