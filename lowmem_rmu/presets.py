@@ -45,6 +45,8 @@ class ModelSettings(Section):
     """`nf4`: 4-bit with double quantisation. `none`: in `dtype`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of everything that is not quantised, and of the arithmetic. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    device_map: Literal["one", "auto"] = "one"
+    """`auto`: spread over all GPUs, and main memory where they do not suffice, for models beyond one GPU."""
     config: dict[str, Any] | None = None
     """The model's shape (as in its `config.json`), so that the plan needs no download."""
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 
 from lowmem_rmu.errors import UserError, nearest
-from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, preset_names
+from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, preset_names, recorded_preset
 from lowmem_rmu.runs import STAGES, RunFolder, Stopped, write_json
 
 PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
@@ -205,7 +205,8 @@ def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset)
         folder = runs[0]
     else:
         folder = RunFolder.open(runs_dir, name)
-    different = sorted(differences(folder.config["settings"], preset.model_dump()))
+    started_with = recorded_preset(folder.config["settings"], folder.path)
+    different = sorted(differences(started_with.model_dump(), preset.model_dump()))
     if different:
         raise UserError(
             f"Run {folder.path} was started with other settings: {', '.join(different)}.\n"

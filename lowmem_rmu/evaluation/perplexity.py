@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.corpora import Batch, pad
 from lowmem_rmu.model.adapters import base_only
-from lowmem_rmu.model.logits import POSITIONS, decode, head_of, logits_at
+from lowmem_rmu.model.logits import POSITIONS, head_of, hidden_at, logits_at
 
 
 @torch.inference_mode()
@@ -88,10 +88,9 @@ def _losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
 def _divergences(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
     """The divergence at every position that predicts; the decoder runs once on each side, the head over a few positions at a time."""
     positions = _predicting(batch)
-    unlearned = decode(model, input_ids=batch.input_ids)
+    unlearned = hidden_at(model, positions, input_ids=batch.input_ids)
     with base_only(model):
-        base = decode(model, input_ids=batch.input_ids)
-        hidden = zip(*(side.last_hidden_state[positions].split(POSITIONS) for side in (base, unlearned)), strict=True)
-    for of_base, of_unlearned in hidden:
-        before, after = (head_of(model, type(base)(last_hidden_state=each[None]), input_ids=batch.input_ids) for each in (of_base, of_unlearned))
+        base = hidden_at(model, positions, input_ids=batch.input_ids)
+    for pair in zip(base.split(POSITIONS), unlearned.split(POSITIONS), strict=True):
+        before, after = (head_of(model, hidden, input_ids=batch.input_ids) for hidden in pair)
         yield kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -16,7 +16,7 @@ Settings = dict[str, Any]
 def check_fits(preset: Preset, device: torch.device, stages: Sequence[str]) -> None:
     """Raises UserError, before anything is loaded, where the plan exceeds what the device has; it names the settings that would fit."""
     free, needs = memory_available(device), plan(preset, device, stages)
-    if not _excess(needs, free):
+    if not _excess(needs, free) or preset.model.device_map == "auto":  # then accelerate finds room
         return
     largest = max(needs, key=lambda need: need.total)
     begin = f"The stage {largest.stage} needs {gib(largest.total)}, but {gib(free)} are free on {device}.\n"

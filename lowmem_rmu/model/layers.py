@@ -85,7 +85,7 @@ def run_trunk(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
 
     with torch.no_grad(), lent_forward(below, passed_on), lent_forward(layers[updated], recorded), suppress(_Recorded):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return Trunk(calls[0][0] if hidden is None else hidden, [arguments for _, arguments in calls])
+    return Trunk(calls[0][0].to(input_ids.device) if hidden is None else hidden, [arguments for _, arguments in calls])
 
 
 def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkpointing: bool = False) -> Tensor:
@@ -97,11 +97,11 @@ def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkp
         else:
             hidden = layer(hidden, **arguments)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-    return hidden
+    return hidden.to(trunk.hidden.device)  # where it began, should the model lie on several devices
 
 
 @contextmanager
-def lent_forward(layers: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+def lent_forward(layers: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Lends the layers another forward, and gives them back their own."""
     own = [layer.__dict__.get("forward") for layer in layers]  # set where accelerate has hooked the layer
     for layer in layers:

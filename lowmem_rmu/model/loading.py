@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
@@ -79,7 +79,8 @@ def load_model(
     with hub_errors("model", settings.name):
         files = find_files(settings.name, revision, layers)
     with open_weights(files, layers) as weights:
-        model, missing = build_model(config, weights, device, layers, settings.quantisation, resolve_dtype(settings, device), unquantised)
+        place: torch.device | Literal["auto"] = "auto" if settings.device_map == "auto" else device
+        model, missing = build_model(config, weights, place, layers, settings.quantisation, resolve_dtype(settings, device), unquantised)
     _check_complete(settings.name, [name for name in missing if is_needed(name, layers)])
     model.name_or_path = model.config.name_or_path = settings.name
     if layers is None:
@@ -91,13 +92,14 @@ def load_model(
 def build_model(
     config: PretrainedConfig,
     weights: Mapping[str, Any],
-    device: torch.device,
+    device: torch.device | Literal["auto"],
     layers: int | None,
     quantisation: str,
     dtype: torch.dtype,
     unquantised: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model on `device`, frozen and in eval mode, and the names of weights that are missing or have another shape.
+    """The model on `device` (`auto`: on as many as it takes), frozen and in eval mode, and the names of weights that are missing or of
+    another shape.
 
     Every weight is asked for (`weights[name][...]`) when its turn comes, and quantised before the next. With `layers` the model has
     only its first ones and no head. Modules named in `unquantised` keep `dtype`, whatever the rest is quantised to.
@@ -114,7 +116,7 @@ def build_model(
         state_dict=weights,
         dtype=dtype,
         quantization_config=Nf4Config(dtype, unquantised) if quantisation == "nf4" else None,
-        device_map={"": device},
+        device_map="auto" if device == "auto" else {"": device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported
     )

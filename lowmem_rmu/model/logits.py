@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lowmem_rmu.model.layers import lent_forward
 
@@ -19,22 +20,23 @@ POSITIONS = 128
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Iterator[Tensor]:
     """Logits `(up to 128, vocabulary)` in float32 where `positions` `(batch, sequence)` is True, piece by piece in their order."""
-    output = decode(model, **inputs)
-    for hidden in output.last_hidden_state[positions].split(POSITIONS):
-        yield head_of(model, type(output)(last_hidden_state=hidden[None]), **inputs)
+    for hidden in hidden_at(model, positions, **inputs).split(POSITIONS):
+        yield head_of(model, hidden, **inputs)
 
 
-def decode(model: nn.Module, **inputs: Any) -> Any:
-    """What the decoder gives for a batch; keys and values are not kept (those that are passed in are used)."""
-    return _inner(model).get_decoder()(**inputs, use_cache=False)
+def hidden_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
+    """The decoder's outputs `(count, hidden)` where `positions` is True. Keys and values are not kept; those that are passed in are used."""
+    hidden: Tensor = _inner(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return hidden[positions.to(hidden.device)]
 
 
-def head_of(model: nn.Module, decoded: Any, **inputs: Any) -> Tensor:
+def head_of(model: nn.Module, hidden: Tensor, **inputs: Any) -> Tensor:
     """The model's own forward over what its decoder gave, so that whatever it does to its logits (scaling, capping) is done."""
     inner = _inner(model)
+    decoded = BaseModelOutputWithPast(last_hidden_state=hidden[None])
     with lent_forward([inner.get_decoder()], lambda **_: decoded):
         logits: Tensor = inner(**inputs, use_cache=False).logits[0]
-    return logits.float()
+    return logits.float().to(inputs["input_ids"].device)  # a model on several devices ends on another than it began
 
 
 def _inner(model: nn.Module) -> Any:

@@ -99,6 +99,16 @@ def adapter_gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
+@pytest.mark.parametrize("quantisation", ["nf4", "none"])
+def test_a_model_that_is_spread_over_devices_computes_the_same(small_settings: ModelSettings, quantisation: str) -> None:
+    """Here there is one device to spread it over; the rest is accelerate's."""
+    settings = small_settings.model_copy(update={"quantisation": quantisation})
+    spread = load_model(settings.model_copy(update={"device_map": "auto"}), CPU)
+    ids = torch.tensor([[1, 5, 9, 30]])
+    with torch.no_grad():
+        assert torch.equal(spread(ids).logits, load_model(settings, CPU)(ids).logits)
+
+
 def test_a_forward_in_eval_mode_costs_nf4_no_gradients_and_moves_no_output(small_settings: ModelSettings) -> None:
     """Trap 1: bitsandbytes would repack the weights for a CPU kernel without autograd."""
     settings = small_settings.model_copy(update={"quantisation": "nf4"})
