@@ -201,8 +201,9 @@ class Evaluation(Section):
     tasks: dict[str, Task] = {}
     limit: int | None = Field(None, ge=1)
     """Questions a task at most, spread over its subjects in proportion (one a subject at least): the same sample every time."""
-    batch_tokens: int | Literal["auto"] = "auto"
-    """Tokens in one forward pass at most, padding included. `auto`: what is fastest, tried out before the first question."""
+    batch_tokens: int | Literal["auto"] = 4096
+    """Tokens in one forward pass at most, padding included. `auto`: what is fastest, tried out before the first question;
+    then the memory plan only knows the least that it may be."""
     prompts: list[str] = []
     """Asked of base and unlearned for the report and as suggestions in the chat."""
     max_new_tokens: int = Field(64, ge=1)

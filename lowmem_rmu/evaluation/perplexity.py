@@ -86,11 +86,14 @@ def _losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
 
 
 def _divergences(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
-    """The divergence at every position that predicts; the decoder runs once on each side, the head over a few positions at a time."""
+    """The divergence at every position that predicts; the decoder runs once on each side, the head over a few positions at a time.
+
+    Two distributions and their product take six times the memory of logits, hence fewer positions than elsewhere.
+    """
     positions = _predicting(batch)
     unlearned = hidden_at(model, positions, input_ids=batch.input_ids)
     with base_only(model):
         base = hidden_at(model, positions, input_ids=batch.input_ids)
-    for pair in zip(base.split(POSITIONS), unlearned.split(POSITIONS), strict=True):
-        before, after = (head_of(model, hidden, input_ids=batch.input_ids) for hidden in pair)
-        yield kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    for pair in zip(base.split(POSITIONS // 4), unlearned.split(POSITIONS // 4), strict=True):
+        before, after = (head_of(model, hidden, input_ids=batch.input_ids).log_softmax(-1) for hidden in pair)
+        yield kl_div(after, before, reduction="none", log_target=True).sum(-1)

@@ -214,7 +214,9 @@ class Needs:
         tokens = evaluation.planned_batch_tokens if evaluation.tasks or any(corpus.held_out for corpus in corpora) else 0
         # Hidden states, those that are asked for; the logits of a few, the same in float32, and their log-probabilities.
         logits = 2 * tokens * self.h * self.e + POSITIONS * self.vocabulary * (self.e + 2 * FLOAT32)
-        return max(self.forward(tokens, adapted), logits, self.answering() if evaluation.prompts else 0)
+        # For the divergence on retain text the unlearned side's hidden states wait while base runs.
+        waiting = tokens * self.h * self.e if adapted and any(corpus.held_out for corpus in self.preset.retain.corpora) else 0
+        return max(self.forward(tokens, adapted) + waiting, logits + waiting, self.answering() if evaluation.prompts else 0)
 
     def answering(self) -> int:
         """A sample answer: the keys and values of all its tokens, and one dequantised matrix."""
