@@ -19,7 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.compare import NOISE
+from lowmem_rmu.evaluation.compare import LUCK, NOISE, asked_how, counted
 from lowmem_rmu.runs import RunFolder, read_lines, write_atomically
 
 Row = dict[str, Any]
@@ -115,6 +115,12 @@ def _environment() -> jinja2.Environment:
         "percent": _or_dash("{:.1%}".format),
         "points": _or_dash(lambda share: f"{100 * share:.1f}"),
         "signed_points": _or_dash(lambda share: f"{100 * share:+.1f}"),
+        "whole_percent": _or_dash("{:.0%}".format),
+        "count": _or_dash("{:,}".format),
+        "p_value": _or_dash(_p_value),
+        "letters": _letters,
+        "questions": _questions,
+        "notes": _notes,
         "nats": _or_dash("{:.3f}".format),
         "signed_nats": _or_dash("{:+.3f}".format),
         "perplexity": _or_dash(_perplexity),
@@ -151,9 +157,31 @@ def _by_role(rows: list[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _above_noise(row: Row) -> str:
+    """Right answers are tested question by question; the loss on a text has its standard error only."""
     if row["change"] is None:
         return "–"
-    return "yes" if abs(row["change"]) > NOISE * row["change_stderr"] else "no"
+    is_above = row["p_value"] < LUCK if "p_value" in row else abs(row["change"]) > NOISE * row["change_stderr"]
+    return "yes" if is_above else "no"
+
+
+def _p_value(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _letters(shares: list[float] | None) -> str:
+    """How often A, B, C and D were answered, in percent."""
+    return "–" if shares is None else " · ".join(f"{100 * share:.0f}" for share in shares)
+
+
+def _questions(row: Row) -> str:
+    return counted(row["questions"], row["sampled_from"])
+
+
+def _notes(row: Row, with_sample: bool = False) -> str:
+    """What a task's numbers must not be read without; its subjects were asked as it was."""
+    how = asked_how(row["num_fewshot"], row["scoring"]) if row["group"] is None else ""
+    sample = f"{_questions(row)} questions" if with_sample and row["sampled_from"] else ""
+    return ", ".join(filter(None, ("average" if row["is_average"] else "", how, sample)))
 
 
 def _in_words(items: list[str]) -> Markup:
@@ -192,15 +220,21 @@ def _bars(rows: list[Row], width: int) -> Figure:
             axes.annotate(line, (0, y + 0.15), weight="bold", **place)
         else:
             _pair_of_bars(axes, y, line)
-    tasks = [(y, line["task"]) for y, line in enumerate(lines) if not isinstance(line, str)]
-    longest = width // 24  # of the task's names, in characters: about a third of the width
-    axes.set_yticks([y for y, _ in tasks], [name if len(name) <= longest else f"{name[: longest - 1]}…" for _, name in tasks])
+    tasks = [(y, _tick(line, width)) for y, line in enumerate(lines) if not isinstance(line, str)]
+    axes.set_yticks(*zip(*tasks, strict=True))
     axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(visible=False, axis="y")
     axes.spines.bottom.set_bounds(0, 1)
     return figure
+
+
+def _tick(row: Row, width: int) -> str:
+    """A task's name in at most about a third of the width, and of what its questions are a sample."""
+    longest = width // 24
+    name = row["task"] if len(row["task"]) <= longest else f"{row['task'][: longest - 1]}…"
+    return f"{name}\n{_questions(row)}" if row["sampled_from"] else name
 
 
 def _pair_of_bars(axes: Axes, y: float, row: Row) -> None:

@@ -62,6 +62,10 @@ def row(task: str, role: str, base: float, unlearned: float | None, group: str |
         "task": task, "group": group, "is_group": is_group, "role": role, "questions": 1264, "chance": 0.25,
         "base": base, "base_stderr": 0.006, "unlearned": unlearned, "unlearned_stderr": 0.027 if measured else None,
         "change": unlearned - base if measured else None, "change_stderr": 0.03 if measured else None,
+        "is_average": False, "sampled_from": None, "num_fewshot": 0, "scoring": "letters",
+        "lost": 930 if measured else None, "gained": 7 if measured else None, "p_value": (0.0 if unlearned < 0.5 else 0.21) if measured else None,
+        "base_letters": [0.25, 0.249, 0.251, 0.25], "unlearned_letters": [0.02, 0.93, 0.05, 0.0] if measured else None,
+        "base_confidence": 0.98, "unlearned_confidence": 0.614 if measured else None,
     }  # fmt: skip
 
 
@@ -72,14 +76,17 @@ def summary(members: int = 3) -> dict[str, Any]:
         row("subjects", "kept", 0.9, 0.88, is_group=True),
     ]
     rows += [row(f"subject_{n}", "adjacent" if n == 0 else "kept", 0.9, 0.91, group="subjects") for n in range(members)]
-    text = {"name": "cyclones", "role": "forgotten", "tokens": 3000, "base": 4.0, "base_stderr": 0.02, "unlearned": 6.5}
+    text = {
+        "name": "cyclones", "role": "forgotten", "tokens": 3000, "base": 4.0, "base_stderr": 0.02, "unlearned": 6.5, "unlearned_stderr": 0.03,
+        "change": 2.5, "change_stderr": 0.02, "base_bits_per_byte": 1.4, "unlearned_bits_per_byte": 2.275, "kl": None, "kl_stderr": None,
+    }  # fmt: skip
     return {
         "preset": "tiny",
         "title": f"Forget it {HOSTILE}",
         "model": "owner/model",
         "verdict": {"forgotten": "yes", "kept": "partly", "sentences": ["compounds: gone.", f"Rest: {HOSTILE}"]},
         "rows": rows,
-        "texts": [{**text, "unlearned_stderr": 0.03, "change": 2.5, "change_stderr": 0.02}],
+        "texts": [text, {**text, "name": "retain", "role": "kept", "kl": 0.0312, "kl_stderr": 0.0021}],
         "samples": [{"prompt": f"What? {HOSTILE}", "base": "It is amber.", "unlearned": HOSTILE}],
         "stages": [
             {"stage": "evaluate-base", "seconds": 5.14, "peak_memory_bytes": 900_000_000},
@@ -95,6 +102,15 @@ def steps(count: int) -> list[dict[str, Any]]:
         return {"step": n, "topic": ("compounds", HOSTILE)[n % 2], **values, "forget_cosine": 1 / n, "retain_cosine": 0.99}
 
     return [step(n) for n in range(1, count + 1)]
+
+
+def averages() -> list[dict[str, Any]]:
+    """A task whose questions are sampled, with an average over its subjects, and one over tasks."""
+    sampled = {"sampled_from": 14042, "questions": 100, "num_fewshot": 5}
+    whole = row("mmlu", "kept", 0.6, 0.59, is_group=True) | sampled
+    stem = row("mmlu_stem", "kept", 0.5, 0.49, "mmlu", is_group=True) | sampled | {"is_average": True}
+    over_tasks = row("wmdp", "measured", 0.5, 0.3, is_group=True) | {"is_average": True}
+    return [whole, stem, row("mmlu_law", "kept", 0.5, 0.49, "mmlu") | sampled, over_tasks]
 
 
 def make_run(folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]] | None) -> RunFolder:
@@ -130,9 +146,13 @@ def test_page_has_everything_in_order(tmp_path: Path) -> None:
 
 def test_tables_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
     page, _ = report(tmp_path, summary(), steps(4))
-    assert page.rows_of("compounds") == [["compounds", "99.0% ± 0.6", "26.0% ± 2.7", "−73.0 ± 3.0", "yes", "1,264"]]
-    assert page.rows_of("locks_of_doors") == [["locks_of_doors", "98.1% ± 0.6", "94.0% ± 2.7", "−4.0 ± 3.0", "no", "1,264"]]
-    assert page.rows_of("cyclones3,000 tokens")[0][1:] == ["4.000 ± 0.020", "6.500 ± 0.030", "+2.500 ± 0.020", "yes", "54.6 → 665.1"]
+    accuracy, answers = page.rows_of("compounds")
+    assert accuracy == ["compounds", "99.0% ± 0.6", "26.0% ± 2.7", "−73.0 ± 3.0", "yes p < 0.001", "1,264"]
+    assert answers == ["compounds", "930", "7", "25 · 25 · 25 · 25", "2 · 93 · 5 · 0", "98% → 61%"]
+    assert page.rows_of("locks_of_doors")[0] == ["locks_of_doors", "98.1% ± 0.6", "94.0% ± 2.7", "−4.0 ± 3.0", "no p = 0.210", "1,264"]
+    cyclones = ["4.000 ± 0.020", "6.500 ± 0.030", "+2.500 ± 0.020", "yes", "54.6 → 665.1", "1.400 → 2.275", "–"]
+    assert page.rows_of("cyclones3,000 tokens")[0][1:] == cyclones
+    assert page.rows_of("retain3,000 tokens")[0][-1] == "0.031 ± 0.002"
     assert page.rows_of("evaluate-base") == [["evaluate-base", "5.1 s", "0.90 GB"]]
     assert page.rows_of("unlearn") == [["unlearn", "1 h 02 min", "–"]]
     assert page.rows_of("seed") == [["seed", "7"]]
@@ -140,10 +160,33 @@ def test_tables_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
 
 def test_members_of_groups_are_folded(tmp_path: Path) -> None:
     page, _ = report(tmp_path, summary(members=57))
-    assert len([cells for cells in page.cells if cells[0].startswith("subject_")]) == 57
+    assert len([cells for cells in page.cells if cells[0].startswith("subject_")]) == 2 * 57
     folded = page.text_within("details")
     assert "All 57 parts of subjects" in folded
-    assert "compounds" not in folded.split("Settings")[0]
+    parts, answers = folded.split("Settings")[0].split("Answers: lost and gained")
+    assert "compounds" not in parts
+    assert "compounds" in answers
+
+
+def test_letters_and_confidence_are_folded(tmp_path: Path) -> None:
+    page, _ = report(tmp_path, summary())
+    shown = [path for path, data in page.texts if "93 · 5" in data]
+    assert shown
+    assert all("details" in path.split("/") for path in shown)
+
+
+def test_averages_are_told_with_the_tasks_and_not_among_their_parts(tmp_path: Path) -> None:
+    page, html = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
+    assert "All 1 parts of mmlu" in html
+    assert [cells[0] for cells in page.cells if "mmlu_stem" in cells[0] or "wmdp" in cells[0]] == [
+        "mmlu_stemaverage", "wmdpaverage", "mmlu_stemaverage, 100 of 14,042 questions", "wmdpaverage",
+    ]  # fmt: skip
+    assert "mmlu_stem" in page.text_within("svg")
+
+
+def test_the_way_of_asking_is_told_of_a_task_where_it_is_unusual(tmp_path: Path) -> None:
+    page, _ = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
+    assert [cells[0] for cells in page.cells if "shot" in cells[0]] == ["mmlu5-shot", "mmlu5-shot, 100 of 14,042 questions"]
 
 
 @pytest.mark.parametrize(("members", "drawn"), [(MEMBERS_IN_CHART, True), (MEMBERS_IN_CHART + 1, False)])
@@ -198,21 +241,34 @@ def test_same_folder_same_bytes(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
-def test_limit_is_said_at_every_accuracy_table(tmp_path: Path) -> None:
-    assert "(limit: " not in report(tmp_path, summary())[1]
-    page, html = report(tmp_path, {**summary(), "limit": 100})
-    assert html.count("(limit: 100)") == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags) == 2
+def test_a_sample_is_told_wherever_its_numbers_are(tmp_path: Path) -> None:
+    page, html = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
+    assert html.count("(limit: 100 a task)") == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags) == 2
+    sampled = [cells for cells in page.cells if cells[0].startswith("mmlu")]
+    assert len(sampled) == 6
+    assert all("100 of 14,042" in " ".join(cells) for cells in sampled)
+    assert page.text_within("svg").count("100 of 14,042") == 3 * 2  # three rows, each chart for wide and for narrow windows
+
+
+def test_nothing_is_said_of_a_limit_that_left_nothing_out(tmp_path: Path) -> None:
+    page, html = report(tmp_path, {**summary(), "limit": 5000})
+    assert "limit:" not in html
+    assert " of 1,264" not in html
+    assert "1,264" not in page.text_within("svg")
 
 
 def test_base_alone(tmp_path: Path) -> None:
     content = summary()
     content["rows"] = [row("compounds", "forgotten", 0.99, None)]
-    content["texts"] = [{**content["texts"][0], "unlearned": None, "unlearned_stderr": None, "change": None, "change_stderr": None}]
+    unmeasured = dict.fromkeys(["unlearned", "unlearned_stderr", "change", "change_stderr", "unlearned_bits_per_byte"])
+    content["texts"] = [content["texts"][0] | unmeasured]
     content["samples"][0]["unlearned"] = None
     content["verdict"] = {"forgotten": "unknown", "kept": "unknown", "sentences": []}
     page, html = report(tmp_path, content)
-    assert page.rows_of("compounds") == [["compounds", "99.0% ± 0.6", "–", "–", "–", "1,264"]]
-    assert page.rows_of("cyclones3,000 tokens")[0][2:] == ["–", "–", "–", "54.6 → –"]
+    accuracy, answers = page.rows_of("compounds")
+    assert accuracy == ["compounds", "99.0% ± 0.6", "–", "–", "–", "1,264"]
+    assert answers == ["compounds", "–", "–", "25 · 25 · 25 · 25", "–", "98% → –"]
+    assert page.rows_of("cyclones3,000 tokens")[0][2:] == ["–", "–", "–", "54.6 → –", "1.400 → –", "–"]
     assert html.count("Not known") == 2
     assert "not measured in this run" in html
     assert "not asked in this run" in html

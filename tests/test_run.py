@@ -1,6 +1,7 @@
 """The command line from end to end on the shipped tiny model, and what it says to mistakes."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -16,12 +17,15 @@ import torch
 import typer
 from click.testing import Result
 from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lowmem_rmu import run as command_line
-from lowmem_rmu.data.questions import load_questions
+from lowmem_rmu.data.questions import Question, QuestionSet, load_questions
+from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
@@ -397,3 +401,73 @@ def test_the_plan_downloads_only_what_is_loaded() -> None:
 def test_the_list_shows_every_preset() -> None:
     result = call("--list")
     assert all(name in result.stdout for name in preset_names())
+
+
+def printed(table: Table, width: int = 80) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(table)
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def line_of(name: str, lines: list[str]) -> str:
+    [line] = [each for each in lines if each.split()[:1] == [name]]
+    return line
+
+
+def asked(name: str, count: int, group: str | None = None, **more: Any) -> QuestionSet:
+    return QuestionSet(name, name, "kept", group, (Question("?", ("a", "b", "c", "d"), 0),) * count, **more)
+
+
+def rows_of(sets: list[QuestionSet], lost: int = 0) -> list[dict[str, Any]]:
+    """Base is right everywhere; unlearned has lost the first questions of every set."""
+
+    def answers(wrong: int) -> list[dict[str, Any]]:
+        marks = [(each.name, index >= wrong) for each in sets for index in range(len(each.questions))]
+        return [{"task": task, "answer": int(not right), "gold": 0, "correct": right, "logprobs": None} for task, right in marks]
+
+    return rows_as_json(compare_tasks(sets, answers(0), answers(lost)))
+
+
+def test_the_tables_of_a_run_fit_in_80_columns(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    lines = printed(command_line.accuracy_table(summary))
+    names = [line.split()[0] for line in lines if " ± " in line and line.split()[0] != "Accuracy"]
+    assert names == [row["task"].removeprefix(f"{row['group']}_") for row in summary["rows"]], "each on one line of its own"
+    assert names.index("gates") < names.index("birds")
+    assert " of 264" in line_of("compounds", lines)
+
+
+def test_changes_that_are_larger_than_noise_are_marked() -> None:
+    five, six = (printed(command_line.accuracy_table({"rows": rows_of([asked("quiz", 30)], lost)})) for lost in (5, 6))
+    assert "*" not in line_of("quiz", five)
+    assert line_of("quiz", six).endswith(" *")
+
+
+def test_averages_are_shown_where_subjects_are_too_many() -> None:
+    sets = [asked(f"m_{index}", 1, "m", averages=("m_even", "both") if index % 2 == 0 else ("both",)) for index in range(14)]
+    lines = printed(command_line.accuracy_table({"rows": rows_of([*sets, asked("quiz", 1, averages=("both",))])}))
+    assert [line.split()[0] for line in lines if "kept" in line] == ["m", "even", "quiz", "both"]
+
+
+def test_tables_say_of_what_they_show_a_sample_and_how_it_was_asked() -> None:
+    five = (Question("?", ("a", "b", "c", "d"), 0),) * 5
+    sets = [asked("m_a", 3, "m", sampled_from=1200, examples=five), asked("quiz", 1400, scoring="cloze")]
+    lines = printed(command_line.accuracy_table({"rows": rows_of(sets)}), width=120)
+    assert line_of("m", lines).split()[:3] == ["m", "5-shot", "kept"]
+    assert "3 of 1,200" in line_of("a", lines)
+    assert "shot" not in line_of("a", lines), "its task says so"
+    assert line_of("quiz", lines).split()[:4] == ["quiz", "cloze", "kept", "1,400"]
+
+
+def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_columns() -> None:
+    before = {"loss": 3.0, "stderr": 0.03, "tokens": 123456, "bits_per_byte": 1.5}
+    after = {"loss": 13.5, "stderr": 0.04, "tokens": 123456, "bits_per_byte": 6.75}
+    texts = compare_texts({"compounds": "forgotten", "retain": "kept"}, {"compounds": before, "retain": before}, {
+        "compounds": after, "retain": before | {"kl": 0.0312, "kl_stderr": 0.0021},
+    })  # fmt: skip
+    lines = printed(command_line.text_table({"texts": texts}))
+    assert line_of("compounds", lines).split(maxsplit=2)[2] == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
+    assert lines[-1] == "KL from base to unlearned in nats a token: retain 0.0312 ± 0.0021"
+    alone = printed(command_line.text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
+    assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]
+    assert not any("KL" in line for line in alone)

@@ -1,25 +1,49 @@
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from lowmem_rmu.data.questions import Question, QuestionSet
-from lowmem_rmu.evaluation.compare import Row, compare_tasks, compare_texts, rows_as_json, verdict
+from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
+from lowmem_rmu.evaluation.compare import Row, asked_how, compare_tasks, compare_texts, counted, mcnemar, rows_as_json, verdict
+from lowmem_rmu.evaluation.multiple_choice import score
 from lowmem_rmu.presets import Role
 
+QUESTION = Question("?", ("a", "b", "c", "d"), 0)
 
-def question_set(name: str, count: int, role: Role = "kept", group: str | None = None) -> QuestionSet:
-    return QuestionSet(name, name, role, group, (Question("?", ("a", "b", "c", "d"), 0),) * count)
+
+def question_set(name: str, count: int, role: Role = "kept", group: str | None = None, averages: tuple[str, ...] = (), **more: Any) -> QuestionSet:
+    return QuestionSet(name, name, role, group, (QUESTION,) * count, averages=averages, **more)
 
 
 def answers(**right: str) -> list[dict[str, Any]]:
-    """`quiz="110"`: the first two of three questions of `quiz` are right."""
-    return [{"task": name, "correct": mark == "1"} for name, marks in right.items() for mark in marks]
+    """`quiz="110"`: the first two of three questions of `quiz` are right, which is the answer A, and the third is answered B."""
+    return [given(name, 0 if mark == "1" else 1) for name, marks in right.items() for mark in marks]
 
 
-def row(role: Role, base: float, unlearned: float | None, stderr: float = 0.005, group: str | None = None, questions: int = 1000) -> Row:
+def given(task: str, answer: int | None, logprobs: list[float] | None = None) -> dict[str, Any]:
+    return {"task": task, "answer": answer, "gold": 0, "correct": answer == 0, "logprobs": logprobs}
+
+
+def row(role: Role, base: float, unlearned: float | None, p_value: float = 0.001, group: str | None = None, questions: int = 1000) -> Row:
     change = None if unlearned is None else unlearned - base
-    return Row("quiz", group, False, role, questions, base, 0.01, unlearned, 0.01, change, stderr)
+    return Row("quiz", group, False, role, questions, base, 0.01, unlearned, 0.01, change, 0.005, p_value=None if unlearned is None else p_value)
+
+
+def letters(base: str, unlearned: str, role: Role = "forgotten", repeat: int = 25) -> list[str]:
+    """What the verdict says beyond the grade of a task whose questions were answered so, each of the letters `repeat` times."""
+    sides = [[given("quiz", LETTERS.index(letter)) for letter in side * repeat] for side in (base, unlearned)]
+    rows = compare_tasks([question_set("quiz", len(sides[0]), role)], *sides)
+    return verdict(rows, [])["sentences"][1:]
+
+
+def wmdp(*sizes: int, roles: tuple[Role, ...] = ("forgotten", "forgotten", "measured")) -> list[QuestionSet]:
+    return [question_set(name, size, role, averages=("wmdp",)) for name, size, role in zip(("bio", "cyber", "chem"), sizes, roles, strict=False)]
+
+
+def right(sets: list[QuestionSet]) -> list[dict[str, Any]]:
+    return answers(**{each.name: "1" * len(each.questions) for each in sets})
 
 
 def text(role: Role, base: float, unlearned: float | None, stderr: float = 0.05) -> dict[str, Any]:
@@ -68,8 +92,62 @@ def test_answers_to_different_numbers_of_questions_are_never_compared() -> None:
 
 def test_without_unlearned_answers_only_base_is_known() -> None:
     alone = only_row("1100", None)
-    assert (alone.base, alone.questions) == (0.5, 4)
+    assert (alone.base, alone.questions, alone.base_letters) == (0.5, 4, (0.5, 0.5, 0.0, 0.0))
     assert (alone.unlearned, alone.unlearned_stderr, alone.change, alone.change_stderr) == (None, None, None, None)
+    assert (alone.lost, alone.gained, alone.p_value, alone.unlearned_letters) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p_value"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 5, 1.0),
+        (6, 0, 2 / 2**6),
+        (1, 9, 2 * (1 + 10) / 2**10),
+        (9, 1, 2 * (1 + 10) / 2**10),
+        (121, 59, 4.434e-06),
+        (40, 20, 0.013490),
+    ],
+)
+def test_mcnemar_is_exact(lost: int, gained: int, p_value: float) -> None:
+    """The last two as SciPy's `binomtest(min(lost, gained), lost + gained)` has them."""
+    assert mcnemar(lost, gained) == pytest.approx(p_value, rel=1e-3)
+
+
+def test_mcnemar_takes_thousands_of_questions_without_overflow_and_at_once() -> None:
+    """The normal approximation with continuity correction is close there: z = 199 / sqrt(9800)."""
+    began = time.monotonic()
+    assert mcnemar(5000, 4800) == pytest.approx(math.erfc(199 / math.sqrt(9800) / math.sqrt(2)), rel=1e-3)
+    assert mcnemar(7000, 7000) == 1.0
+    assert mcnemar(14000, 0) == 0.0
+    assert time.monotonic() - began < 5
+
+
+def test_only_questions_that_changed_count_for_the_p_value() -> None:
+    fell = only_row("1" * 60 + "0" * 40, "1" * 50 + "0" * 48 + "11")
+    assert (fell.lost, fell.gained) == (10, 2)
+    assert fell.p_value == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert only_row("1" * 600 + "0" * 400, "1" * 590 + "0" * 408 + "11").p_value == fell.p_value
+
+
+def test_letters_and_confidence_are_of_all_answers_of_a_side() -> None:
+    sure, torn = [math.log(each) for each in (0.7, 0.1, 0.1, 0.1)], [math.log(each) for each in (0.1, 0.3, 0.3, 0.3)]
+    base = [given("quiz", 0, sure), given("quiz", 0, sure), given("quiz", 1, torn), given("quiz", 2, torn)]
+    [both] = compare_tasks([question_set("quiz", 4)], base, [given("quiz", 3), given("quiz", 3), given("quiz", None), given("quiz", 0)])
+    assert both.base_letters == (0.5, 0.25, 0.25, 0.0)
+    assert both.base_confidence == pytest.approx((0.7 + 0.7 + 0.3 + 0.3) / 4)
+    assert both.unlearned_letters == (0.25, 0.0, 0.0, 0.5), "a question without an answer counts among the questions"
+    assert both.unlearned_confidence is None
+
+
+def test_tasks_and_groups_have_the_figures_that_the_evaluation_has() -> None:
+    sets = [question_set("m_a", 6, group="m"), question_set("m_b", 2, group="m")]
+    base = answers(m_a="111000", m_b="01")
+    scored = score(sets, base, 1.0)
+    group, *subjects = compare_tasks(sets, base, None)
+    assert (group.base, group.base_stderr) == (scored["groups"]["m"]["accuracy"], scored["groups"]["m"]["stderr"])
+    assert [each.base_stderr for each in subjects] == [each["stderr"] for each in scored["tasks"].values()]
 
 
 def test_a_group_comes_before_its_subjects_and_weighs_them_by_questions() -> None:
@@ -79,11 +157,97 @@ def test_a_group_comes_before_its_subjects_and_weighs_them_by_questions() -> Non
     assert [(each.task, each.group, each.is_group, each.role, each.questions) for each in rows] == [
         ("other", None, False, "kept", 1),
         ("m", None, True, "kept", 8),
-        ("m_a", "m", False, "kept", 6),
         ("m_b", "m", False, "adjacent", 2),
+        ("m_a", "m", False, "kept", 6),
     ]
     assert (rows[1].base, rows[1].unlearned) == (6 / 8, 3 / 8)
     assert rows[1].change == pytest.approx(-3 / 8)
+    assert (rows[1].lost, rows[1].gained, rows[1].p_value) == (3, 0, 0.25)
+
+
+def test_adjacent_subjects_come_first_and_the_others_keep_their_order() -> None:
+    roles: dict[str, Role] = {"a": "kept", "b": "adjacent", "c": "kept", "d": "adjacent"}
+    sets = [question_set(name, 1, role, "m") for name, role in roles.items()]
+    assert [each.task for each in compare_tasks(sets, right(sets), None)] == ["m", "b", "d", "a", "c"]
+
+
+def test_averages_over_subjects_follow_their_task_and_say_nothing_twice() -> None:
+    """`whole` is the task once more and `one` a single subject: no rows of their own."""
+    within: dict[str, tuple[str, ...]] = {"a": ("stem", "whole"), "b": ("other", "whole"), "c": ("stem", "whole", "one"), "d": ("other", "whole")}
+    sets = [question_set(name, index + 1, group="m", averages=averages) for index, (name, averages) in enumerate(within.items())]
+    rows = compare_tasks(sets, answers(a="1", b="00", c="101", d="0000"), answers(a="0", b="00", c="100", d="0001"))
+    assert [(each.task, each.group, each.is_group, each.is_average, each.questions) for each in rows] == [
+        ("m", None, True, False, 10),
+        ("other", "m", True, True, 6),
+        ("stem", "m", True, True, 4),
+        *((name, "m", False, False, index + 1) for index, name in enumerate(within)),
+    ]
+    assert (rows[2].base, rows[2].unlearned, rows[2].lost, rows[2].gained) == (0.75, 0.25, 2, 0)
+
+
+def test_an_average_over_tasks_follows_the_last_of_them() -> None:
+    sets = [*wmdp(1, 1), question_set("quiz", 1), *wmdp(1, 1, 2)[2:], question_set("m_a", 1, group="m")]
+    assert [each.task for each in compare_tasks(sets, right(sets), None)] == ["bio", "cyber", "quiz", "chem", "wmdp", "m", "m_a"]
+
+
+def test_an_average_over_tasks_needs_two_of_them() -> None:
+    assert [each.task for each in compare_tasks(wmdp(3), right(wmdp(3)), None)] == ["bio"]
+    subjects = [question_set(name, 1, group="m", averages=("all",)) for name in ("m_a", "m_b")]
+    assert [each.task for each in compare_tasks(subjects, right(subjects), None)] == ["m", "m_a", "m_b"]
+    both = [*subjects, question_set("quiz", 1, averages=("all",))]
+    assert [each.task for each in compare_tasks(both, right(both), None)] == ["m", "m_a", "m_b", "quiz", "all"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        (("forgotten", "forgotten", "measured"), "measured"),
+        (("forgotten", "forgotten", "adjacent"), "forgotten"),
+        (("adjacent", "adjacent", "adjacent"), "adjacent"),
+        (("kept", "forgotten", "adjacent"), "measured"),
+    ],
+)
+def test_an_average_expects_what_all_it_sums_up_do(roles: tuple[Role, ...], expected: str) -> None:
+    sets = wmdp(1, 1, 1, roles=roles)
+    assert compare_tasks(sets, right(sets), None)[-1].role == expected
+
+
+def test_averages_add_nothing_to_the_verdict() -> None:
+    sets = wmdp(100, 100, roles=("forgotten", "forgotten"))
+    fell = answers(bio="1000" * 25, cyber="0001" * 25)
+    result = verdict(compare_tasks(sets, right(sets), fell), [])
+    assert [sentence.partition(":")[0] for sentence in result["sentences"] if "forgotten" in sentence] == ["bio", "cyber"]
+
+
+def test_samples_are_told_with_what_they_are_of_and_summed_up() -> None:
+    sets = [question_set("m_a", 2, group="m", sampled_from=100), question_set("m_b", 3, group="m"), question_set("quiz", 4)]
+    rows = compare_tasks(sets, right(sets), right(sets))
+    assert [(each.task, each.questions, each.sampled_from) for each in rows] == [
+        ("m", 5, 103), ("m_a", 2, 100), ("m_b", 3, None), ("quiz", 4, None),
+    ]  # fmt: skip
+    assert [sentence.partition(": ")[0] for sentence in verdict(rows, [])["sentences"]] == ["m (5 of 103 questions)", "quiz"]
+
+
+def test_a_count_names_what_it_is_a_sample_of() -> None:
+    assert (counted(1273, None), counted(100, 14042)) == ("1,273", "100 of 14,042")
+
+
+@pytest.mark.parametrize(
+    ("num_fewshot", "scoring", "words"),
+    [
+        (0, "letters", ""), (5, "letters", "5-shot"), (0, "cloze", "cloze"), (2, "cloze", "2-shot cloze"), (None, "letters", "mixed shots"),
+        (0, None, "mixed scoring"),
+    ],
+)  # fmt: skip
+def test_the_way_of_asking_is_told_where_it_is_unusual(num_fewshot: int | None, scoring: str | None, words: str) -> None:
+    assert asked_how(num_fewshot, scoring) == words
+
+
+def test_rows_know_how_they_were_asked() -> None:
+    sets = [question_set("bio", 1, averages=("w",), examples=(QUESTION,) * 5), question_set("chem", 1, averages=("w",), scoring="cloze")]
+    rows = compare_tasks(sets, right(sets), right(sets))
+    assert [(each.num_fewshot, each.scoring) for each in rows] == [(5, "letters"), (0, "cloze"), (None, None)]
+    assert [sentence.partition(": ")[0] for sentence in verdict(rows, [])["sentences"]] == ["bio (5-shot)", "chem (cloze)"]
 
 
 @pytest.mark.parametrize(("roles", "expected"), [(("adjacent", "forgotten"), "forgotten"), (("adjacent", "adjacent"), "adjacent")])
@@ -104,8 +268,7 @@ def test_rows_become_plain_data() -> None:
         (0.60, 0.26, "yes", "quiz: forgotten: 60.0% right as base, 26.0% unlearned, which is no better than guessing (25%)."),
         (0.60, 0.10, "yes", "no better than guessing"),
         (0.60, 0.45, "partly", "quiz: partly forgotten: 60.0% right as base, 45.0% unlearned; guessing would give 25%."),
-        (0.60, 0.595, "no", "quiz: not forgotten: 60.0% right as base, 59.5% unlearned; the change is within noise."),
-        (0.60, 0.70, "no", "not forgotten"),
+        (0.60, 0.70, "no", "quiz: not forgotten: 60.0% right as base, 70.0% unlearned; it rose."),
         (0.26, 0.25, "unknown", "quiz: nothing to forget: 26.0% as base is what guessing gives (25%)."),
     ],
 )
@@ -119,9 +282,7 @@ def test_what_should_be_forgotten_is_graded(base: float, unlearned: float, grade
 @pytest.mark.parametrize(
     ("base", "unlearned", "grade", "words"),
     [
-        (0.60, 0.60, "yes", "quiz: kept: 60.0% right as base, 60.0% unlearned; no change."),
-        (0.60, 0.595, "yes", "quiz: kept: 60.0% right as base, 59.5% unlearned; the change is within noise."),
-        (0.60, 0.70, "yes", "quiz: kept: "),
+        (0.60, 0.70, "yes", "quiz: kept: 60.0% right as base, 70.0% unlearned."),
         (0.60, 0.585, "yes", "quiz: kept but for 1.5 points: 60.0% right as base, 58.5% unlearned."),
         (0.60, 0.55, "partly", "quiz: lost 5.0 points: 60.0% right as base, 55.0% unlearned."),
         (0.60, 0.40, "no", "quiz: lost 20.0 points: 60.0% right as base, 40.0% unlearned."),
@@ -133,8 +294,64 @@ def test_what_should_be_kept_is_graded(role: Role, base: float, unlearned: float
     assert words in result["sentences"][0]
 
 
-def test_a_large_loss_within_a_large_noise_is_no_loss() -> None:
-    assert verdict([row("kept", 0.6, 0.5, stderr=0.06)], [])["kept"] == "yes"
+@pytest.mark.parametrize(
+    ("role", "unlearned", "grade", "words"),
+    [
+        ("forgotten", 0.595, "no", "quiz: not forgotten: 60.0% right as base, 59.5% unlearned; the change is within noise."),
+        ("kept", 0.595, "yes", "quiz: kept: 60.0% right as base, 59.5% unlearned; the change is within noise."),
+        ("kept", 0.60, "yes", "quiz: kept: 60.0% right as base, 60.0% unlearned; no change."),
+        ("kept", 0.45, "yes", "the change is within noise."),
+        ("adjacent", 0.65, "yes", "the change is within noise."),
+    ],
+)
+def test_what_luck_explains_is_no_change_however_large(role: Role, unlearned: float, grade: str, words: str) -> None:
+    result = verdict([row(role, 0.6, unlearned, p_value=0.05)], [])
+    assert result["forgotten" if role == "forgotten" else "kept"] == grade
+    assert words in result["sentences"][0]
+
+
+def test_an_average_standard_error_away_is_not_enough_where_few_questions_changed() -> None:
+    """Five of five are lost: 2.3 standard errors of the paired differences, yet luck does that one time in sixteen."""
+    few = only_row("1" * 80 + "0" * 20, "1" * 75 + "0" * 25)
+    assert few.change is not None
+    assert few.change_stderr is not None
+    assert few.change < -1.96 * few.change_stderr
+    assert few.p_value == 2 / 2**5
+    assert "within noise" in verdict([few], [])["sentences"][0]
+
+
+def test_one_letter_for_all_is_told_apart_from_guessing() -> None:
+    [sentence] = letters("ABCD", "BBBB")
+    assert sentence == "quiz: unlearned answers B to 100% of the questions: it hardly chooses any more, which is not the same as guessing."
+    assert letters("ABCD", "BBBA")[0].startswith("quiz: unlearned answers B to 75% of the questions")
+    assert letters("ABCD", "DCBA") == []
+
+
+def test_a_preferred_letter_is_not_yet_one_letter_for_all() -> None:
+    assert letters("ABCD", "BBAC") == []
+    assert letters("ABCD", "BBCC") == [], "half is not more than half"
+
+
+def test_few_questions_do_not_show_a_preferred_letter() -> None:
+    """Who guesses six questions gives one letter to more than half of them about one time in seven."""
+    assert letters("ABCDAB", "BBBBAC", repeat=1) == []
+    assert letters("ABCDAB", "BBBBAC", repeat=4) == []
+    assert len(letters("ABCDAB", "BBBBAC", repeat=10)) == 1
+
+
+def test_a_letter_that_base_gives_too_is_no_news() -> None:
+    assert letters("BBBA", "BBBB") == []
+    assert len(letters("BBBA", "CCCC")) == 1
+
+
+@pytest.mark.parametrize("role", ["kept", "adjacent", "measured"])
+def test_letters_are_told_of_what_is_to_be_forgotten_only(role: Role) -> None:
+    assert letters("ABCD", "BBBB", role) == []
+
+
+def test_letters_of_an_unmeasured_side_are_no_matter() -> None:
+    alone = replace(row("forgotten", 0.6, 0.25), base_letters=(0.25,) * 4)
+    assert len(verdict([alone], [])["sentences"]) == 1
 
 
 def test_few_questions_make_guessing_a_wide_range() -> None:
@@ -196,10 +413,19 @@ def test_held_out_texts_are_graded_by_their_loss(role: Role, after: float, grade
 
 
 def test_text_losses_are_subtracted_and_their_errors_added_in_squares() -> None:
-    base = {"storms": {"loss": 3.0, "stderr": 0.03, "tokens": 100}}
-    [both] = compare_texts({"storms": "forgotten"}, base, {"storms": {"loss": 3.5, "stderr": 0.04, "tokens": 100}})
+    base = {"storms": {"loss": 3.0, "stderr": 0.03, "tokens": 100, "bits_per_byte": 1.5}}
+    after = {"storms": {"loss": 3.5, "stderr": 0.04, "tokens": 100, "bits_per_byte": 1.75}}
+    [both] = compare_texts({"storms": "forgotten"}, base, after)
     assert both["change"] == pytest.approx(0.5)
     assert both["change_stderr"] == pytest.approx(0.05)
     assert (both["role"], both["tokens"], both["base"], both["unlearned"]) == ("forgotten", 100, 3.0, 3.5)
+    assert (both["base_bits_per_byte"], both["unlearned_bits_per_byte"], both["kl"], both["kl_stderr"]) == (1.5, 1.75, None, None)
     [alone] = compare_texts({"storms": "forgotten"}, base, None)
     assert (alone["base"], alone["unlearned"], alone["change"], alone["change_stderr"]) == (3.0, None, None, None)
+    assert (alone["base_bits_per_byte"], alone["unlearned_bits_per_byte"], alone["kl"]) == (1.5, None, None)
+
+
+def test_the_divergence_is_told_where_it_was_measured() -> None:
+    before = {"loss": 3.0, "stderr": 0.03, "tokens": 100, "bits_per_byte": 1.5}
+    [both] = compare_texts({"retain": "kept"}, {"retain": before}, {"retain": before | {"kl": 0.0, "kl_stderr": 0.001}})
+    assert (both["kl"], both["kl_stderr"]) == (0.0, 0.001)
