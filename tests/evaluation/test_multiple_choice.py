@@ -155,7 +155,8 @@ def test_confidence_is_the_probability_of_the_answer_among_the_four() -> None:
     sure = {"correct": True, "answer": 1, "logprobs": [math.log(each) for each in (0.01, 0.07, 0.01, 0.01)]}
     torn = {"correct": False, "answer": 0, "logprobs": [math.log(each) for each in (0.3, 0.3, 0.2, 0.2)]}
     assert summarise([sure, torn])["confidence"] == pytest.approx((0.7 + 0.3) / 2)
-    assert summarise([sure, torn | {"logprobs": None}])["confidence"] is None
+    assert summarise([sure, torn | {"logprobs": None}])["confidence"] == pytest.approx(0.7)
+    assert summarise([torn | {"logprobs": None}])["confidence"] is None
 
 
 def test_a_group_is_weighed_by_its_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet]) -> None:
