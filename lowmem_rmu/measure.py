@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.evaluation.compare import compare_tasks, rows_as_json
 from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
+from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.multiple_choice import Interrupted
 from lowmem_rmu.model.adapters import base_only, load_adapter
@@ -136,7 +138,7 @@ def measure(
             hear = followed(watcher, side, questions) if watcher else unheard
             evaluated = evaluate_and_keep(model, tokenizer, questions, batch_tokens, to / f"answers_{side}.jsonl", shared, hear, processes)
         if processes.is_first:
-            write_json(to / f"{side}.json", evaluated.scores)
+            write_scores(to, side, evaluated.scores, questions, subject.name)
     return summary(to, subject.name, questions, evaluation.limit) if processes.is_first else {}
 
 
@@ -150,7 +152,7 @@ def measure_endpoint(endpoint: Endpoint, evaluation: Evaluation, to: Path, watch
     with stopped_in(to):
         evaluated = evaluate_endpoint(endpoint, questions, known, partial(add_lines, path), followed(watcher, "base", questions))
     write_lines(path, evaluated.answers)
-    write_json(to / "base.json", evaluated.scores)
+    write_scores(to, "base", evaluated.scores, questions, name)
     return summary(to, name, questions, evaluation.limit)
 
 
@@ -169,6 +171,12 @@ def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
         raise UserError(f"The folder {to} holds results of another model: {there.get('model', 'a run')}.\nGive a new folder with --to.")
     if different := sorted(differences(there["evaluation"], mine["evaluation"])):
         raise UserError(f"The folder {to} holds results of other questions: {', '.join(different)} differ.\nGive a new folder with --to.")
+
+
+def write_scores(to: Path, side: str, scores: dict[str, Any], questions: list[QuestionSet], name: str) -> None:
+    """In our layout, and in that of lm-evaluation-harness for what reads its files."""
+    write_json(to / f"{side}.json", scores)
+    write_json(to / f"harness_{side}.json", harness_results(scores, questions, name, time.time()))
 
 
 def followed(watcher: Watcher, side: str, questions: list[QuestionSet]) -> Callable[[int, float], bool]:

@@ -25,6 +25,7 @@ from lowmem_rmu.data.corpora import Samples, load_samples
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
+from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
@@ -212,6 +213,9 @@ class Job:
         if side == "unlearned" and "retain" in texts:
             scores["texts"]["retain"] |= divergence(self._model, self.inputs.tokenizer, texts["retain"], batch_tokens)
         write_json(self.folder.evaluation(side), scores)
+        if questions := self.inputs.questions:
+            results = harness_results(scores, questions, short_name(self.preset.model.name), time.time())
+            write_json(self.folder.evaluation(side).with_name(f"harness_{side}.json"), results)
 
     def _ask(self, side: str, batch_tokens: int) -> dict[str, Any]:
         """The scores of all questions, with the help of the other processes."""

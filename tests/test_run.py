@@ -79,6 +79,8 @@ def test_a_run_leaves_the_folder_that_the_contract_promises(finished: Path) -> N
         scores = json.loads((finished / f"evaluation/{side}.json").read_text())
         assert {"tasks", "groups", "seconds", "questions_per_second"} <= scores.keys()
         assert {"accuracy", "stderr", "questions", "correct"} <= scores["tasks"]["compounds"].keys()
+        harness = json.loads((finished / f"evaluation/harness_{side}.json").read_text())
+        assert harness["results"]["compounds"]["acc,none"] == scores["tasks"]["compounds"]["accuracy"]
         answers = read_lines(finished / f"evaluation/answers_{side}.jsonl")
         assert len(answers) == 5 * 18
         assert all(len(answer["logprobs"]) == 4 for answer in answers)

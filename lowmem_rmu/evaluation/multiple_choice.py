@@ -93,9 +93,10 @@ def by_prompt(everything: list[Asked]) -> dict[str, list[Asked]]:
 
 
 def answer(each: Asked, logprobs: list[float]) -> Answer:
-    """The choice with the highest log-probability; in the cloze form a character of its text, as the harness's `acc_norm` has it."""
+    """The choice with the highest log-probability; in the cloze form a character of its text, as the harness's `acc_norm` has it: an empty
+    text is never chosen."""
     lengths = [len(choice) for choice in each.question.choices] if each.asked.scoring == "cloze" else [1] * len(logprobs)
-    chosen = max(range(len(logprobs)), key=lambda choice: logprobs[choice] / max(1, lengths[choice]))
+    chosen = max(range(len(logprobs)), key=lambda choice: logprobs[choice] / lengths[choice] if lengths[choice] else -math.inf)
     return as_row(each, logprobs, chosen)
 
 
@@ -153,7 +154,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, distinct: list[Asked]) -> Iterat
             yield [Request(tuple(context), (letters,))]
         else:
             whole = tokenizer([each.prompt.context + continuation for continuation in each.prompt.continuations], verbose=False)["input_ids"]
-            yield [Request(tuple(ids[:-1]), tuple((token,) for token in ids[len(context) :])) for ids in whole]
+            yield [Request((*context, *ids[len(context) : -1]), tuple((token,) for token in ids[len(context) :])) for ids in whole]
 
 
 def _letters(tokenizer: PreTrainedTokenizerBase, context: str, ids: list[int]) -> tuple[int, ...]:
