@@ -12,7 +12,7 @@ from lowmem_rmu.errors import UserError, nearest
 
 PRESETS_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 TASKS_FILE = Path(__file__).resolve().parent / "tasks.yaml"
-SMALLEST_BATCH = 1024
+SMALLEST_BATCH = 512
 """Tokens of the smallest batch that `evaluation.batch_tokens: auto` tries."""
 Role = Literal["forgotten", "measured", "adjacent", "kept"]
 

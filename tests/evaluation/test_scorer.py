@@ -157,4 +157,4 @@ def test_the_trial_stops_where_larger_batches_gain_nothing(model: PreTrainedMode
 
     monkeypatch.setattr(Scorer, "score", proportional)
     monkeypatch.setattr(scorer_module, "perf_counter", lambda: now[0])
-    assert find_batch_tokens(model, PAD) == 1024
+    assert find_batch_tokens(model, PAD) == 512
