@@ -11,7 +11,6 @@ The hidden-state cache is off, for how much of it fills depends on the texts; `-
 
 import gc
 import sys
-from ctypes import CDLL
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -25,16 +24,15 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
+from lowmem_rmu.model import shards
 from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.model.memory import StageNeed, config_for_plan, gib, memory_in_use, plan, reset_peak
-from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.pipeline import Job, read_inputs, run_config
 from lowmem_rmu.presets import Corpus, Preset, Task, load_preset
 from lowmem_rmu.run import friendly_exit, parse_stages, quiet_libraries
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
 
 TINY = Path(__file__).resolve().parent.parent / "lowmem_rmu/tiny"
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of glibc's settings in malloc.h
 
 
 class Meter:
@@ -65,7 +63,7 @@ def measure(preset: Preset, device: torch.device, stages: list[str]) -> dict[str
     """Bytes at the peak of each stage; the first loads the model."""
     inputs = read_inputs(preset, stages)
     gc.collect()
-    give_back_freed_memory()
+    shards.give_back_freed_memory()
     reset_peak(device)
     meter = Meter(device, memory_in_use(device))
     with TemporaryDirectory() as runs:
@@ -77,9 +75,9 @@ def measure(preset: Preset, device: torch.device, stages: list[str]) -> dict[str
 
 
 def return_freed_memory() -> None:
-    """glibc keeps freed blocks of less than 32 MiB for later, which is as much again as a small model needs; now it gives them back."""
-    for setting in (MMAP_THRESHOLD, TRIM_THRESHOLD):
-        CDLL("libc.so.6").mallopt(setting, 2**16)
+    """glibc keeps freed blocks of up to 32 MiB for later, which is as much again as a small model needs; now it gives them back."""
+    shards.LARGEST_KEPT = 2**15
+    shards.set_largest_kept(shards.LARGEST_KEPT)
 
 
 def use_every_library(preset: Preset, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_rmu.model.loading import build_model
 from lowmem_rmu.model.memory import skeleton
-from lowmem_rmu.model.shards import give_back_freed_memory, is_needed
+from lowmem_rmu.model.shards import freed_memory_returned, is_needed
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class RandomWeight:
     dtype: torch.dtype
 
     def __getitem__(self, _: EllipsisType) -> Tensor:
-        give_back_freed_memory()
         weight = torch.empty(self.shape, device=self.device, dtype=self.dtype)
         if len(self.shape) == 1:
             return weight.fill_(0 if self.name.endswith("bias") else 1)
@@ -37,4 +36,5 @@ def random_model(
     """A model of the config's shape, built as a checkpoint is loaded: of its first `layers` layers without a head, or whole."""
     parameters = skeleton(config).named_parameters()
     weights = {name: RandomWeight(name, parameter.shape, device, dtype) for name, parameter in parameters if is_needed(name, layers)}
-    return build_model(config, weights, device, layers, quantisation, dtype, unquantised)[0]
+    with freed_memory_returned():
+        return build_model(config, weights, device, layers, quantisation, dtype, unquantised)[0]

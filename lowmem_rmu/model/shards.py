@@ -21,6 +21,8 @@ from lowmem_rmu.presets import is_local
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of its settings, in malloc.h
+LARGEST_KEPT = 32 * 2**20  # bytes
 ABOVE_THE_LAYERS = re.compile(r"((?!embed)\w+\.)?(norm|final_norm|final_layernorm|final_layer_norm|lm_head|embed_out)\.(weight|bias)")
 
 
@@ -60,7 +62,6 @@ class StoredWeight:
     name: str
 
     def __getitem__(self, _: EllipsisType) -> Tensor:
-        give_back_freed_memory()
         return self.file.get_tensor(self.name)
 
 
@@ -70,15 +71,36 @@ def open_weights(files: list[Path], layers: int | None) -> Iterator[dict[str, St
 
     Files are read and not mapped into memory: whatever was touched of a mapped file counts as this process's until the end.
     """
-    with ExitStack() as stack:
+    with freed_memory_returned(), ExitStack() as stack:
         opened = [stack.enter_context(_open(file)) for file in files]
         yield {name: StoredWeight(file, name) for file in opened for name in file.keys() if is_needed(name, layers)}  # noqa: SIM118
 
 
-def give_back_freed_memory() -> None:
-    """glibc keeps freed blocks of less than 32 MiB: over all weights of a small model they add up to the whole checkpoint."""
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within, what is freed goes back to the system: glibc would keep blocks of up to 32 MiB, which add up to a small model's checkpoint.
+
+    Once a threshold has been set, glibc moves it no more: afterwards it is the highest that it would have moved it to.
+    """
+    give_back_freed_memory()
+    set_largest_kept(64 * 1024)
+    try:
+        yield
+    finally:
+        set_largest_kept(LARGEST_KEPT)
+
+
+def set_largest_kept(size: int) -> None:
+    """Bytes of the largest block that glibc keeps when it is freed; of free blocks at the end of its heap it keeps twice that."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, size)
+            ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, 2 * size)
+
+
+def give_back_freed_memory() -> None:
+    if sys.platform == "linux":
+        with suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 

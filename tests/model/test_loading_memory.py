@@ -71,8 +71,8 @@ def test_a_model_is_quantised_weight_by_weight(small_model_folder: Path, tmp_pat
     stored = checkpoint_of(config, tmp_path)
     held, peak = peak_of_loading(small_model_folder, tmp_path, None)
     assert held < 0.3 * stored
-    # The largest weight in 16 bits, thrice where experts are fused; a piece of it that is quantised; and what the allocator keeps.
-    assert peak < held + 3 * 2 * largest + 16 * PIECE + 64 * MIB
+    # The largest weight in 16 bits: thrice where experts are fused, once while it is quantised in pieces; and 16 MiB for the allocator.
+    assert peak < held + 2 * largest + max(2 * 2 * largest, 16 * min(PIECE, largest)) + 16 * MIB
 
 
 @needs_proc

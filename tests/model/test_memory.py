@@ -1,6 +1,7 @@
 """The memory plan against real storage."""
 
 import sys
+from mmap import mmap
 from typing import Any
 
 import pytest
@@ -172,8 +173,8 @@ def test_memory_of_this_process_is_counted_in_bytes() -> None:
 def test_a_peak_is_remembered_until_it_is_reset() -> None:
     reset_peak(CPU)
     before = memory_in_use(CPU)
-    block = torch.ones(2**26)
-    del block
+    with mmap(-1, 2**28) as block:  # not from the heap, which may have it free already
+        block[::4096] = bytes(2**16)  # touches every page
     assert memory_in_use(CPU) - before > 0.9 * 2**28
     reset_peak(CPU)
     assert memory_in_use(CPU) - before < 0.1 * 2**28
