@@ -1,0 +1,45 @@
+"""What every event of the page goes through: a user's mistake becomes a message, anything else a plain apology and a line in the log."""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import gradio as gr
+from markupsafe import escape
+
+from lowmem_rmu.errors import UserError
+
+LOG = logging.getLogger(__name__)
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function (or generator) for an event of the page: it raises nothing but `gr.Error`, whose text the page shows."""
+
+    @wraps(function)
+    def plain(*arguments: Any, **named: Any) -> Any:
+        with _shown():
+            return function(*arguments, **named)
+
+    @wraps(function)
+    def streamed(*arguments: Any, **named: Any) -> Iterator[Any]:
+        with _shown():
+            yield from function(*arguments, **named)
+
+    return streamed if inspect.isgeneratorfunction(function) else plain
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        # The page shows it as HTML, and may quote what somebody typed.
+        raise gr.Error(str(escape(str(error))), title="That did not work", duration=None, print_exception=False) from None
+    except gr.Error:
+        raise
+    except Exception as error:
+        LOG.exception("An event of the page failed")
+        raise gr.Error("Something went wrong here, and it was not you. The terminal that runs app.py says more.", duration=None) from error
