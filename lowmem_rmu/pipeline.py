@@ -169,11 +169,11 @@ class Job:
     _step: int = 0
     _total: int = 0
     _beat: float = 0.0
+    _began: float | None = None
     _stage_peak: int = 0
 
     def run(self) -> None:
         """Raises UserError for what the user can mend, Stopped when asked to stop; `status.json` tells the same."""
-        (self.folder.path / "stop").unlink(missing_ok=True)
         try:
             with self._translated_errors():
                 for stage in self.stages:
@@ -304,7 +304,7 @@ class Job:
         return self.watcher.asks_to_stop() or self.folder.stop_asked
 
     def _start(self, stage: str, total: int) -> None:
-        self._stage, self._step, self._total = stage, 0, total
+        self._stage, self._step, self._total, self._began = stage, 0, total, time.time()
         self.watcher.started(stage, total)
         self._write_status("running")
 
@@ -317,7 +317,7 @@ class Job:
 
     def _write_status(self, state: str, error: str | None = None) -> None:
         self._beat = time.time()
-        self.folder.write_status(self._stage, self._step, self._total, state, error)
+        self.folder.write_status(self._stage, self._step, self._total, state, error, self._began)
 
     def _note_cost(self, stage: str, seconds: float) -> None:
         """Adds to the stage's time, so that a resumed stage counts as a whole."""
@@ -346,7 +346,7 @@ class Job:
         """A run that failed before it measured anything leaves nothing behind; any other keeps what it has."""
         self._model = None
         gc.collect()
-        if isinstance(error, UserError) and not self.folder.has_results:
+        if isinstance(error, UserError) and not self.folder.has_results and not self.folder.output.exists():
             shutil.rmtree(self.folder.path)
         else:
             with suppress(OSError):  # a full disk must not hide why the run failed

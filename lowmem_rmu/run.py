@@ -22,6 +22,7 @@ from rich.table import Column, Table
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, preset_names, recorded_preset
 from lowmem_rmu.runs import STAGES, RunFolder, Stopped, write_json
+from lowmem_rmu.turns import turn
 
 PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -170,7 +171,18 @@ def parse_stages(text: str) -> list[str]:
 def main_job(
     preset_name: str, preset: Preset, runs_dir: Path, name: str | None, device: str, stages: list[str], resume: bool
 ) -> RunFolder | None:
-    """Runs the stages in a new run folder, or goes on in an old one; None where this process only helped another one to evaluate."""
+    """Runs the stages in a new run folder, or goes on in an old one, once it is its turn; None where this process only helped another."""
+    folder = find_run(runs_dir, name, preset_name, preset) if resume else None
+    path = folder.path if folder else RunFolder.free_path(runs_dir, name or RunFolder.new_name(preset_name))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # processes that `accelerate launch` has started must not wait for each other's turn
+        return main_job_in_turn(preset_name, preset, path, device, stages, folder)
+    (path / "stop").unlink(missing_ok=True)
+    with refusals_noted(path), turn(runs_dir, path.name, os.getpid(), Waiting(path).tell):
+        return main_job_in_turn(preset_name, preset, path, device, stages, folder)
+
+
+def main_job_in_turn(preset_name: str, preset: Preset, path: Path, device: str, stages: list[str], folder: RunFolder | None) -> RunFolder | None:
+    """`path` is where the run goes; `folder` the run to go on with."""
     from lowmem_rmu.model.fit import check_fits  # heavy libraries load only once there is work for them
     from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.pipeline import Job, help_evaluate, is_done, read_inputs, run_config
@@ -181,19 +193,41 @@ def main_job(
     if not processes.is_first:
         help_evaluate(preset, read_inputs(preset, stages), on, processes)
         return None
-    folder = find_run(runs_dir, name, preset_name, preset) if resume else None
-    name = name or RunFolder.new_name(preset_name)
-    if folder is None:
-        RunFolder.free_path(runs_dir, name)
     check_fits(preset, on, [stage for stage in stages if folder is None or not is_done(folder, stage)])
     inputs = read_inputs(preset, stages)
     if folder is None:
         config = run_config(preset_name, preset, on)
-        folder = RunFolder.create(runs_dir, name)
+        folder = RunFolder.create(path.parent, path.name)
         write_json(folder.path / "config.json", config)
     with watched(folder.path) as watcher:
         Job(preset, folder, inputs, on, stages, watcher, processes).run()
     return folder
+
+
+class Waiting:
+    """What a run does while others come first: says so when their number changes, and hears when it is to stop."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.before = path, list[str]()
+
+    def tell(self, before: list[str]) -> None:
+        if (self.path / "stop").exists():
+            RunFolder(self.path).write_status("queue", 0, 0, "stopped")
+            raise Stopped(self.path)
+        if before != self.before:
+            self.before = before
+            print(f"Waiting: {', '.join(before)} in {self.path.parent} before this run.", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def refusals_noted(path: Path) -> Iterator[None]:
+    """Why a run of the app could not begin stays in its folder."""
+    try:
+        yield
+    except UserError as error:
+        if RunFolder(path).is_reserved:
+            RunFolder(path).write_status("prepare", 0, 0, "failed", str(error))
+        raise
 
 
 def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset) -> RunFolder:

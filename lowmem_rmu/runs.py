@@ -15,6 +15,7 @@ from typing import Any
 from lowmem_rmu.errors import UserError, nearest
 
 STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -101,16 +102,23 @@ class RunFolder:
         """A new folder for a run. Raises UserError for a name that leaves `runs_dir`, that is taken, or cannot be written."""
         path = cls.free_path(runs_dir, name)
         try:
-            (path / "evaluation").mkdir(parents=True)
+            (path / "evaluation").mkdir(parents=True, exist_ok=cls(path).is_reserved)
         except OSError as error:
             raise UserError(f"Run folder {path} cannot be written: {error.strerror}.\nChoose another place with --runs-dir.") from error
         return cls(path)
 
     @classmethod
+    def reserve(cls, runs_dir: Path, name: str) -> "RunFolder":
+        """A folder for the output of a run's process, which makes it a run once its turn comes. Raises UserError as `create` does."""
+        folder = cls.create(runs_dir, name)
+        folder.output.touch()
+        return folder
+
+    @classmethod
     def free_path(cls, runs_dir: Path, name: str) -> Path:
         """Where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
         path = cls._inside(runs_dir, name)
-        if path.exists():
+        if path.exists() and not cls(path).is_reserved:
             raise UserError(f"Run {path} exists already.\nChoose another --name, or go on with it: --resume --name {name}")
         return path
 
@@ -128,11 +136,19 @@ class RunFolder:
         """Every run below `runs_dir`, newest first."""
         return [cls(path.parent) for path in sorted(runs_dir.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True)]
 
+    @classmethod
+    def all_reserved(cls, runs_dir: Path) -> list["RunFolder"]:
+        """Folders of runs whose process has not begun, or never could; newest first."""
+        folders = [cls(path.parent) for path in sorted(runs_dir.glob("*/output.txt"), key=lambda p: p.stat().st_mtime, reverse=True)]
+        return [folder for folder in folders if folder.is_reserved]
+
     @staticmethod
     def _inside(runs_dir: Path, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            allowed = 'letters, digits, ".", "_" and "-" only, at most 100'
+        if not _NAME.fullmatch(name) or name.endswith(".") or name.partition(".")[0].upper() in _WINDOWS_DEVICES:
+            allowed = 'letters, digits, ".", "_" and "-" only, at most 100, and no name of a Windows device'
             raise UserError(f'"{name}" cannot be the name of a run: use {allowed}, so that it stays inside {runs_dir}.')
+        if (runs_dir / name).is_symlink():
+            raise UserError(f"{runs_dir / name} is a link to another place: a run stays inside {runs_dir}.")
         return runs_dir / name
 
     @staticmethod
@@ -142,6 +158,15 @@ class RunFolder:
     @property
     def config(self) -> dict[str, Any]:
         return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def output(self) -> Path:
+        """What the run's process printed, where the app started it."""
+        return self.path / "output.txt"
+
+    @property
+    def is_reserved(self) -> bool:
+        return self.output.exists() and not (self.path / "config.json").exists()
 
     @property
     def adapter(self) -> Path:
@@ -185,9 +210,10 @@ class RunFolder:
         path = self.path / "status.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def write_status(self, stage: str, step: int, total: int, state: str, error: str | None = None) -> None:
-        """`state` is `running`, `stopped`, `failed` or `done`."""
+    def write_status(self, stage: str, step: int, total: int, state: str, error: str | None = None, began: float | None = None) -> None:
+        """`state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did (seconds since 1970)."""
         status = {"stage": stage, "step": step, "total": total, "state": state, "pid": os.getpid(), "heartbeat": time.time(), "error": error}
+        status["stage_began"] = began
         write_json(self.path / "status.json", status)
 
     def add_metrics(self, row: dict[str, Any]) -> None:

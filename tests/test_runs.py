@@ -171,9 +171,10 @@ def test_status_comes_back_with_process_and_heartbeat(tmp_path: Path) -> None:
     run = make_run(tmp_path, "mine")
     assert run.read_status() == {}
     before = time.time()
-    run.write_status("unlearn", 3, 150, "failed", error="out of memory")
+    run.write_status("unlearn", 3, 150, "failed", error="out of memory", began=before)
     status = run.read_status()
     assert before <= status.pop("heartbeat") <= time.time()
+    assert status.pop("stage_began") == before
     assert status == {"stage": "unlearn", "step": 3, "total": 150, "state": "failed", "pid": os.getpid(), "error": "out of memory"}
 
 

@@ -1,0 +1,218 @@
+"""Runs as processes of their own: started, stopped and found again by what lies in the runs folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import yaml
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.presets import Preset
+from lowmem_rmu.runs import STAGES, RunFolder, read_lines
+from lowmem_rmu.turns import Ticket, one_at_a_time, take_ticket, tickets
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GRACE_SECONDS = 20.0
+"""After a stop was asked for, until the process is told by a signal; and between two signals."""
+NICENESS = 5
+"""A run leaves the desktop, and the page, the processor first."""
+STATES = {
+    "waiting": "waiting for its turn",
+    "starting": "starting",
+    "running": "running",
+    "stopped": "stopped; it can go on",
+    "interrupted": "interrupted; it can go on",
+    "failed": "failed",
+    "done": "done",
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is, told by its folder and by whether its process lives."""
+
+    name: str
+    state: str
+    """One of STATES."""
+    stage: str = ""
+    step: int = 0
+    total: int = 0
+    place: int = 0
+    """In the queue: 0 has the device."""
+    seconds_left: float | None = None
+    """Of the stage."""
+    error: str | None = None
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in ("waiting", "starting", "running")
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        if self.state == "waiting":
+            return f"waiting: {self.place} run{'s' if self.place > 1 else ''} before it"
+        return STATES[self.state]
+
+
+def reserve(runs_dir: Path, preset_name: str, name: str | None) -> RunFolder:
+    """An empty folder for a new run; without a name its own one. Raises UserError for a name that is taken or none."""
+    with one_at_a_time(runs_dir):
+        if name is not None:
+            if (runs_dir / name).exists():
+                RunFolder.free_path(runs_dir, name)
+                raise UserError(f"Run {name} exists already.\nChoose another name.")
+            return RunFolder.reserve(runs_dir, name)
+        wanted, number = RunFolder.new_name(preset_name), 1
+        while (runs_dir / _numbered(wanted, number)).exists():
+            number += 1
+        return RunFolder.reserve(runs_dir, _numbered(wanted, number))
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "auto") -> None:
+    """Starts the process of a reserved run. Its settings lie beside it as a preset, so that a command line can repeat it."""
+    settings = yaml.safe_dump(preset.model_dump(), sort_keys=False, allow_unicode=True)
+    (folder.path / f"{preset_name}.yaml").write_text(settings, encoding="utf-8")
+    _launch(folder, preset_name, device, resume=False)
+
+
+def resume(folder: RunFolder) -> None:
+    """Goes on with a run that was stopped or interrupted. Raises UserError where it is under way, or has nothing to go on with."""
+    if state_of(folder).is_live:
+        raise UserError(f"Run {folder.path.name} is under way already.")
+    if folder.is_reserved:
+        preset_file = next(iter(folder.path.glob("*.yaml")), None)
+        if preset_file is None:
+            raise UserError(f"Run {folder.path.name} holds no settings to go on with.\nDelete it, and start a new one.")
+        _launch(folder, preset_file.stem, "auto", resume=False)
+    else:
+        preset_name, device = folder.config["preset"], folder.config["device"]
+        (folder.path / f"{preset_name}.yaml").write_text(yaml.safe_dump(folder.config["settings"], sort_keys=False), encoding="utf-8")
+        _launch(folder, preset_name, device, resume=True)
+
+
+def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> None:
+    """Takes a number for the process too, so that runs go in the order in which they were asked for."""
+    runs_dir = folder.path.parent.resolve()
+    command = [sys.executable, "-m", "lowmem_rmu.run", str(folder.path.resolve() / f"{preset_name}.yaml"), "--name", folder.path.name]
+    command += ["--runs-dir", str(runs_dir), "--device", device, *(["--resume"] if resume else [])]
+    (folder.path / "stop").unlink(missing_ok=True)
+    with one_at_a_time(runs_dir), folder.output.open("ab") as output:
+        folder.write_status("queue", 0, 0, "waiting")
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        take_ticket(runs_dir, folder.path.name, process.pid)
+    if os.name == "posix":
+        psutil.Process(process.pid).nice(NICENESS)
+    Thread(target=process.wait, daemon=True).start()  # else it would stay a zombie for as long as the app lives
+
+
+def stop(folder: RunFolder) -> None:
+    """Asks a run to stop after its step; a process that does not is told by signals. Raises UserError where it is not under way."""
+    ticket = _ticket(folder)
+    if ticket is None and not state_of(folder).is_live:
+        raise UserError(f"Run {folder.path.name} is not under way.")
+    (folder.path / "stop").touch()
+    if ticket:
+        Thread(target=_insist, args=(ticket,), daemon=True).start()
+
+
+def _insist(ticket: Ticket) -> None:
+    """Of two signals the first asks once more, the second ends the run at its last checkpoint."""
+    for _ in range(2):
+        if not _lives_on(ticket, GRACE_SECONDS):
+            return
+        if process := ticket.process:
+            process.terminate()
+
+
+def _lives_on(ticket: Ticket, seconds: float) -> bool:
+    """Whether the process still has its turn after so many seconds; told as soon as it has not."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not ticket.path.exists() or ticket.process is None:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def delete(folder: RunFolder) -> None:
+    """Raises UserError while it is under way."""
+    _check_rests(folder, "deleted")
+    shutil.rmtree(folder.path)
+
+
+def rename(folder: RunFolder, name: str) -> RunFolder:
+    """Raises UserError while it is under way, and for a name that is taken or none."""
+    _check_rests(folder, "renamed")
+    with one_at_a_time(folder.path.parent):
+        path = RunFolder.free_path(folder.path.parent, name)
+        if path.exists():
+            raise UserError(f"Run {name} exists already.\nChoose another name.")
+        return RunFolder(folder.path.rename(path))
+
+
+def _check_rests(folder: RunFolder, what: str) -> None:
+    if state_of(folder).is_live:
+        raise UserError(f"Run {folder.path.name} is under way: stop it before it is {what}.")
+
+
+def find(runs_dir: Path, name: str | None) -> RunFolder:
+    """A run or a reserved folder by its name. Raises UserError where there is none, or none was chosen."""
+    if not name:
+        raise UserError("Choose a run first.")
+    for folder in RunFolder.all_reserved(runs_dir):
+        if folder.path.name == name:
+            return folder
+    return RunFolder.open(runs_dir, name)
+
+
+def names(runs_dir: Path) -> list[str]:
+    """Of all runs, those under way first and in their order, then the newest."""
+    under_way = [ticket.name for ticket in tickets(runs_dir)]
+    others = [folder.path.name for folder in [*RunFolder.all_reserved(runs_dir), *RunFolder.all(runs_dir)]]
+    return list(dict.fromkeys([name for name in under_way if name in others] + others))
+
+
+def state_of(folder: RunFolder) -> RunState:
+    name, status, queue = folder.path.name, folder.read_status(), tickets(folder.path.parent)
+    place = next((place for place, ticket in enumerate(queue) if ticket.name == name), None)
+    told = status.get("state", "failed" if folder.is_reserved else "interrupted")
+    if place:
+        return RunState(name, "waiting", place=place)
+    if place is None and told in ("waiting", "running") and not _writes(status):
+        told = "interrupted"
+    if place == 0 and told != "running":
+        return RunState(name, "starting")
+    step, total = status.get("step", 0), status.get("total", 0)
+    left = _seconds_left(folder, status) if told == "running" else None
+    return RunState(name, told, status.get("stage", ""), step, total, 0, left, status.get("error"))
+
+
+def _writes(status: dict[str, float]) -> bool:
+    """Whether the process that wrote the status lives: one that never took a number."""
+    pid = int(status.get("pid", 0))
+    return status.get("state") == "running" and pid != os.getpid() and psutil.pid_exists(pid)
+
+
+def _seconds_left(folder: RunFolder, status: dict[str, float]) -> float | None:
+    """Of the stage: by the pace of the last steps, or by that of the stage so far."""
+    rest = status["total"] - status["step"]
+    if status["stage"] == STAGES[1]:
+        seconds = [row["seconds"] for row in read_lines(folder.metrics)[-20:]]
+        return rest * sum(seconds) / len(seconds) if seconds else None
+    began = status.get("stage_began")
+    return rest * (status["heartbeat"] - began) / status["step"] if began and status["step"] else None
+
+
+def _ticket(folder: RunFolder) -> Ticket | None:
+    return next((ticket for ticket in tickets(folder.path.parent) if ticket.name == folder.path.name), None)

@@ -1,0 +1,97 @@
+"""What a run is doing now, as HTML and as curves, read from its folder."""
+
+import html
+from typing import Any
+
+import pandas as pd
+
+from lowmem_rmu.runs import STAGES, RunFolder, read_lines
+from lowmem_rmu.ui.jobs import RunState
+
+STAGE_WORDS = {
+    "queue": "Waiting for its turn",
+    "prepare": "Reading texts and questions",
+    "evaluate-base": "Asking the model before",
+    "unlearn": "Unlearning",
+    "evaluate-unlearned": "Asking the model after",
+    "report": "Writing the report",
+}
+LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
+NORMS = {"forget_norm": "forget set", "retain_norm": "retain set"}
+OUTPUT_LINES = 3
+
+
+def progress(state: RunState, folder: RunFolder) -> str:
+    """State, stage, how far, time left, and what has been found so far."""
+    parts = [f"<p class='rmu-state rmu-{state.state}'><strong>{html.escape(state.name)}</strong>: {state.words}</p>"]
+    if state.is_live and state.stage in STAGE_WORDS:
+        parts.append(_bar(state))
+    if state.state in ("failed", "interrupted"):
+        parts.append(f"<pre class='rmu-error'>{html.escape(complaint(state, folder))}</pre>")
+    return "".join(parts) + _figures(folder) + _answers(folder)
+
+
+def _bar(state: RunState) -> str:
+    number = STAGES.index(state.stage) + 1 if state.stage in STAGES else 0
+    words = STAGE_WORDS[state.stage] + (f" (stage {number} of {len(STAGES)})" if number else "")
+    if not state.total:
+        return f"<p>{words} …</p>"
+    left = f", about {_duration(state.seconds_left)} left" if state.seconds_left is not None else ""
+    return (
+        f"<p>{words}: {state.step:,} of {state.total:,}{left}</p>"
+        f"<progress max='{state.total}' value='{state.step}' aria-label='{words}'></progress>"
+    )
+
+
+def complaint(state: RunState, folder: RunFolder) -> str:
+    """Why a run ended, in its own words; never a stack trace: that stays in its output file."""
+    if state.error:
+        return state.error
+    lines = folder.output.read_text(encoding="utf-8", errors="replace").splitlines() if folder.output.exists() else []
+    if state.state == "interrupted" or not lines or any(line.startswith("Traceback") for line in lines):
+        return f"Its process ended before it was done. What it printed is in {folder.output.name} of its folder.\nResume goes on from the last checkpoint."
+    return "\n".join(lines[-OUTPUT_LINES:])
+
+
+def _figures(folder: RunFolder) -> str:
+    rows = read_lines(folder.metrics)
+    if not rows:
+        return ""
+    last = rows[-1]
+    shown = {"Step": f"{last['step']:,}", **{words: f"{last[key]:.4g}" for key, words in LOSSES.items()}}
+    shown |= {f"Activation norm, {words}": f"{last[key]:.4g}" for key, words in NORMS.items() if last.get(key) is not None}
+    return _list(shown)
+
+
+def _answers(folder: RunFolder) -> str:
+    """Right answers so far, by side and task."""
+    rows = []
+    for side in ("base", "unlearned"):
+        answers = pd.DataFrame(read_lines(folder.answers(side)))
+        if len(answers):
+            tasks = answers.assign(task=answers["task"].astype(str)).groupby("task", sort=False)["correct"].agg(["mean", "size"])
+            rows += [(f"{name}, {side}", f"{row['mean']:.1%} of {int(row['size']):,}") for name, row in tasks.iterrows()]
+    return f"<details open><summary>Right answers so far</summary>{_list(dict(rows[-40:]))}</details>" if rows else ""
+
+
+def _list(shown: dict[str, str]) -> str:
+    return "<dl class='rmu-figures'>" + "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in shown.items()) + "</dl>"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def curves(folder: RunFolder | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Forget loss, retain loss and activation norms by step, in the long form that a plot takes."""
+    rows = read_lines(folder.metrics) if folder else []
+    losses = [_long(rows, {key: None}) for key in LOSSES]
+    return losses[0], losses[1], _long(rows, NORMS)
+
+
+def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame:
+    """Columns `step`, `value` and `line`: the topic, or what `keys` calls a key."""
+    found = [(row["step"], row[key], words or row["topic"]) for row in rows for key, words in keys.items() if row.get(key) is not None]
+    return pd.DataFrame(found, columns=["step", "value", "line"])

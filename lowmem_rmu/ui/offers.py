@@ -1,0 +1,142 @@
+"""The presets as this machine sees them, and a preset with the settings that somebody chose on the page."""
+
+import html
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.memory import StageNeed, config_for_plan, count_weights, gib, memory_available, plan
+from lowmem_rmu.presets import Preset, load_preset, preset_names
+
+TIGHT = 0.85
+"""Of what is free: a plan above this share runs only if nothing else wants memory meanwhile."""
+SLOW = 1e9
+"""Parameters from which a run on a processor takes hours or days."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A preset, and bytes that it needs at its peak."""
+
+    name: str
+    title: str
+    topics: tuple[str, ...]
+    parameters: int
+    needed_here: int
+    needed_on_gpu: int
+
+
+@cache
+def offers(device: torch.device) -> list[Offer]:
+    """All presets, the smallest first."""
+    return sorted((_offer(name, device) for name in preset_names()), key=lambda offer: offer.needed_here)
+
+
+def _offer(name: str, device: torch.device) -> Offer:
+    preset = load_preset(name)
+    parameters = count_weights(config_for_plan(preset), preset.rmu.modules).total()
+    return Offer(name, preset.title, tuple(preset.topics), parameters, peak(plan(preset, device)), peak(plan(preset, torch.device("cuda"))))
+
+
+def peak(needs: list[StageNeed]) -> int:
+    return max(need.total for need in needs)
+
+
+def fit(needed: int, free: int) -> str:
+    return "fits here" if needed <= TIGHT * free else "tight" if needed <= free else "does not fit"
+
+
+def why(offer: Offer, device: torch.device) -> str:
+    """What speaks for or against the preset on this machine, in a sentence or two."""
+    free = memory_available(device)
+    where = f"the GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "this computer's main memory"
+    sentence = f"It needs {gib(offer.needed_here)}; {gib(free)} are free in {where} now."
+    if fit(offer.needed_here, free) == "tight":
+        sentence += " Close other programs first."
+    if device.type == "cpu" and offer.parameters >= SLOW:
+        sentence += " No NVIDIA GPU was found: on the processor alone this takes many hours, or days."
+    return sentence
+
+
+def label(offer: Offer, device: torch.device) -> str:
+    """A line to choose it by."""
+    return f"{offer.name}: {offer.title} ({fit(offer.needed_here, memory_available(device))})"
+
+
+def table(device: torch.device) -> list[dict[str, Any]]:
+    """Of all presets, as the page and its API list them; memory in GiB."""
+    free = memory_available(device)
+    return [
+        {
+            "preset": offer.name,
+            "title": offer.title,
+            "forgets": list(offer.topics),
+            "parameters": offer.parameters,
+            "gpu_memory_gib": round(offer.needed_on_gpu / 2**30, 2),
+            "memory_here_gib": round(offer.needed_here / 2**30, 2),
+            "fit": fit(offer.needed_here, free),
+            "why": why(offer, device),
+        }
+        for offer in offers(device)
+    ]
+
+
+def table_html(device: torch.device) -> str:
+    heads = ("Preset", "Forgets", "Parameters", "GPU memory needed", "On this machine")
+    rows = [
+        (row["preset"], ", ".join(row["forgets"]), _count(row["parameters"]), gib(int(row["gpu_memory_gib"] * 2**30)), f"{row['fit']}. {row['why']}")
+        for row in table(device)
+    ]
+    head = "".join(f"<th scope='col'>{each}</th>" for each in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='rmu-scroll' tabindex='0'><table class='rmu-table'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
+def chosen(preset_name: str | None, changes: dict[str, Any], lines: str = "") -> Preset:
+    """The preset with other settings: `changes` by dotted path, and `key.path=value` a line. Raises UserError for every mistake at once.
+
+    No line may name another model or another text: from a page, only what lies in the runs folder or in a preset is read.
+    """
+    if not preset_name or preset_name not in preset_names():
+        raise UserError("Choose one of the presets first.")
+    given = [f"{path}={'null' if value is None else value}" for path, value in changes.items()]
+    given += [line.strip() for line in lines.splitlines() if line.strip() and not line.strip().startswith("#")]
+    try:
+        preset = load_preset(preset_name, given)
+    except UserError as error:
+        raise UserError(str(error).replace("--set ", "")) from error
+    if _places(preset.model_dump()) != _places(load_preset(preset_name).model_dump()):
+        raise UserError(
+            "A setting names another model, text or questions: that cannot be done from the page.\n"
+            "Drop your own text in above, or put a preset of your own into the folder presets/ and start the app again."
+        )
+    return preset
+
+
+def _places(settings: Any) -> list[str]:
+    """Everything that is read from somewhere: models, texts, questions."""
+    if isinstance(settings, dict):
+        own = [f"{key}={value}" for key, value in settings.items() if key in ("source", "name", "revision", "subset") and not isinstance(value, dict)]
+        return own + [place for value in settings.values() for place in _places(value)]
+    return [place for value in settings for place in _places(value)] if isinstance(settings, list) else []
+
+
+def plan_html(preset: Preset, device: torch.device) -> str:
+    """The memory plan, a row a stage, and whether it fits."""
+    needs, free = plan(preset, device), memory_available(device)
+    rows = "".join(
+        f"<tr><th scope='row'>{need.stage}</th><td>{gib(need.weights)}</td><td>{gib(need.working)}</td>"
+        f"<td>{gib(need.cache) if need.cache else '–'}</td><td><strong>{gib(need.total)}</strong></td></tr>"
+        for need in needs
+    )
+    words = fit(peak(needs), free)
+    head = "<tr><th scope='col'>Stage</th><th scope='col'>Model</th><th scope='col'>Working</th><th scope='col'>Cache</th><th scope='col'>Together</th></tr>"
+    verdict = f"<p class='rmu-fit'><strong>{words.capitalize()}</strong>: {gib(peak(needs))} at most, {gib(free)} free on this machine now.</p>"
+    return f"{verdict}<div class='rmu-scroll' tabindex='0'><table class='rmu-table'><thead>{head}</thead><tbody>{rows}</tbody></table></div>"

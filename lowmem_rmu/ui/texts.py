@@ -1,0 +1,111 @@
+"""Text that somebody drops on the page as forget or retain set: read and shown at once, and kept in the run's own folder."""
+
+import html
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_rmu.data.corpora import TEXT_FILES, read_documents, tokenise
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.loading import load_tokenizer
+from lowmem_rmu.presets import Corpus, Preset, Retain, Topic
+from lowmem_rmu.runs import RunFolder
+
+HELD_OUT = 0.1
+SHOWN = 3
+"""Samples of a text that are shown, and characters of each."""
+CHARACTERS = 240
+
+
+@dataclass(frozen=True)
+class Own:
+    """Paths of uploaded files; where a list is empty, the preset's own set stays."""
+
+    forget: Sequence[str]
+    retain: Sequence[str]
+    topic: str
+    """What the forget set is about, in a word or two."""
+
+
+def with_own_text(preset: Preset, own: Own, folder: RunFolder) -> Preset:
+    """The preset with own text in place of its sets, copied into the run's folder. Raises UserError for what is no text.
+
+    Questions about the preset's own topics then only are measured: nobody means them to be forgotten.
+    """
+    changes: dict[str, object] = {}
+    if own.forget:
+        corpus = _kept(own.forget, folder, "forget")
+        first = next(iter(preset.topics.values()))
+        changes["topics"] = {topic_name(own.topic): Topic(**first.model_dump() | {"corpus": corpus, "about": own.topic.strip() or None})}
+        tasks = {name: task.model_copy(update={"role": _role(task.role), "adjacent": []}) for name, task in preset.evaluation.tasks.items()}
+        changes["evaluation"] = preset.evaluation.model_copy(update={"tasks": tasks})
+    if own.retain:
+        changes["retain"] = Retain(corpora=[_kept(own.retain, folder, "retain")], max_tokens=preset.retain.max_tokens)
+    return Preset.model_validate(preset.model_copy(update=changes).model_dump()) if changes else preset
+
+
+def _role(role: str) -> str:
+    return "kept" if role == "kept" else "measured"
+
+
+def topic_name(words: str) -> str:
+    """What a topic can be called, of what somebody typed."""
+    return re.sub(r"[^\w-]+", "_", words.strip().lower()).strip("_")[:40] or "own_text"
+
+
+def _kept(files: Sequence[str], folder: RunFolder, kind: str) -> Corpus:
+    """A corpus of copies of the files in the run's folder; a share is held out where there are several documents."""
+    corpus = copied(files, folder.path / "texts" / kind)
+    return corpus.model_copy(update={"held_out": HELD_OUT if len(read_documents(corpus)) > 1 else 0.0})
+
+
+def copied(files: Sequence[str], to: Path) -> Corpus:
+    """The names are ours: what a browser sends as a name may hold anything. Raises UserError for other kinds of file."""
+    to.mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(sorted(files), start=1):
+        path = Path(file)
+        if path.suffix.lower() not in TEXT_FILES:
+            raise UserError(f"{path.name} is no text that can be read here.\nGive {', '.join(TEXT_FILES)} files.")
+        shutil.copyfile(path, to / f"{number:04}{path.suffix.lower()}")
+    return Corpus(source=str(to.resolve()))
+
+
+def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
+    """What was read, as HTML: files, documents, tokens, and the beginnings of some. Raises UserError for what cannot be read."""
+    if not files:
+        return ""
+    with TemporaryDirectory() as folder:
+        documents = read_documents(copied(files, Path(folder)))
+    if not documents:
+        raise UserError(f"There is no text in what you gave as {what}.\nGive files that are not empty.")
+    tokenizer = _tokenizer(preset)
+    amount = f"{sum(map(len, documents)):,} characters"
+    if tokenizer:
+        sequences = tokenise(documents, tokenizer, preset.retain.max_tokens, split=True)
+        amount = f"{sum(map(len, sequences)):,} tokens in {len(sequences):,} samples"
+    lines = [f"<p><strong>{len(files)} file{_s(files)}, {len(documents):,} document{_s(documents)}, {amount}.</strong> {_advice(documents)}</p>"]
+    lines += [f"<blockquote>{html.escape(text.strip()[:CHARACTERS])}{'…' if len(text) > CHARACTERS else ''}</blockquote>" for text in documents[:SHOWN]]
+    return "".join(lines)
+
+
+def _advice(documents: list[str]) -> str:
+    if len(documents) == 1:
+        return "All of it is trained on, so its loss on unseen text cannot be told: give several files, or a .jsonl file with a text a line."
+    return f"{HELD_OUT:.0%} of the documents are kept aside, to see afterwards whether unseen text is forgotten too."
+
+
+def _s(items: Sequence[object]) -> str:
+    return "" if len(items) == 1 else "s"
+
+
+def _tokenizer(preset: Preset) -> PreTrainedTokenizerBase | None:
+    """None where the model is not on this machine and cannot be had now."""
+    try:
+        return load_tokenizer(preset.model)
+    except UserError:
+        return None

@@ -1,0 +1,100 @@
+"""One run at a time: real processes that wait for each other, die and stop."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.turns import QUEUE, one_at_a_time, take_ticket, tickets, turn
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLDS = """
+import sys, time
+from pathlib import Path
+from lowmem_rmu.turns import turn
+runs, name, log, seconds = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])
+with turn(runs, name, __import__("os").getpid(), lambda before: None):
+    with log.open("a") as file: file.write(f"{name} begins\\n")
+    time.sleep(seconds)
+    with log.open("a") as file: file.write(f"{name} ends\\n")
+"""
+
+
+def holder(runs: Path, name: str, seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", HOLDS, str(runs), name, str(runs / "log"), str(seconds)], cwd=ROOT)
+
+
+def waits_for(runs: Path, count: int) -> None:
+    until = time.monotonic() + 30
+    while len(tickets(runs)) < count:
+        assert time.monotonic() < until, "no process took its number"
+        time.sleep(0.05)
+
+
+def test_processes_go_one_after_the_other_and_none_is_lost(tmp_path: Path) -> None:
+    processes = [holder(tmp_path, f"run-{number}", 0.1) for number in range(6)]
+    assert [process.wait(60) for process in processes] == [0] * 6
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == [line for name in (line.split()[0] for line in lines[::2]) for line in (f"{name} begins", f"{name} ends")]
+    assert len(set(lines)) == 12
+    assert tickets(tmp_path) == []
+
+
+def test_they_go_in_the_order_of_their_numbers_and_are_told_who_comes_before(tmp_path: Path) -> None:
+    first = holder(tmp_path, "first", 3)
+    waits_for(tmp_path, 1)
+    told: list[list[str]] = []
+    with turn(tmp_path, "second", os.getpid(), told.append):
+        assert (tmp_path / "log").read_text().splitlines()[-1] == "first ends"
+        assert [ticket.name for ticket in tickets(tmp_path)] == ["second"]
+    assert told
+    assert {tuple(before) for before in told} == {("first",)}
+    assert first.wait(30) == 0
+
+
+def test_the_number_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    killed = holder(tmp_path, "killed", 600)
+    waits_for(tmp_path, 1)
+    killed.kill()
+    killed.wait(30)
+    assert list((tmp_path / QUEUE).glob("*.json")), "it could not give its number back"
+    with turn(tmp_path, "next", os.getpid(), lambda before: pytest.fail(f"waits for {before}")):
+        assert [path.name for path in (tmp_path / QUEUE).glob("*.json")] == ["000001.json"]
+
+
+def test_another_process_with_the_same_pid_is_another_process(tmp_path: Path) -> None:
+    with one_at_a_time(tmp_path):
+        ticket = take_ticket(tmp_path, "mine", os.getpid())
+    assert ticket.process is not None
+    ticket.path.write_text(json.dumps({"name": "mine", "pid": os.getpid(), "started": ticket.started - 100}))
+    assert tickets(tmp_path) == []
+
+
+def test_a_number_taken_on_behalf_of_a_process_is_that_process_s(tmp_path: Path) -> None:
+    with one_at_a_time(tmp_path):
+        assert take_ticket(tmp_path, "mine", os.getpid()) == take_ticket(tmp_path, "mine", os.getpid())
+    assert len(tickets(tmp_path)) == 1
+
+
+def test_a_number_is_given_back_whatever_happens(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="broke"), turn(tmp_path, "mine", os.getpid(), lambda before: None):
+        raise RuntimeError("broke")
+    assert list((tmp_path / QUEUE).glob("*.json")) == []
+
+
+def test_a_half_written_number_is_nobody_s(tmp_path: Path) -> None:
+    (tmp_path / QUEUE).mkdir()
+    (tmp_path / QUEUE / "000001.json").write_text('{"name": "mi')
+    assert tickets(tmp_path) == []
+
+
+def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"The runs folder .*file cannot be written: Not a directory\.\nChoose another place with --runs-dir\."):
+        with_queue = one_at_a_time(tmp_path / "file")
+        with_queue.__enter__()
