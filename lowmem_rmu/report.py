@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
@@ -19,11 +20,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation import compare
 from lowmem_rmu.evaluation.compare import LUCK, NOISE, asked_how, counted
+from lowmem_rmu.presets import differences
 from lowmem_rmu.runs import RunFolder, read_lines, write_atomically
 
 Row = dict[str, Any]
 
+SUMMARY = {"title", "model", "verdict", "rows", "texts", "samples", "stages", "limit"}
+"""What a `summary.json` of this version has at least; a row of it has the fields of `compare.Row`."""
 ROLES = {"forgotten": "To be forgotten", "adjacent": "Close to it, should stay", "kept": "Should stay", "measured": "Only measured"}
 """What is expected of a task, as the page says it and in its order."""
 SIDES = ("base", "unlearned")
@@ -72,20 +77,75 @@ def write_report(run: RunFolder) -> Path:
 
     Raises UserError where the run has no `summary.json` yet.
     """
-    source, target = run.path / "summary.json", run.path / "report.html"
-    if not source.exists():
-        raise UserError(f"Run {run.path} has no summary.json: it has not finished.\nGo on with it: --resume --name {run.path.name}")
-    summary = json.loads(source.read_text(encoding="utf-8"))
-    content = _content(run, summary, read_lines(run.metrics))
-    write_atomically(target, _environment().get_template("report.html.jinja").render(content))
+    target = run.path / "report.html"
+    write_atomically(target, _render("report.html.jinja", _content(run)))
     return target
 
 
-def _content(run: RunFolder, summary: dict[str, Any], metrics: list[Row]) -> dict[str, Any]:
-    """What the template shows."""
-    config, rows = run.config, summary["rows"]
-    members = [row for row in rows if row["group"] is not None and not row["is_group"]]
-    headline = [row for row in rows if row["group"] is None or row["is_group"]]
+def render_parts(run: RunFolder) -> str:
+    """Verdict, charts, tables and answers as HTML to stand in a page of the app, which has `app_stylesheet`.
+
+    Raises UserError where the run has no results, or they cannot be read.
+    """
+    return _render("report_fragment.html.jinja", _content(run))
+
+
+def render_comparison(first: RunFolder, second: RunFolder) -> str:
+    """Two runs side by side, as HTML for the same page: verdicts, differing settings, and every task. Raises UserError as `render_parts` does."""
+    summaries, settings = [read_summary(run) for run in (first, second)], [_config(run)["settings"] for run in (first, second)]
+    headline, members = _split(_pairs(*(summary["rows"] for summary in summaries)))
+    content = {
+        "names": [first.path.name, second.path.name],
+        "summaries": summaries,
+        "settings": [(path, [_setting(each, path) for each in settings]) for path in sorted(differences(*settings))],
+        "headline": headline,
+        "members": members,
+    }
+    return _render("report_comparison.html.jinja", content)
+
+
+def app_stylesheet() -> str:
+    """The look of `render_parts` and `render_comparison` in the app, light and dark; it touches nothing else there."""
+    return str(_environment().get_template("report_style.css.jinja").module.in_app())  # type: ignore[attr-defined]
+
+
+def read_summary(run: RunFolder) -> dict[str, Any]:
+    """What the run's `summary.json` holds. Raises UserError where it is missing, damaged, or of another version."""
+    path, again = run.path / "summary.json", f"--resume --name {run.path.name}"
+    if not path.exists():
+        raise UserError(f"Run {run.path} has no summary.json: it has not finished.\nGo on with it: {again}")
+    summary = _read_object(path, f"Have it written again: {again}")
+    row_fields = {field.name for field in fields(compare.Row)}
+    if not summary.keys() >= SUMMARY or not all(row.keys() >= row_fields for row in summary["rows"]):
+        raise UserError(f"{path} was written by another version of this program.\nHave it written again: {again}")
+    return summary
+
+
+def _config(run: RunFolder) -> dict[str, Any]:
+    return _read_object(run.path / "config.json", "Without it the run cannot be shown.")
+
+
+def _read_object(path: Path, what_next: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.\n{what_next}") from error
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it does not hold a JSON object.\n{what_next}")
+    return content
+
+
+def _render(template: str, content: dict[str, Any]) -> str:
+    return _environment().get_template(template).render(content)
+
+
+def _content(run: RunFolder) -> dict[str, Any]:
+    """What the templates show of a run."""
+    summary, config, metrics = read_summary(run), _config(run), read_lines(run.metrics)
+    rows = summary["rows"]
+    headline, members = _split(rows)
     charted = rows if len(members) <= MEMBERS_IN_CHART else headline
     charts = {}
     if charted:
@@ -105,6 +165,39 @@ def _content(run: RunFolder, summary: dict[str, Any], metrics: list[Row]) -> dic
         "members": members,
         "charts": charts,
     }
+
+
+def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """What speaks for itself, and the members of groups."""
+    members = [row for row in rows if row["group"] is not None and not row["is_group"]]
+    return [row for row in rows if row not in members], members
+
+
+def _pairs(first: list[Row], second: list[Row]) -> list[Row]:
+    """What two runs asked, task by task: `sides` has the row of each, None where a run did not ask it."""
+    by_task = [{(row["group"], row["task"]): row for row in rows} for rows in (first, second)]
+    shared = ("task", "group", "is_group", "is_average", "role")
+    pairs = []
+    for key, row in (by_task[1] | by_task[0]).items():
+        sides = [rows.get(key) for rows in by_task]
+        pairs.append({name: row[name] for name in shared} | {"sides": sides, "notes": _notes_of_both(sides)})
+    return pairs
+
+
+def _notes_of_both(sides: list[Row | None]) -> str:
+    """Two numbers must not be read against each other without how each came about, where that differs."""
+    notes = list(dict.fromkeys(_notes(row, with_sample=True) for row in sides if row))
+    return notes[0] if len(notes) == 1 else "; ".join(f"{each or '0-shot'} ({place})" for each, place in zip(notes, ("first", "second"), strict=True))
+
+
+def _setting(settings: Any, path: str) -> str:
+    """The value at a path that `differences` gave, as it is written in YAML; a dash where there is none."""
+    for key, value in settings.items():
+        if path == key:
+            return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).removesuffix("...\n").strip()
+        if path.startswith(f"{key}.") and isinstance(value, dict):
+            return _setting(value, path.removeprefix(f"{key}."))
+    return "–"
 
 
 def _environment() -> jinja2.Environment:
@@ -203,6 +296,7 @@ def _svg(name: str, draw: Callable[[int], Figure], width: int) -> Markup:
         draw(width).savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # an XML declaration and a doctype have no place inside HTML
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # it speaks to the whole page; the stylesheet says the same of charts
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # "axes_1" and the like, which every chart has and nothing refers to
     for colour, value in COLOURS.items():
         svg = svg.replace(value, f"var(--{colour})")
