@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowmem_rmu.model.loading import build_model
-from lowmem_rmu.model.memory import skeleton
+from lowmem_rmu.model.loading import build_model, skeleton
 from lowmem_rmu.model.shards import freed_memory_returned, is_needed
 
 

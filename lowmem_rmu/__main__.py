@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Evaluation, recorded_preset
+from lowmem_rmu.presets import Evaluation
 from lowmem_rmu.run import accuracy_table, friendly_exit, presets_table, quiet_libraries, run, watched
 from lowmem_rmu.runs import RunFolder
 
@@ -91,20 +91,14 @@ def chat(
     """Puts the same prompt to base and unlearned, streamed, from one model in memory."""
     quiet_libraries()
     with friendly_exit():
-        from lowmem_rmu.chat import both_sides  # heavy libraries load only once there is work for them
-        from lowmem_rmu.model.adapters import load_adapter
-        from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
-        from lowmem_rmu.pipeline import unquantised_modules
+        from lowmem_rmu.chat import Sampling, both_sides, load_run  # heavy libraries load only once there is work for them
+        from lowmem_rmu.model.loading import resolve_device
 
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
-        if not folder.adapter.exists():
-            raise UserError(f"Run {folder.path} has no adapter yet.\nGo on with it: python -m lowmem_rmu.run ... --resume --name {folder.path.name}")
-        preset = recorded_preset(folder.config["settings"], folder.path)
-        tokenizer = load_tokenizer(preset.model)
-        model = load_adapter(load_model(preset.model, resolve_device(device), unquantised=unquantised_modules(preset)), folder.adapter)
-        writer = SideWriter()
+        model, tokenizer = load_run(folder, resolve_device(device))
+        sampling, writer = Sampling(max_new_tokens=max_new_tokens), SideWriter()
         for question in [prompt] if prompt else questions():
-            for side, _ in both_sides(model, tokenizer, question, max_new_tokens, writer.write):
+            for side, _ in both_sides(model, tokenizer, question, sampling, writer.write):
                 writer.end(side)
 
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu import __version__
-from lowmem_rmu.chat import answer
+from lowmem_rmu.chat import Sampling, answer
 from lowmem_rmu.data.corpora import Samples, load_samples
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
@@ -29,11 +29,11 @@ from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
-from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter, trained_modules
+from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter
 from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.identity import model_digest
-from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer
-from lowmem_rmu.model.memory import memory_in_use, reset_peak, skeleton
+from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer, skeleton, unquantised_modules
+from lowmem_rmu.model.memory import memory_in_use, reset_peak
 from lowmem_rmu.presets import Preset, Role, is_local
 from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
@@ -101,11 +101,6 @@ def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
                 f"The corpus of {name} gives {len(samples.train)} samples, fewer than one batch of {needed}.\nAdd text, or lower rmu.batch_size."
             )
     return Inputs(tokenizer, questions, forget, retain)
-
-
-def unquantised_modules(preset: Preset) -> list[str]:
-    """What must stay in high precision because it is trained itself."""
-    return trained_modules(skeleton(load_config(preset.model)), preset.rmu)
 
 
 def _corpora(preset: Preset) -> list[Any]:
@@ -238,7 +233,8 @@ class Job:
             raise Stopped(self.folder.path) from stop
 
     def _answer(self, prompt: str) -> str:
-        return answer(self._model, self.inputs.tokenizer, [{"role": "user", "content": prompt}], self.preset.evaluation.max_new_tokens)
+        sampling = Sampling(max_new_tokens=self.preset.evaluation.max_new_tokens)
+        return answer(self._model, self.inputs.tokenizer, [{"role": "user", "content": prompt}], sampling)
 
     def _unlearn(self) -> None:
         rmu = self.preset.rmu

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_rmu.chat import answer, both_sides, encode_prompt
+from lowmem_rmu.chat import Sampling, answer, both_sides, encode_prompt
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
@@ -76,13 +76,13 @@ def test_the_answer_is_greedy(base: PreTrainedModel, tokenizer: PreTrainedTokeni
     assert tokenizer.eos_token_id not in ids[0, start:]
     expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
     torch.manual_seed(1)
-    assert answer(base, tokenizer, ASKED, 8) == expected
+    assert answer(base, tokenizer, ASKED, Sampling(max_new_tokens=8)) == expected
     assert expected
 
 
 def test_streamed_pieces_make_up_the_answer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     pieces: list[str] = []
-    whole = answer(base, tokenizer, ASKED, 24, pieces.append)
+    whole = answer(base, tokenizer, ASKED, Sampling(max_new_tokens=24), pieces.append)
     assert "".join(pieces).strip() == whole
     assert len([piece for piece in pieces if piece]) > 1
     assert PROMPT not in "".join(pieces)
@@ -91,16 +91,16 @@ def test_streamed_pieces_make_up_the_answer(base: PreTrainedModel, tokenizer: Pr
 def test_base_answers_as_the_model_without_any_adapter_does(
     base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    answers = dict(both_sides(adapted, tokenizer, PROMPT, 16, lambda side, piece: None))
+    answers = dict(both_sides(adapted, tokenizer, PROMPT, Sampling(max_new_tokens=16), lambda side, piece: None))
     assert list(answers) == ["base", "unlearned"]
-    assert answers["base"] == answer(base, tokenizer, ASKED, 16)
-    assert answers["unlearned"] == answer(adapted, tokenizer, ASKED, 16)
+    assert answers["base"] == answer(base, tokenizer, ASKED, Sampling(max_new_tokens=16))
+    assert answers["unlearned"] == answer(adapted, tokenizer, ASKED, Sampling(max_new_tokens=16))
     assert answers["unlearned"] != answers["base"]
 
 
 def test_every_piece_goes_to_its_side(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     heard: list[tuple[str, str]] = []
-    answers = dict(both_sides(adapted, tokenizer, PROMPT, 16, lambda side, piece: heard.append((side, piece))))
+    answers = dict(both_sides(adapted, tokenizer, PROMPT, Sampling(max_new_tokens=16), lambda side, piece: heard.append((side, piece))))
     for side in ("base", "unlearned"):
         assert "".join(piece for to, piece in heard if to == side).strip() == answers[side]
     assert [side for side, _ in heard] == sorted(side for side, _ in heard)  # one after the other, base first
@@ -115,7 +115,7 @@ def test_the_adapter_is_on_again_afterwards(adapted: PeftModel, tokenizer: PreTr
         if how == "failed":
             raise ConnectionError
 
-    sides = both_sides(adapted, tokenizer, PROMPT, 4, write)
+    sides = both_sides(adapted, tokenizer, PROMPT, Sampling(max_new_tokens=4), write)
     if how == "to the end":
         assert len(list(sides)) == 2
     elif how == "closed early":

@@ -12,6 +12,7 @@ from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -21,9 +22,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.model.adapters import trained_modules
 from lowmem_rmu.model.quantisation import Nf4Config
 from lowmem_rmu.model.shards import find_files, is_needed, open_weights
-from lowmem_rmu.presets import ModelSettings, is_local
+from lowmem_rmu.presets import ModelSettings, Preset, is_local
 
 
 def resolve_device(name: str) -> torch.device:
@@ -56,6 +58,18 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
     if getattr(config, "quantization_config", None):
         raise UserError(f"The model {settings.name} is quantised already.\nGive the original checkpoint: it is brought to 4-bit while loading.")
     return config
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without its weights, on torch's meta device: nothing is allocated."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def unquantised_modules(preset: Preset) -> list[str]:
+    """What must stay in high precision because it is trained itself."""
+    return trained_modules(skeleton(load_config(preset.model)), preset.rmu)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_rmu.model.adapters import check_layers
 from lowmem_rmu.model.layers import decoder_layers, expert_shapes
-from lowmem_rmu.model.loading import load_config, resolve_dtype
+from lowmem_rmu.model.loading import load_config, resolve_dtype, skeleton
 from lowmem_rmu.model.logits import POSITIONS
 from lowmem_rmu.model.quantisation import PIECE
 from lowmem_rmu.presets import Preset, Rmu, is_local
@@ -111,13 +111,6 @@ def config_for_plan(preset: Preset) -> PretrainedConfig:
         return load_config(preset.model)
     shape = dict(preset.model.config)
     return AutoConfig.for_model(shape.pop("model_type"), **shape)
-
-
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without its weights, on torch's meta device: nothing is allocated."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:

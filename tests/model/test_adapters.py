@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter, trained_modules
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
-from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.model.memory import skeleton
+from lowmem_rmu.model.loading import load_model, skeleton
 from lowmem_rmu.presets import ModelSettings, Rmu
 
 CPU = torch.device("cpu")
