@@ -176,7 +176,8 @@ def main_job(
     path = folder.path if folder else RunFolder.free_path(runs_dir, name or RunFolder.new_name(preset_name))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # processes that `accelerate launch` has started must not wait for each other's turn
         return main_job_in_turn(preset_name, preset, path, device, stages, folder)
-    (path / "stop").unlink(missing_ok=True)
+    if folder or RunFolder(path).is_reserved:
+        (path / "stop").unlink(missing_ok=True)
     with refusals_noted(path), turn(runs_dir, path.name, os.getpid(), Waiting(path).tell):
         return main_job_in_turn(preset_name, preset, path, device, stages, folder)
 

@@ -95,6 +95,6 @@ def test_a_half_written_number_is_nobody_s(tmp_path: Path) -> None:
 
 def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"The runs folder .*file cannot be written: Not a directory\.\nChoose another place with --runs-dir\."):
-        with_queue = one_at_a_time(tmp_path / "file")
-        with_queue.__enter__()
+    message = r"The runs folder .*file cannot be written: Not a directory\.\nChoose another place with --runs-dir\."
+    with pytest.raises(UserError, match=message), one_at_a_time(tmp_path / "file"):
+        pass

@@ -49,7 +49,7 @@ def complaint(state: RunState, folder: RunFolder) -> str:
         return state.error
     lines = folder.output.read_text(encoding="utf-8", errors="replace").splitlines() if folder.output.exists() else []
     if state.state == "interrupted" or not lines or any(line.startswith("Traceback") for line in lines):
-        return f"Its process ended before it was done. What it printed is in {folder.output.name} of its folder.\nResume goes on from the last checkpoint."
+        return f"Its process ended before it was done; {folder.output.name} in its folder says more.\nResume goes on from the last checkpoint."
     return "\n".join(lines[-OUTPUT_LINES:])
 
 
@@ -75,7 +75,8 @@ def _answers(folder: RunFolder) -> str:
 
 
 def _list(shown: dict[str, str]) -> str:
-    return "<dl class='rmu-figures'>" + "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in shown.items()) + "</dl>"
+    pairs = (f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in shown.items())
+    return f"<dl class='rmu-figures'>{''.join(pairs)}</dl>"
 
 
 def _duration(seconds: float) -> str:

@@ -137,6 +137,6 @@ def plan_html(preset: Preset, device: torch.device) -> str:
         for need in needs
     )
     words = fit(peak(needs), free)
-    head = "<tr><th scope='col'>Stage</th><th scope='col'>Model</th><th scope='col'>Working</th><th scope='col'>Cache</th><th scope='col'>Together</th></tr>"
+    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Stage", "Model", "Working", "Cache", "Together"))
     verdict = f"<p class='rmu-fit'><strong>{words.capitalize()}</strong>: {gib(peak(needs))} at most, {gib(free)} free on this machine now.</p>"
     return f"{verdict}<div class='rmu-scroll' tabindex='0'><table class='rmu-table'><thead>{head}</thead><tbody>{rows}</tbody></table></div>"

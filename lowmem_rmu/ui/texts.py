@@ -89,7 +89,7 @@ def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
         sequences = tokenise(documents, tokenizer, preset.retain.max_tokens, split=True)
         amount = f"{sum(map(len, sequences)):,} tokens in {len(sequences):,} samples"
     lines = [f"<p><strong>{len(files)} file{_s(files)}, {len(documents):,} document{_s(documents)}, {amount}.</strong> {_advice(documents)}</p>"]
-    lines += [f"<blockquote>{html.escape(text.strip()[:CHARACTERS])}{'…' if len(text) > CHARACTERS else ''}</blockquote>" for text in documents[:SHOWN]]
+    lines += [f"<blockquote>{html.escape(text.strip()[:CHARACTERS])} …</blockquote>" for text in documents[:SHOWN]]
     return "".join(lines)
 
 

@@ -1,0 +1,100 @@
+"""The page: its tabs in the order of the work, and the named endpoints of its API."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from lowmem_rmu.model.fit import check_fits
+from lowmem_rmu.report import app_stylesheet
+from lowmem_rmu.runs import STAGES
+from lowmem_rmu.ui import chat, jobs, offers, results, unlearn
+from lowmem_rmu.ui.export import ExportTab
+from lowmem_rmu.ui.guard import guarded
+from lowmem_rmu.ui.runs import RunsTab
+from lowmem_rmu.ui.texts import Own
+
+TITLE = "lowmem-rmu"
+CSS = """
+.rmu-scroll { overflow-x: auto; }
+.rmu-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.rmu-table th, .rmu-table td { padding: .4rem .75rem .4rem 0; text-align: left; vertical-align: top; }
+.rmu-table th, .rmu-table td { border-bottom: 1px solid var(--border-color-primary); }
+.rmu-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .5rem 1.5rem; margin: .5rem 0; }
+.rmu-figures dt { color: var(--body-text-color-subdued); font-size: .85rem; }
+.rmu-figures dd { margin: 0; font-variant-numeric: tabular-nums; }
+.rmu-error { white-space: pre-wrap; padding: .75rem; border-left: 4px solid #b3402a; }
+.toast-text { white-space: pre-line; }
+progress { width: 100%; }
+"""
+FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+"""Of the machine itself: none is fetched from elsewhere."""
+
+
+def style() -> str:
+    return CSS + chat.CSS + app_stylesheet()
+
+
+def build_page(runs_dir: Path, device: torch.device) -> gr.Blocks:
+    """The page over a runs folder, whose runs and chat model are on `device`."""
+    model = chat.LoadedModel()
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# lowmem-rmu\nMake a chat model forget, see what it still knows, and talk to it before and after.")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Unlearn", id="unlearn"):
+                unlearn_tab = unlearn.UnlearnTab(runs_dir, device, model.unload)
+            with gr.Tab("Results", id="results") as results_item:
+                results_tab = results.build(runs_dir)
+            with gr.Tab("Chat", id="chat") as chat_item:
+                chat_tab = chat.build(runs_dir, device, model)
+            with gr.Tab("Export", id="export") as export_item:
+                export_tab = ExportTab(runs_dir)
+            with gr.Tab("Runs", id="runs") as runs_item:
+                runs_tab = RunsTab(runs_dir, model.unload)
+        unlearn_tab.wire(page.load)
+        results_tab.refresh_on(results_item.select, page.load)
+        chat_item.select(guarded(chat_tab.refresh), [chat_tab.run], chat_tab.refreshed, api_visibility="private")
+        export_tab.wire(export_item.select)
+        runs_tab.wire(runs_item.select, page.load)
+        opened = results_tab.open_on(runs_tab.open_button.click, runs_tab.run)
+        opened.success(lambda: gr.update(selected="results"), [], [tabs], api_visibility="private")
+        add_api(runs_dir, device, model)
+    return page
+
+
+def add_api(runs_dir: Path, device: torch.device, model: chat.LoadedModel) -> None:
+    """The endpoints that `gradio_client` sees, each documented by its function's docstring."""
+
+    def list_presets() -> list[dict]:
+        """All presets with what they forget, the memory they need, and whether they fit this machine."""
+        return offers.table(device)
+
+    def start(preset: str, name: str = "", settings: str = "") -> dict:
+        """Starts a run of a preset, or puts it in the queue. settings: key=value a line. Gives the run's state with its name."""
+        if not jobs.tickets(runs_dir):
+            model.unload()
+            check_fits(offers.chosen(preset, {}, settings), device, STAGES)
+        folder = unlearn.start(runs_dir, preset, {}, settings, Own([], [], ""), name.strip() or None, device.type)
+        return vars(jobs.state_of(folder))
+
+    def status(run: str) -> dict:
+        """Where a run is: name, state, stage, step, total, place in the queue, seconds left of the stage, error."""
+        return vars(jobs.state_of(jobs.find(runs_dir, run)))
+
+    def stop(run: str) -> dict:
+        """Asks a run to stop after its step; it can go on later. Gives its state."""
+        jobs.stop(jobs.find(runs_dir, run))
+        return vars(jobs.state_of(jobs.find(runs_dir, run)))
+
+    def ask(run: str, prompt: str, max_new_tokens: float = 128, temperature: float = 0.0, seed: float = 0) -> dict:
+        """The answers of a run's model before and after unlearning: base and unlearned."""
+        return chat.ask(model, runs_dir, device, run, prompt, int(max_new_tokens), temperature, int(seed))
+
+    def run_results(run: str) -> dict:
+        """What a finished run came to: its summary.json."""
+        return results.results(runs_dir, run)
+
+    for function, name in ((list_presets, "list_presets"), (start, "start"), (status, "status"), (stop, "stop"), (run_results, "results")):
+        gr.api(guarded(function), api_name=name, queue=False)
+    gr.api(guarded(ask), api_name="chat", concurrency_limit=1)

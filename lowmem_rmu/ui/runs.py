@@ -1,0 +1,101 @@
+"""The tab with every run: what it is, and what can be done with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import yaml
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.guard import guarded
+
+COLUMNS = ["Run", "State", "Preset", "Verdict", "Size"]
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+def rows(runs_dir: Path) -> list[list[str]]:
+    """A row a run: COLUMNS."""
+    found = []
+    for name in jobs.names(runs_dir):
+        folder = jobs.find(runs_dir, name)
+        preset = next(iter(folder.path.glob("*.yaml")), folder.path).stem if folder.is_reserved else folder.config["preset"]
+        found.append([name, jobs.state_of(folder).words, preset, _verdict(folder), _size(folder)])
+    return found
+
+
+def _verdict(folder: RunFolder) -> str:
+    path = folder.path / "summary.json"
+    try:
+        verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "–"
+    return f"Forgotten: {verdict['forgotten']}. Kept: {verdict['kept']}."
+
+
+def _size(folder: RunFolder) -> str:
+    return f"{sum(path.stat().st_size for path in folder.path.rglob('*') if path.is_file() and not path.is_symlink()) / 1e6:,.1f} MB"
+
+
+class RunsTab:
+    """The tab's widgets, and what its events do."""
+
+    def __init__(self, runs_dir: Path, before_start: Callable[[], None]) -> None:
+        self.runs_dir, self.before_start = runs_dir, before_start
+        self.table = gr.Dataframe(headers=COLUMNS, value=[], interactive=False, wrap=True, label="Runs")
+        self.run = gr.Dropdown([], label="Run", info="What the buttons below are for.")
+        with gr.Row():
+            self.open_button = gr.Button("Show results", min_width=120)
+            self.resume_button = gr.Button("Resume", min_width=120)
+            self.delete_button = gr.Button("Delete …", variant="stop", min_width=120)
+        with gr.Row(visible=False) as self.question:
+            self.sure = gr.Markdown()
+            self.really_button = gr.Button("Delete for good", variant="stop", min_width=120)
+            self.keep_button = gr.Button("Keep it", min_width=120)
+        with gr.Row():
+            self.new_name = gr.Textbox(label="New name", max_length=100, scale=3)
+            self.rename_button = gr.Button("Rename", min_width=120)
+        with gr.Accordion("Its settings", open=False):
+            self.settings = gr.Code(language="yaml", interactive=False, label="As a preset")
+
+    def wire(self, *triggers: Callable[..., Any]) -> None:
+        """Connects the events; the list is read anew at `triggers`."""
+        listed = [self.table, self.run]
+        gr.on(triggers, guarded(self.refresh), [self.run], listed, **QUIET)
+        self.run.change(guarded(self.settings_of), [self.run], [self.settings], **QUIET)
+        self.resume_button.click(guarded(self.resume), [self.run], listed, **QUIET)
+        self.rename_button.click(guarded(self.rename), [self.run, self.new_name], listed, **QUIET)
+        self.delete_button.click(guarded(self.ask), [self.run], [self.question, self.sure], **QUIET)
+        self.keep_button.click(lambda: gr.update(visible=False), [], [self.question], **QUIET)
+        self.really_button.click(guarded(self.delete), [self.run], [*listed, self.question], **QUIET)
+
+    def refresh(self, name: str | None) -> tuple[Any, Any]:
+        names = jobs.names(self.runs_dir)
+        return rows(self.runs_dir), gr.update(choices=names, value=name if name in names else next(iter(names), None))
+
+    def settings_of(self, name: str | None) -> str:
+        if not name or (folder := jobs.find(self.runs_dir, name)).is_reserved:
+            return ""
+        return yaml.safe_dump(folder.config["settings"], sort_keys=False, allow_unicode=True)
+
+    def resume(self, name: str | None) -> tuple[Any, Any]:
+        folder = jobs.find(self.runs_dir, name)
+        self.before_start()
+        jobs.resume(folder)
+        return self.refresh(name)
+
+    def rename(self, name: str | None, new_name: str) -> tuple[Any, Any]:
+        if not new_name.strip():
+            raise UserError("Type the new name first.")
+        return self.refresh(jobs.rename(jobs.find(self.runs_dir, name), new_name.strip()).path.name)
+
+    def ask(self, name: str | None) -> tuple[Any, str]:
+        folder = jobs.find(self.runs_dir, name)
+        return gr.update(visible=True), f"Delete **{folder.path.name}** ({_size(folder)})? This cannot be undone."
+
+    def delete(self, name: str | None) -> tuple[Any, Any, Any]:
+        jobs.delete(jobs.find(self.runs_dir, name))
+        return *self.refresh(None), gr.update(visible=False)

@@ -1,0 +1,182 @@
+"""The tab where a run begins: a preset, own text, settings and what they cost; and what the run is doing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.presets import Preset, load_preset
+from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.ui import jobs, live, offers
+from lowmem_rmu.ui.guard import guarded
+from lowmem_rmu.ui.texts import Own, describe, with_own_text
+
+DEFAULT = "tiny"
+REFRESH_SECONDS = 1.5
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+MATTER = {
+    "rmu.steps": ("Steps", "How long it trains. More steps forget more, and may cost more of the rest."),
+    "rmu.learning_rate": ("Learning rate", "How far a step goes. Too high, and everything breaks; too low, and nothing is forgotten."),
+    "alpha": ("Protection (alpha)", "How strongly all other knowledge is held in place. Empty: what the preset says for each topic."),
+    "rmu.rank": ("Rank", "How much of the model may change. Larger: more room to forget in, a little more memory."),
+    "evaluation.limit": ("Questions a test", "Fewer are faster and less certain. Empty: all of them."),
+    "rmu.seed": ("Seed", "Where chance begins. The same seed gives the same run."),
+}
+"""Settings by dotted path: what the page calls them, and a sentence."""
+WHOLE = ("rmu.steps", "rmu.rank", "evaluation.limit", "rmu.seed")
+
+
+def start(runs_dir: Path, preset_name: str, changes: dict[str, Any], lines: str, own: Own, name: str | None, device: str) -> RunFolder:
+    """Checks everything, then starts the run's process. Raises UserError; nothing is left behind then."""
+    preset = offers.chosen(preset_name, changes, lines)
+    folder = jobs.reserve(runs_dir, preset_name, name)
+    try:
+        preset = with_own_text(preset, own, folder)
+    except BaseException:
+        jobs.delete(folder)
+        raise
+    jobs.start(folder, preset_name, preset, device)
+    return folder
+
+
+def values_of(preset: Preset) -> list[Any]:
+    """What the fields show, in the order of MATTER."""
+    settings = preset.model_dump()
+    alphas = {topic.alpha for topic in preset.topics.values()}
+    found = {"alpha": alphas.pop() if len(alphas) == 1 else None}
+    return [found[path] if path in found else settings[path.split(".")[0]][path.split(".")[1]] for path in MATTER]
+
+
+def changes_of(preset_name: str, values: list[Any]) -> dict[str, Any]:
+    """The fields that differ from the preset, by dotted path."""
+    preset = load_preset(preset_name)
+    changed = {path: new for path, new, old in zip(MATTER, values, values_of(preset), strict=True) if new != old}
+    if "alpha" in changed:
+        alpha = changed.pop("alpha")
+        changed |= {f"topics.{topic}.alpha": alpha for topic in preset.topics} if alpha is not None else {}
+    return {path: int(value) if path in WHOLE and value is not None and float(value).is_integer() else value for path, value in changed.items()}
+
+
+class UnlearnTab:
+    """The tab's widgets, and what its events do."""
+
+    def __init__(self, runs_dir: Path, device: torch.device, before_start: Callable[[], None]) -> None:
+        self.runs_dir, self.device, self.before_start = runs_dir, device, before_start
+        self._add_presets()
+        self._add_texts()
+        self._add_settings()
+        self._add_live()
+
+    def _add_presets(self) -> None:
+        gr.Markdown("**1. What is to be forgotten?** `tiny` is a model of our own that runs anywhere in a minute: begin with it.")
+        choices = [(offers.label(offer, self.device), offer.name) for offer in offers.offers(self.device)]
+        self.preset = gr.Radio(choices, value=DEFAULT, label="Preset")
+        with gr.Accordion("All presets, what they need, and why they fit or not", open=False):
+            self.table = gr.HTML(offers.table_html(self.device))
+
+    def _add_texts(self) -> None:
+        with gr.Accordion("2. Your own text (optional)", open=False):
+            gr.Markdown("Text about what is to be forgotten, and text that stands for all that must stay: `.txt`, `.md`, `.jsonl`, up to 50 MB.")
+            self.topic = gr.Textbox(label="What is your text about?", placeholder="for example: tropical cyclones", max_length=100)
+            with gr.Row():
+                self.forget, self.forget_shown = self._drop("To be forgotten")
+                self.retain, self.retain_shown = self._drop("To be kept")
+
+    def _drop(self, label: str) -> tuple[gr.File, gr.HTML]:
+        with gr.Column(min_width=260):
+            return gr.File(label=label, file_count="multiple", file_types=[".txt", ".md", ".jsonl"], height=140), gr.HTML()
+
+    def _add_settings(self) -> None:
+        values = dict(zip(MATTER, values_of(load_preset(DEFAULT)), strict=True))
+        with gr.Accordion("3. Settings", open=False):
+            with gr.Row():
+                self.fields = [gr.Number(values[path], label=name, info=info, min_width=220) for path, (name, info) in MATTER.items()]
+            self.name = gr.Textbox(label="Name of the run", info="Letters, digits, dots, dashes. Empty: the preset and the time.", max_length=100)
+            with gr.Accordion("All other settings", open=False):
+                self.lines = gr.Textbox(
+                    label="One a line, as key=value", lines=3, placeholder="rmu.batch_size=2\nmodel.quantisation=none",
+                    info="The keys are those of the preset files, described in lowmem_rmu/presets.py.",
+                )  # fmt: skip
+        with gr.Accordion("Memory it will take", open=True):
+            self.plan = gr.HTML(offers.plan_html(load_preset(DEFAULT), self.device))
+
+    def _add_live(self) -> None:
+        with gr.Row():
+            self.start_button = gr.Button("Start", variant="primary", min_width=120)
+            self.stop_button = gr.Button("Stop", variant="stop", min_width=120)
+            self.resume_button = gr.Button("Resume", min_width=120)
+        self.run = gr.Dropdown([], label="Run shown", info="Closing this page stops nothing: a run goes on, and is found here again.")
+        self.progress = gr.HTML("<p>No run yet.</p>")
+        with gr.Row():
+            self.plots = [self._plot(title) for title in ("Forget loss", "Retain loss", "Activation norm")]
+        self.seen = gr.State("")
+        self.timer = gr.Timer(REFRESH_SECONDS)
+
+    def _plot(self, title: str) -> gr.LinePlot:
+        nothing = live.curves(None)[0]
+        return gr.LinePlot(nothing, x="step", y="value", color="line", title=title, height=220, min_width=260, x_title="Step", y_title="")
+
+    def wire(self, load: Callable[..., Any]) -> None:
+        """Connects the events; `load` is that of the page."""
+        settings: list[Any] = [self.preset, self.lines, *self.fields]
+        shown = [self.progress, *self.plots, self.seen]
+        self.preset.change(guarded(lambda name: values_of(load_preset(name))), [self.preset], self.fields, **QUIET)
+        gr.on([each.change for each in settings], guarded(self.show_plan), settings, [self.plan], trigger_mode="always_last", **QUIET)
+        for files, what, told in ((self.forget, "the forget set", self.forget_shown), (self.retain, "the retain set", self.retain_shown)):
+            files.change(guarded(self._describer(what)), [files, self.preset], [told], **QUIET)
+        given = [self.preset, self.lines, self.name, self.forget, self.retain, self.topic, *self.fields]
+        self.start_button.click(guarded(self.start), given, [self.run], **QUIET)
+        self.stop_button.click(guarded(self.stop), [self.run], [], **QUIET)
+        self.resume_button.click(guarded(self.resume), [self.run], [], **QUIET)
+        self.run.change(guarded(self.show), [self.run], shown, queue=False, **QUIET)
+        self.timer.tick(guarded(self.tick), [self.run, self.seen], shown, queue=False, **QUIET)
+        gr.on([load, self.run.focus], guarded(self.refresh), [self.run], [self.run], queue=False, **QUIET)
+
+    def show_plan(self, preset_name: str, lines: str, *values: Any) -> str:
+        return offers.plan_html(offers.chosen(preset_name, changes_of(preset_name, list(values)), lines), self.device)
+
+    def _describer(self, what: str) -> Callable[[list[str] | None, str], str]:
+        return lambda files, preset_name: describe(files, load_preset(preset_name), what)
+
+    def start(
+        self, preset_name: str, lines: str, name: str, forget: list[str] | None, retain: list[str] | None, topic: str, *values: Any
+    ) -> Any:
+        if forget and not topic.strip():
+            raise UserError("Say in a word or two what your text is about.")
+        own = Own(forget or [], retain or [], topic)
+        self.before_start()
+        changes = changes_of(preset_name, list(values)) if preset_name else {}
+        folder = start(self.runs_dir, preset_name, changes, lines, own, name.strip() or None, self.device.type)
+        return gr.update(choices=jobs.names(self.runs_dir), value=folder.path.name)
+
+    def stop(self, name: str | None) -> None:
+        jobs.stop(jobs.find(self.runs_dir, name))
+        gr.Info("It stops after its step. Nothing is lost: Resume goes on.")
+
+    def resume(self, name: str | None) -> None:
+        folder = jobs.find(self.runs_dir, name)
+        self.before_start()
+        jobs.resume(folder)
+
+    def refresh(self, name: str | None) -> Any:
+        """The runs there are; without one chosen, that which is under way or else the newest."""
+        names = jobs.names(self.runs_dir)
+        return gr.update(choices=names, value=name if name in names else next(iter(names), None))
+
+    def show(self, name: str | None) -> tuple[Any, ...]:
+        if not name:
+            return "<p>No run yet.</p>", *live.curves(None), ""
+        try:
+            folder = jobs.find(self.runs_dir, name)
+        except UserError:
+            return "<p>This run is no longer there.</p>", *live.curves(None), ""
+        told = live.progress(jobs.state_of(folder), folder)
+        return told, *live.curves(folder), told
+
+    def tick(self, name: str | None, seen: str) -> tuple[Any, ...]:
+        """Nothing is sent where nothing has changed."""
+        shown = self.show(name)
+        return shown if shown[-1] != seen else tuple(gr.skip() for _ in shown)
