@@ -25,16 +25,23 @@ class Results:
     runs_dir: Path
     run: gr.Dropdown
     other: gr.Dropdown
+    parts: gr.HTML
     download: gr.DownloadButton
 
-    def refresh_on(self, *triggers: Callable[..., Any]) -> None:
+    def refresh_on(self, *triggers: Callable[..., Any]) -> Any:
         """Lists the runs anew at these events, such as `tab.select` and `demo.load`. What is chosen stays so as long as it is there."""
         chosen = [self.run, self.other]
-        gr.on(triggers, guarded(self.refresh), chosen, chosen, **QUIET)
+        return gr.on(triggers, guarded(self.refresh), chosen, chosen, **QUIET)
 
     def open_on(self, trigger: Callable[..., Any], name: gr.components.Component) -> Any:
         """Shows the run that `name` holds at this event of another tab. Gives the event, for `.success` to change to this tab."""
-        return trigger(guarded(self.opened), [name], [self.run, self.other], **QUIET)
+        event = trigger(guarded(self.opened), [name], [self.run, self.other], **QUIET)
+        self.show_after(event)
+        return event
+
+    def show_after(self, event: Any) -> None:
+        """Shows the chosen run even where it was chosen before: a run that was gone on with has other results by the same name."""
+        event.success(guarded(self.show), [self.run], [self.parts, self.download], **QUIET)
 
     def refresh(self, name: str | None, other: str | None) -> tuple[Any, Any]:
         """What is to be chosen from, for both lists; the newest run where none is chosen or the chosen one is gone."""
@@ -57,7 +64,7 @@ class Results:
         try:
             run = RunFolder.open(self.runs_dir, name)
             shown = render_parts(run), self._report(run)
-        except UserError:
+        except Exception:
             yield "", nothing
             raise
         yield shown
@@ -70,7 +77,7 @@ class Results:
             return
         try:
             shown = self._side_by_side(name, other)
-        except UserError:
+        except Exception:
             yield nothing
             raise
         yield gr.update(value=shown, visible=True)
@@ -98,11 +105,11 @@ def build(runs_dir: Path) -> Results:
         refresh = gr.Button("Refresh", min_width=120)
         download = gr.DownloadButton("Download the report", interactive=False, min_width=120)
     comparison, parts = gr.HTML(visible=False, apply_default_css=False), gr.HTML(EMPTY, apply_default_css=False)
-    tab, shown = Results(runs_dir, run, other, download), [parts, download]
+    tab = Results(runs_dir, run, other, parts, download)
     # Whatever changes what is chosen (a hand, Refresh, another tab) is followed by showing it.
-    run.change(guarded(tab.show), [run], shown, api_visibility="private")
+    run.change(guarded(tab.show), [run], [parts, download], api_visibility="private")
     gr.on([run.change, other.change], guarded(tab.compare), [run, other], [comparison], **QUIET)
-    tab.refresh_on(refresh.click)
+    tab.show_after(tab.refresh_on(refresh.click))
     return tab
 
 
