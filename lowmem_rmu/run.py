@@ -8,11 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -176,8 +177,7 @@ def main_job(
     path = folder.path if folder else RunFolder.free_path(runs_dir, name or RunFolder.new_name(preset_name))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # processes that `accelerate launch` has started must not wait for each other's turn
         return main_job_in_turn(preset_name, preset, path, device, stages, folder)
-    if folder or RunFolder(path).is_reserved:
-        (path / "stop").unlink(missing_ok=True)
+    forget_old_stop(path / "stop")
     with refusals_noted(path), turn(runs_dir, path.name, os.getpid(), Waiting(path).tell):
         return main_job_in_turn(preset_name, preset, path, device, stages, folder)
 
@@ -203,6 +203,13 @@ def main_job_in_turn(preset_name: str, preset: Preset, path: Path, device: str, 
     with watched(folder.path) as watcher:
         Job(preset, folder, inputs, on, stages, watcher, processes).run()
     return folder
+
+
+def forget_old_stop(stop: Path) -> None:
+    """A stop that was asked for since this process started counts; an older one was for the process before it."""
+    with suppress(OSError):
+        if stop.stat().st_mtime < psutil.Process().create_time():
+            stop.unlink()
 
 
 class Waiting:

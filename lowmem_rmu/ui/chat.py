@@ -284,7 +284,7 @@ class ChatTab:
     def _add_prompt(self) -> None:
         self.suggestions = gr.Dataset(components=[gr.Textbox(visible=False)], samples=[], label="Suggested prompts", visible=False)
         self.prompt = gr.Textbox(
-            label="Prompt", info="Enter sends, Shift+Enter begins a new line.", placeholder="Ask both sides something", lines=1, max_lines=8
+            "", label="Prompt", info="Enter sends, Shift+Enter begins a new line.", placeholder="Ask both sides something", lines=1, max_lines=8
         )
         with gr.Row():
             self.send_button = gr.Button("Send", variant="primary", min_width=120)

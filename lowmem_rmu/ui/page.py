@@ -40,6 +40,7 @@ def build_page(runs_dir: Path, device: torch.device) -> gr.Blocks:
     """The page over a runs folder, whose runs and chat model are on `device`."""
     model = chat.LoadedModel()
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        add_api(runs_dir, device, model)  # first, or a button's event would take its names
         gr.Markdown("# lowmem-rmu\nMake a chat model forget, see what it still knows, and talk to it before and after.")
         with gr.Tabs() as tabs:
             with gr.Tab("Unlearn", id="unlearn"):
@@ -59,7 +60,6 @@ def build_page(runs_dir: Path, device: torch.device) -> gr.Blocks:
         runs_tab.wire(runs_item.select, page.load)
         opened = results_tab.open_on(runs_tab.open_button.click, runs_tab.run)
         opened.success(lambda: gr.update(selected="results"), [], [tabs], api_visibility="private")
-        add_api(runs_dir, device, model)
     return page
 
 

@@ -56,7 +56,7 @@ class RunsTab:
             self.really_button = gr.Button("Delete for good", variant="stop", min_width=120)
             self.keep_button = gr.Button("Keep it", min_width=120)
         with gr.Row():
-            self.new_name = gr.Textbox(label="New name", max_length=100, scale=3)
+            self.new_name = gr.Textbox("", label="New name", max_length=100, scale=3)
             self.rename_button = gr.Button("Rename", min_width=120)
         with gr.Accordion("Its settings", open=False):
             self.settings = gr.Code(language="yaml", interactive=False, label="As a preset")

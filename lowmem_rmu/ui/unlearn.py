@@ -80,7 +80,7 @@ class UnlearnTab:
     def _add_texts(self) -> None:
         with gr.Accordion("2. Your own text (optional)", open=False):
             gr.Markdown("Text about what is to be forgotten, and text that stands for all that must stay: `.txt`, `.md`, `.jsonl`, up to 50 MB.")
-            self.topic = gr.Textbox(label="What is your text about?", placeholder="for example: tropical cyclones", max_length=100)
+            self.topic = gr.Textbox("", label="What is your text about?", placeholder="for example: tropical cyclones", max_length=100)
             with gr.Row():
                 self.forget, self.forget_shown = self._drop("To be forgotten")
                 self.retain, self.retain_shown = self._drop("To be kept")
@@ -94,10 +94,10 @@ class UnlearnTab:
         with gr.Accordion("3. Settings", open=False):
             with gr.Row():
                 self.fields = [gr.Number(values[path], label=name, info=info, min_width=220) for path, (name, info) in MATTER.items()]
-            self.name = gr.Textbox(label="Name of the run", info="Letters, digits, dots, dashes. Empty: the preset and the time.", max_length=100)
+            self.name = gr.Textbox("", label="Name of the run", info="Letters, digits, dots, dashes. Empty: the preset and the time.", max_length=100)
             with gr.Accordion("All other settings", open=False):
                 self.lines = gr.Textbox(
-                    label="One a line, as key=value", lines=3, placeholder="rmu.batch_size=2\nmodel.quantisation=none",
+                    "", label="One a line, as key=value", lines=3, placeholder="rmu.batch_size=2\nmodel.quantisation=none",
                     info="The keys are those of the preset files, described in lowmem_rmu/presets.py.",
                 )  # fmt: skip
         with gr.Accordion("Memory it will take", open=True):

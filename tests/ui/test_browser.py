@@ -75,13 +75,13 @@ def test_from_start_to_a_report_and_an_answer(page: Page, runs_dir: Path, tmp_pa
     page.reload()  # the run is found again
     expect(page.locator(".rmu-done")).to_be_visible(timeout=180_000)
     page.get_by_role("tab", name="Results").click()
-    expect(page.get_by_text("Forgotten", exact=False).first).to_be_visible(timeout=30_000)
+    expect(page.locator(".rmu-results").first).to_be_visible(timeout=30_000)
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the report").click()
     download.value.save_as(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_bytes() == (runs_dir / "mine/report.html").read_bytes()
     page.get_by_role("tab", name="Chat").click()
-    page.get_by_label("Prompt", exact=True).fill("What is the compound for?")
+    page.get_by_placeholder("Ask both sides something").fill("What is the compound for?")
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".parting-base").or_(page.locator(".parting-common")).first).to_be_visible(timeout=120_000)
 
