@@ -1,14 +1,33 @@
 """The same prompt to base and unlearned, from one model."""
 
 import copy
+import json
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_rmu.chat import Sampling, answer, both_sides, encode_prompt
+from lowmem_rmu.chat import (
+    SIDES,
+    ChatModel,
+    Sampling,
+    Turn,
+    answer,
+    as_json,
+    as_markdown,
+    both_sides,
+    check_sampling,
+    encode_prompt,
+    messages_of,
+    parting,
+)
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
@@ -125,3 +144,172 @@ def test_the_adapter_is_on_again_afterwards(adapted: PeftModel, tokenizer: PreTr
         with pytest.raises(ConnectionError):
             next(sides)
     assert torch.equal(adapted(IDS).logits, before)
+
+
+GREEDY = Sampling(max_new_tokens=8)
+LONG = Sampling(max_new_tokens=200)
+TURN = Turn("First?", "of base", "of unlearned", GREEDY)
+
+
+@pytest.fixture
+def chat(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> ChatModel:
+    return ChatModel("a-run", "a/model", adapted, tokenizer)
+
+
+def answering_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "_answer_into" in thread.name]
+
+
+def test_each_side_knows_its_own_answers_only() -> None:
+    for side in SIDES:
+        messages = messages_of(side, [TURN], "Second?", "Be brief.")
+        assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+        assert [message["content"] for message in messages] == ["Be brief.", "First?", f"of {side}", "Second?"]
+    assert messages_of("base", [], PROMPT, "  ") == ASKED
+
+
+def test_a_conversation_goes_on_from_what_each_side_said(chat: ChatModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    first = Turn(PROMPT, **chat.answers(PROMPT, GREEDY), sampling=GREEDY)
+    second = chat.answers("Sure?", GREEDY, [first])
+    assert second["unlearned"] == answer(adapted, tokenizer, messages_of("unlearned", [first], "Sure?"), GREEDY)
+    with adapted.disable_adapter():
+        assert second["base"] == answer(adapted, tokenizer, messages_of("base", [first], "Sure?"), GREEDY)
+
+
+def test_the_stream_gives_growing_answers_one_side_after_the_other(chat: ChatModel) -> None:
+    pieces = list(chat.stream(PROMPT, Sampling(max_new_tokens=24), Event()))
+    assert [side for side, _ in pieces] == sorted(side for side, _ in pieces)
+    for side in SIDES:
+        texts = [text for each, text in pieces if each == side]
+        assert len(texts) > 2
+        assert all(later.startswith(earlier.rstrip()) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert dict(pieces) == chat.answers(PROMPT, Sampling(max_new_tokens=24))
+
+
+def test_a_seed_gives_the_same_answer_again_and_leaves_other_draws_alone(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    drawn = Sampling(max_new_tokens=16, temperature=1.5, seed=3)
+    state = torch.random.get_rng_state()
+    first = answer(base, tokenizer, ASKED, drawn)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert answer(base, tokenizer, ASKED, drawn) == first
+    assert answer(base, tokenizer, ASKED, replace(drawn, seed=4)) != first
+    assert answer(base, tokenizer, ASKED, replace(drawn, temperature=0)) != first
+
+
+@pytest.mark.parametrize("how", ["stopped", "closed", "unloaded"])
+def test_an_answer_ends_in_the_middle_and_the_adapter_is_on_again(chat: ChatModel, adapted: PeftModel, how: str) -> None:
+    before, stop = adapted(IDS).logits, Event()
+    stream = chat.stream(PROMPT, LONG, stop)
+    assert next(stream)[0] == "base"
+    if how == "closed":
+        stream.close()
+    else:
+        stop.set() if how == "stopped" else chat.close()
+        rest = list(stream)
+        assert {side for side, _ in rest} <= {"base"}, "unlearned is not asked any more"
+    assert not answering_threads()
+    assert torch.equal(adapted(IDS).logits, before)
+    if how == "unloaded":
+        with pytest.raises(UserError, match="unloaded meanwhile"):
+            chat.answers(PROMPT, GREEDY)
+    else:
+        assert chat.answers(PROMPT, GREEDY)["base"]
+
+
+def test_an_error_while_answering_reaches_who_asked(chat: ChatModel, adapted: PeftModel) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError
+
+    hook = adapted.register_forward_pre_hook(fail)
+    inner = adapted.get_base_model().register_forward_pre_hook(fail)
+    with pytest.raises(ConnectionError):
+        list(chat.stream(PROMPT, GREEDY, Event()))
+    hook.remove()
+    inner.remove()
+    assert len(set(chat.answers(PROMPT, GREEDY).values())) == 2, "the lock is free and the adapter is on again"
+
+
+def test_one_answer_at_a_time(chat: ChatModel) -> None:
+    alone = chat.answers(PROMPT, LONG)
+    results: dict[int, dict[str, str]] = {}
+
+    def ask(number: int) -> None:
+        results[number] = dict(chat.stream(PROMPT, LONG, Event()))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {1: alone, 2: alone}, "neither saw the other's side of the adapter"
+
+
+def test_who_waits_for_the_turn_can_be_stopped(chat: ChatModel) -> None:
+    first = chat.stream(PROMPT, LONG, Event())
+    next(first)
+    stop = Event()
+    stop.set()
+    begun = time.monotonic()
+    assert list(chat.stream(PROMPT, LONG, stop)) == []
+    assert time.monotonic() - begun < 2
+    first.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        (" ", GREEDY, "The prompt is empty."),
+        (PROMPT, Sampling(max_new_tokens=256), "The length is 256, but the model reads at most 256 tokens, prompt and answer together."),
+        (PROMPT, Sampling(max_new_tokens=250), "tokens long with this prompt, and the answer may take 250 more: the model reads at most 256."),
+        (PROMPT, Sampling(max_new_tokens=0), "The length is 0: give at least 1 token."),
+        (PROMPT, Sampling(temperature=-1), "The temperature is -1: give 0"),
+        (PROMPT, Sampling(temperature=float("nan")), "The temperature is nan: give 0"),
+        (PROMPT, Sampling(max_new_tokens=8, seed=-1), "The seed is -1: give a whole number from 0 to"),
+    ],
+)
+def test_what_cannot_be_answered_is_said_plainly(chat: ChatModel, prompt: str, sampling: Sampling, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        next(chat.stream(prompt, sampling, Event()))
+    assert message in str(error.value)
+
+
+def test_settings_are_checked_without_a_model_too() -> None:
+    check_sampling(Sampling(max_new_tokens=10**6))
+    with pytest.raises(UserError, match="temperature"):
+        check_sampling(Sampling(temperature=float("inf")))
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[-1]['content'] }}", "{{ raise_exception('no system role') }}"])
+def test_a_system_prompt_is_never_lost_without_a_word(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    with pytest.raises(UserError, match="takes no system prompt"):
+        encode_prompt(with_template(tokenizer, template), messages_of("base", [], PROMPT, "Be brief."))
+
+
+@pytest.mark.parametrize(
+    ("base_says", "unlearned_says", "common"),
+    [
+        ("It is red.", "It is blue.", "It is"),
+        ("It is red.", "It is redder.", "It is"),
+        ("Red.", "Blue.", ""),
+        ("Same.", "Same.", "Same."),
+        ("It is", "It is red", "It is"),
+        ("one\ntwo", "one two", "one"),
+        ("", "It", ""),
+    ],
+)
+def test_answers_part_at_a_word(base_says: str, unlearned_says: str, common: str) -> None:
+    assert base_says[: parting(base_says, unlearned_says)] == common
+    assert parting(base_says, unlearned_says) == parting(unlearned_says, base_says)
+
+
+def test_exports_hold_all_of_it() -> None:
+    turns = [TURN, Turn("```\nx", "# <script>", "", Sampling(temperature=0.7, seed=5, system_prompt="Be brief."), stopped=True)]
+    content = json.loads(as_json(turns, "a-run", "a/model"))
+    assert (content["run"], content["model"]) == ("a-run", "a/model")
+    assert [Turn(**(turn | {"sampling": Sampling(**turn["sampling"])})) for turn in content["turns"]] == turns
+    text = as_markdown(turns, "a-run", "a/model")
+    assert "- Run: `a-run`" in text
+    assert "**Unlearned (after)**\n\n```text\nof unlearned\n```" in text
+    assert "````text\n```\nx\n````" in text, "a fence is longer than any that was said"
+    assert "## 2 (stopped early)\n\nSettings: temperature 0.7, at most 256 tokens, seed 5\n\n**System prompt**\n\n```text\nBe brief." in text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from threading import Event, Lock
@@ -34,10 +35,11 @@ SUGGESTED = 2
 """Questions of forgotten topics, and as many of what must be kept."""
 CSS = """
 .chat-panes > * { min-width: min(100%, 260px) !important; }
-.chat-status { border-left: 4px solid var(--border-color-primary); padding-left: 0.75em; }
+.chat-panes button[aria-label="Clear"] { display: none; }
+.prose.chat-status { border-left: 4px solid var(--border-color-primary); padding-left: 0.75em; }
 .parting { max-height: 26em; overflow-y: auto; overflow-wrap: anywhere; white-space: pre-wrap; line-height: 1.5; }
 .parting p { margin: 0 0 0.75em 0; }
-.parting-note, .parting-common { color: var(--body-text-color-subdued); }
+.parting-note, .parting-common { opacity: 0.7; }
 .parting-base, .parting-unlearned { padding-left: 0.75em; border-left: 4px solid #2f6fdb; }
 .parting-unlearned { border-left: 4px dashed #c2570c; }
 .parting b { display: block; }
@@ -76,12 +78,12 @@ class LoadedModel:
                 return self._model
             check_adapter(run)
             needed, free = foretold_bytes(run, device), memory_available(device) + self.bytes
-            if needed > free:
+            if needed > free and preset_of(run).model.device_map != "auto":  # then accelerate finds room
                 raise UserError(
                     f"The chat model of {run.path.name} takes about {gib(needed)}, but {gib(free)} are free on {device}.\n"
                     "Stop a run or close other programs, then load it again."
                 )
-            self._free(f"The chat model was unloaded to make room for that of {run.path.name}.", device)
+            self._free(f"The chat model was unloaded to make room for that of {run.path.name}.")
             with memory_told():
                 self._model = ChatModel.of_run(run, device)
             self._state, self.bytes = _adapter_state(run), needed
@@ -90,9 +92,9 @@ class LoadedModel:
     def unload(self, why: str = ROOM_FOR_A_RUN) -> None:
         """Stops an answer that is being made, and frees the memory; `why` is what the page says from then on."""
         with self._lock:
-            self._free(why, None)
+            self._free(why)
 
-    def _free(self, why: str, device: torch.device | None) -> None:
+    def _free(self, why: str) -> None:
         if self._model is None:
             return
         self._model.close()
@@ -152,7 +154,8 @@ class Conversation:
 
 
 def _shown(prompt: str, answered: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answered}]
+    """Escaped: a pane shows what was written to the letter; as HTML or Markdown it could load pictures from anywhere."""
+    return [{"role": "user", "content": str(escape(prompt))}, {"role": "assistant", "content": str(escape(answered))}]
 
 
 def where_they_part(base: str, unlearned: str) -> str:
@@ -206,7 +209,7 @@ def suggested_prompts(run: RunFolder) -> list[tuple[str, str]]:
     found = [(prompt, prompt) for prompt in evaluation.prompts]
     with suppress(UserError, OSError):  # the files may have gone since the run
         sets = load_questions(evaluation.model_copy(update={"tasks": local}))
-        for role, label in (("forgotten", "Should be forgotten"), ("kept", "Should be kept")):
+        for role, label in (("forgotten", "Forgotten"), ("kept", "Kept")):
             questions = [[each.question for each in one.questions if _stands_alone(each.question)] for one in sets if one.role == role]
             fresh = [question for question in _in_turns(questions) if question not in evaluation.prompts]
             found += [(f"{label}: {question}", question) for question in fresh[:SUGGESTED]]
@@ -275,8 +278,7 @@ class ChatTab:
         with gr.Row(elem_classes="chat-panes"):
             for side in SIDES:
                 with gr.Column(scale=3, min_width=260):
-                    # What a model writes is shown to the letter: as Markdown it could load pictures from anywhere.
-                    self.panes[side] = gr.Chatbot(label=LABELS[side], height=380, render_markdown=False, layout="panel", buttons=["copy"])
+                    self.panes[side] = gr.Chatbot(label=LABELS[side], height=380, render_markdown=False, layout="panel", buttons=[])
             with gr.Column(scale=2, min_width=260):
                 gr.Markdown("**Where they part**")
                 self.parting = gr.HTML(NOTHING_YET)
@@ -308,9 +310,7 @@ class ChatTab:
         """Connects the events."""
         typed = [self.run, self.prompt, self.system_prompt, self.temperature, self.length, self.seed, self.conversation]
         shown = [self.status, self.prompt, *self.panes.values(), self.parting, *self.downloads, self.conversation, self.stop]
-        sending = gr.on(
-            [self.send_button.click, self.prompt.submit], guarded(self.send), typed, shown, api_visibility="private", show_progress="hidden"
-        )
+        sending = self._on(partial(gr.on, [self.send_button.click, self.prompt.submit]), self.send, typed, shown)
         self._on(self.stop_button.click, self.stop_answer, [self.stop], [])
         self._on(self.new_button.click, self.new_conversation, [], shown, cancels=[sending])
         self._on(self.load_button.click, self.load, [self.run], [self.status])
@@ -319,8 +319,9 @@ class ChatTab:
         self._on(self.run.input, self.choose_run, [self.run], [self.suggestions, self.status])
         self._on(self.suggestions.click, self.suggest, [self.suggestions], [self.prompt])
 
-    def _on(self, event: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], **more: Any) -> None:
-        event(guarded(function), inputs, outputs, api_visibility="private", show_progress="hidden", **more)
+    def _on(self, event: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], **more: Any) -> Any:
+        """Neither progress nor a mistake covers a widget: the status line and a message tell of them."""
+        return event(guarded(function), inputs, outputs, api_visibility="private", show_progress_on=[self.send_button], **more)
 
     def refresh(self, chosen: str | None) -> Update:
         """The runs there are now; what was chosen stays chosen where it is still there."""

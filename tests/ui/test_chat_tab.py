@@ -1,0 +1,297 @@
+"""The Chat tab: the one model in memory, what its events give, and the messages for whatever cannot be done."""
+
+import gc
+import json
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import gradio as gr
+import psutil
+import pytest
+import torch
+
+from lowmem_rmu.chat import SIDES, Sampling
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.adapters import add_adapter, save_adapter
+from lowmem_rmu.model.loading import load_model
+from lowmem_rmu.presets import load_preset
+from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.ui import chat
+from lowmem_rmu.ui.chat import ChatTab, Conversation, LoadedModel, ask, build, foretold_bytes, read_sampling, suggested_prompts, where_they_part
+
+CPU = torch.device("cpu")
+PROMPT = "Where does the bird Jinidove nest?"
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of the tiny model with a random adapter, and one that has none yet."""
+    runs_dir, preset = tmp_path_factory.mktemp("runs"), load_preset("tiny")
+    model = add_adapter(load_model(preset.model, CPU), preset.rmu, preset.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    for age, name in enumerate(("newest", "older", "unfinished")):
+        run = RunFolder.create(runs_dir, name)
+        write_json(run.path / "config.json", {"settings": preset.model_dump(mode="json")})
+        os.utime(run.path / "config.json", (1e9 - age, 1e9 - age))
+        if name != "unfinished":
+            save_adapter(model, run.adapter)
+    return runs_dir
+
+
+@pytest.fixture
+def run(runs_dir: Path) -> RunFolder:
+    return RunFolder(runs_dir / "newest")
+
+
+@pytest.fixture
+def holder() -> Iterator[LoadedModel]:
+    holder = LoadedModel()
+    yield holder
+    holder.unload()
+
+
+@pytest.fixture
+def tab(runs_dir: Path, holder: LoadedModel) -> ChatTab:
+    with gr.Blocks(), gr.Tab("Chat"):
+        return build(runs_dir, CPU, holder)
+
+
+def send(tab: ChatTab, prompt: str = PROMPT, conversation: Conversation | None = None, **changed: Any) -> Iterator[dict[Any, Any]]:
+    typed = {"name": "newest", "system_prompt": "", "temperature": 0, "length": 12, "seed": 0} | changed
+    yield from tab.send(prompt=prompt, conversation=conversation or Conversation(), **typed)
+
+
+def merged(updates: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
+    """What every widget holds at the end."""
+    return {widget: value for update in updates for widget, value in update.items()}
+
+
+def test_a_model_is_loaded_once_and_named(holder: LoadedModel, run: RunFolder, runs_dir: Path) -> None:
+    assert (holder.name, holder.bytes, holder.status) == (None, 0, "No chat model is loaded.")
+    model = holder.load(run, CPU)
+    assert holder.load(run, CPU) is model
+    assert (holder.name, holder.bytes) == ("newest", foretold_bytes(run, CPU))
+    assert holder.status.startswith("Loaded: the model of newest. It takes about ")
+    holder.load(RunFolder(runs_dir / "older"), CPU)
+    assert model.is_closed
+    assert holder.name == "older"
+
+
+def test_unloading_frees_the_model(holder: LoadedModel, run: RunFolder) -> None:
+    holder.load(run, CPU).answers(PROMPT, Sampling(max_new_tokens=4))
+    kept = holder.load(run, CPU)  # as a page does that was answering
+    assert kept._parts
+    alive, before = weakref.ref(kept._parts[0]), psutil.Process().memory_info().rss
+    holder.unload()
+    assert alive() is None
+    assert psutil.Process().memory_info().rss <= before
+    assert (holder.name, holder.bytes) == (None, 0)
+    assert holder.status == "The chat model was unloaded to make room for a run."
+
+
+def test_what_it_takes_is_foretold(holder: LoadedModel, run: RunFolder) -> None:
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    holder.load(run, CPU).answers(PROMPT, Sampling(max_new_tokens=64))
+    taken = psutil.Process().memory_info().rss - before
+    assert taken < 1.5 * foretold_bytes(run, CPU) + 16 * 2**20, "beside the libraries' own memory at their first use"
+
+
+def test_a_model_that_does_not_fit_is_refused_and_the_loaded_one_stays(
+    holder: LoadedModel, run: RunFolder, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder.load(RunFolder(runs_dir / "older"), CPU)
+    monkeypatch.setattr(chat, "memory_available", lambda device: 2**20 - holder.bytes)  # a full machine cannot be had otherwise
+    with pytest.raises(UserError, match=r"The chat model of newest takes about \d+ MiB, but 1 MiB are free on cpu."):
+        holder.load(run, CPU)
+    assert holder.name == "older"
+
+
+def test_unloading_stops_an_answer_that_is_being_made(holder: LoadedModel, run: RunFolder) -> None:
+    stream = holder.load(run, CPU).stream(PROMPT, Sampling(max_new_tokens=400, temperature=5.0), Event())
+    next(stream)
+    begun = time.monotonic()
+    holder.unload()
+    assert time.monotonic() - begun < 2
+    assert {side for side, _ in stream} <= {"base"}
+
+
+def test_a_run_made_anew_under_its_name_is_loaded_anew(holder: LoadedModel, run: RunFolder) -> None:
+    first = holder.load(run, CPU)
+    os.utime(run.adapter)
+    assert holder.load(run, CPU) is not first
+
+
+def test_a_conversation_from_the_page(tab: ChatTab, run: RunFolder) -> None:
+    updates = list(send(tab))
+    assert updates[0][tab.status].startswith("Loading the model of newest, about ")
+    assert updates[1][tab.prompt] == ""
+    assert isinstance(updates[1][tab.stop], Event)
+    shown = merged(iter(updates))
+    first = shown[tab.conversation]
+    again = merged(send(tab, "Sure?", first))
+    conversation = again[tab.conversation]
+    assert [turn.prompt for turn in conversation.turns] == [PROMPT, "Sure?"]
+    assert first.turns[0].base != first.turns[0].unlearned
+    for side, pane in tab.panes.items():
+        assert [message["content"] for message in again[pane]][:2] == [PROMPT, first.turns[0].of(side)]
+    assert "goes on" in shown[tab.parting]
+    assert all(again[button].interactive for button in tab.downloads)
+    files = {path.suffix: path for path in (run.path / "conversations").iterdir()}
+    assert files.keys() == {".md", ".json"}, "one conversation, one file of each kind"
+    assert [turn["prompt"] for turn in json.loads(files[".json"].read_text())["turns"]] == [PROMPT, "Sure?"]
+    shutil.rmtree(run.path / "conversations")
+
+
+def test_another_run_begins_another_conversation(tab: ChatTab) -> None:
+    first = merged(send(tab))[tab.conversation]
+    second = merged(send(tab, PROMPT, first, name="older"))[tab.conversation]
+    assert (second.run, len(second.turns)) == ("older", 1)
+    assert second.started != first.started
+
+
+def test_stop_ends_the_answer_and_keeps_what_there_is(tab: ChatTab) -> None:
+    updates = send(tab, length=400, temperature=5.0)
+    seen: dict[Any, Any] = {}
+    for update in updates:
+        seen |= update
+        if tab.stop in update and update[tab.stop]:
+            tab.stop_answer(update[tab.stop])
+    turn = seen[tab.conversation].turns[-1]
+    assert turn.stopped
+    assert not turn.unlearned
+    assert seen[tab.panes["unlearned"]][-1]["content"] == "(nothing)"
+    tab.stop_answer(None)
+
+
+def test_a_closed_page_leaves_nothing_running(tab: ChatTab) -> None:
+    updates = send(tab, length=400, temperature=5.0)
+    assert any(tab.parting in next(updates) for _ in range(4))
+    updates.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if "_answer_into" in thread.name]
+
+
+def test_the_page_says_that_a_run_took_the_memory(tab: ChatTab, holder: LoadedModel) -> None:
+    updates = send(tab, length=400, temperature=5.0)
+    for update in updates:
+        if update.get(tab.stop):
+            break
+    next(updates)
+    holder.unload()
+    shown = merged(updates)
+    assert shown[tab.status] == "The chat model was unloaded to make room for a run."
+    assert shown[tab.conversation].turns[-1].stopped
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompt": "  "}, "The prompt is empty."),
+        ({"name": None}, "No run is chosen."),
+        ({"name": "unfinished"}, "has no adapter yet."),
+        ({"name": "newes"}, 'Did you mean "newest"'),
+        ({"name": "../newest"}, "cannot be the name of a run"),
+        ({"temperature": None}, "The temperature is empty: give a number, 0 or more"),
+        ({"temperature": "warm"}, "The temperature is “warm”: give a number"),
+        ({"temperature": -0.5}, "The temperature is -0.5: give 0"),
+        ({"length": 0}, "The length is 0: give at least 1 token."),
+        ({"length": 1.5}, "The length is “1.5”: give a whole number"),
+        ({"length": 10**5}, "The length is 100000, but the model reads at most 512 tokens"),
+        ({"seed": float("inf")}, "The seed is “inf”: give a whole number"),
+        ({"seed": -1}, "The seed is -1: give a whole number from 0"),
+    ],
+)
+def test_a_mistake_gives_one_clear_message_and_loses_nothing(tab: ChatTab, changed: dict[str, Any], message: str) -> None:
+    updates = list[dict[Any, Any]]()
+    with pytest.raises(UserError) as error:
+        updates.extend(send(tab, **changed))
+    assert message in str(error.value)
+    shown = merged(iter(updates))
+    assert shown.get(tab.prompt, PROMPT) == PROMPT
+    assert tab.conversation not in shown
+
+
+def test_every_event_is_guarded_and_private(tab: ChatTab) -> None:
+    events = list(_blocks_of(tab).fns.values())
+    assert len(events) >= 8
+    assert {each.api_visibility for each in events} == {"private"}
+    with pytest.raises(gr.Error, match="The prompt is empty"):
+        list(next(each.fn for each in events if each.name == "send")("newest", "", "", 0, 8, 0, Conversation()))
+
+
+def _blocks_of(tab: ChatTab) -> gr.Blocks:
+    block: Any = tab.status
+    while block.parent is not None:
+        block = block.parent
+    return block
+
+
+def test_runs_are_offered_newest_first_and_the_choice_stays(tab: ChatTab, runs_dir: Path, tmp_path: Path) -> None:
+    assert tab._run_names() == ["newest", "older"]
+    assert tab.refresh("older")[tab.run].value == "older"
+    refreshed = tab.refresh("gone")
+    assert refreshed[tab.run].value == "newest"
+    assert refreshed.keys() == set(tab.refreshed)
+    assert "That of newest would take about" in refreshed[tab.status]
+    with gr.Blocks():
+        empty = build(tmp_path, CPU, LoadedModel())
+    assert "No run has finished unlearning yet" in empty.refresh(None)[empty.status]
+
+
+def test_load_and_unload_say_what_they_do(tab: ChatTab) -> None:
+    loading, loaded = tab.load("older")
+    assert loading.startswith("Loading the model of older")
+    assert loaded.startswith("Loaded: the model of older")
+    assert tab.unload() == "The chat model was unloaded; its memory is free again."
+    with pytest.raises(UserError, match="No run is chosen"):
+        next(tab.load(None))
+
+
+def test_prompts_are_suggested_for_what_goes_and_what_stays(run: RunFolder) -> None:
+    suggested = suggested_prompts(run)
+    assert suggested[0] == ("What colour is the compound Yarinoxol?",) * 2
+    labels = [label for label, prompt in suggested if label != prompt]
+    assert [label.partition(":")[0] for label in labels] == ["Forgotten"] * 2 + ["Kept"] * 2
+    assert len({prompt for _, prompt in suggested}) == len(suggested)
+
+
+def test_where_they_part_is_escaped_and_marked_by_more_than_colour() -> None:
+    html = where_they_part("It is <script>alert(1)</script>", "It is <img src=x>")
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "It is</p>" in html
+    assert "Base (before) goes on:</b>&lt;script&gt;" in html
+    assert "Unlearned (after) goes on:</b>&lt;img src=x&gt;" in html
+    assert "the same, word for word" in where_they_part("<b>", "<b>")
+    assert "<b>" not in where_they_part("<b>", "<b>")
+    assert "They part at the first word." in where_they_part("Red", "Blue")
+    assert "(nothing more)" in where_they_part("Red", "Red and blue")
+
+
+def test_panes_show_markup_to_the_letter(tab: ChatTab) -> None:
+    shown = merged(send(tab, "<script>alert(1)</script>"))
+    assert shown[tab.panes["base"]][0]["content"] == "&lt;script&gt;alert(1)&lt;/script&gt;"
+
+
+def test_the_api_answers_as_the_page_does(tab: ChatTab, holder: LoadedModel, runs_dir: Path) -> None:
+    answers = ask(holder, runs_dir, CPU, "newest", PROMPT, 12, 0.0, 0)
+    assert list(answers) == list(SIDES)
+    turn = merged(send(tab))[tab.conversation].turns[0]
+    assert answers == {side: turn.of(side) for side in SIDES}
+    with pytest.raises(UserError, match="The length is 0"):
+        ask(holder, runs_dir, CPU, "newest", PROMPT, 0, 0.0, 0)
+
+
+def test_fields_become_settings() -> None:
+    assert read_sampling("Be brief.", "0.7", 12.0, "3") == Sampling(12, 0.7, 3, "Be brief.")
+    assert read_sampling(None, 0, 256, 0) == Sampling()
