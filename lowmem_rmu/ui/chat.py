@@ -35,7 +35,7 @@ SUGGESTED = 2
 """Questions of forgotten topics, and as many of what must be kept."""
 CSS = """
 .chat-panes > * { min-width: min(100%, 260px) !important; }
-.chat-panes button[aria-label="Clear"] { display: none !important; }
+.chat-panes button[aria-label="Clear"] { display: none; }
 .prose.chat-status { border-left: 4px solid var(--border-color-primary); padding-left: 0.75em; }
 .parting { max-height: 26em; overflow-y: auto; overflow-wrap: anywhere; white-space: pre-wrap; line-height: 1.5; }
 .parting p { margin: 0 0 0.75em 0; }
