@@ -57,15 +57,19 @@ def launch(host: str, port: int, runs_dir: Path, login: tuple[str, str] | None, 
 
     from lowmem_rmu.errors import UserError
     from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.ui.chat import LoadedModel, room_made
     from lowmem_rmu.ui.page import FONTS, build_page, style
 
-    page = build_page(runs_dir, resolve_device(device))
+    on, model = resolve_device(device), LoadedModel()
+    page = build_page(runs_dir, on, model)
+    print(f"Opening http://{host}:{port}", file=sys.stderr)
     try:
-        page.launch(
-            server_name=host, server_port=port, auth=login, share=share, theme=gr.themes.Base(**FONTS), css=style(), footer_links=[],
-            max_file_size="50mb", allowed_paths=[], strict_cors=True, run_history=False, enable_monitoring=False, ssr_mode=False,
-            pwa=False, mcp_server=False, show_error=False,
-        )  # fmt: skip
+        with room_made(model, runs_dir, on):
+            page.launch(
+                server_name=host, server_port=port, auth=login, share=share, theme=gr.themes.Base(**FONTS), css=style(), footer_links=[],
+                max_file_size="50mb", allowed_paths=[], strict_cors=True, run_history=False, enable_monitoring=False, ssr_mode=False,
+                pwa=False, mcp_server=False, show_error=False, quiet=not share,
+            )  # fmt: skip
     except OSError as error:
         raise UserError(f"The app cannot listen on {host}:{port}: {error}\nIs it running already? Try --port {port + 1}.") from error
 

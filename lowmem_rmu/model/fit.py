@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.memory import StageNeed, gib, memory_available, plan
+from lowmem_rmu.model.memory import StageNeed, gib, memory_available, peak_of, plan
 from lowmem_rmu.presets import Preset
 
 Settings = dict[str, Any]
@@ -24,7 +24,7 @@ def check_fits(preset: Preset, device: torch.device, stages: Sequence[str]) -> N
     if fitting:
         raise UserError(f"{begin}Any one of these makes it fit:{_listed(fitting)}")
     together = _together(preset, device, stages, free)
-    peak = _peak(changed_plan(preset, device, stages, together))
+    peak = peak_of(changed_plan(preset, device, stages, together))
     if peak <= free:
         raise UserError(f"{begin}Together these make it fit:{_listed([(together, peak)])}")
     raise UserError(f"{begin}Even this is {gib(peak - free)} too much:{_listed([(together, peak)])}")
@@ -32,8 +32,8 @@ def check_fits(preset: Preset, device: torch.device, stages: Sequence[str]) -> N
 
 def out_of_memory(preset: Preset, device: torch.device, stages: Sequence[str], stage: str) -> UserError:
     """What needs less, after the device ran out of memory in a stage of the run."""
-    free, needed = memory_available(device), _peak(plan(preset, device, stages), stage)
-    less = [(kind[0], peak) for kind in savings(preset) if 0 < (peak := _peak(changed_plan(preset, device, stages, kind[0]), stage)) < needed]
+    free, needed = memory_available(device), peak_of(plan(preset, device, stages), stage)
+    less = [(kind[0], peak) for kind in savings(preset) if 0 < (peak := peak_of(changed_plan(preset, device, stages, kind[0]), stage)) < needed]
     begin = f"Out of memory in the stage {stage}: the plan foretells {gib(needed)}, {gib(free)} are free on {device} now."
     return UserError(f"{begin}\nAny one of these needs less:{_listed(less)}" if less else begin)
 
@@ -82,7 +82,7 @@ def _fitting(preset: Preset, device: torch.device, stages: Sequence[str], free: 
         for settings in kind:
             needs = changed_plan(preset, device, stages, settings)
             if needs and not _excess(needs, free):
-                yield settings, _peak(needs)
+                yield settings, peak_of(needs)
                 break
 
 
@@ -100,10 +100,6 @@ def _together(preset: Preset, device: torch.device, stages: Sequence[str], free:
 def _excess(needs: list[StageNeed], free: int) -> int:
     """Bytes that are missing, over all stages."""
     return sum(max(0, need.total - free) for need in needs)
-
-
-def _peak(needs: list[StageNeed], stage: str | None = None) -> int:
-    return max((need.total for need in needs if stage in (None, need.stage)), default=0)
 
 
 def _listed(savings: list[tuple[Settings, int]]) -> str:

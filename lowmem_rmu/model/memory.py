@@ -80,6 +80,11 @@ class StageNeed:
         return self.weights + self.working + self.cache
 
 
+def peak_of(needs: list[StageNeed], stage: str | None = None) -> int:
+    """Bytes at the peak of a stage, or of all of them."""
+    return max((need.total for need in needs if stage in (None, need.stage)), default=0)
+
+
 def memory_in_use(device: torch.device) -> int:
     """Bytes at the peak since `reset_peak`: of the GPU's allocator, or of this process (where its system tells no peak: now)."""
     if device.type == "cuda":

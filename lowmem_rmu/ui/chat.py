@@ -3,17 +3,18 @@
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 import gradio as gr
 import torch
+from gradio.processing_utils import save_bytes_to_cache
 from markupsafe import escape
 
 from lowmem_rmu.chat import SIDES, ChatModel, Sampling, Turn, as_json, as_markdown, check_adapter, check_prompt, check_sampling, memory_told, parting
@@ -21,14 +22,17 @@ from lowmem_rmu.data.questions import load_questions
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.memory import config_for_plan, gib, memory_available, plan
 from lowmem_rmu.model.shards import give_back_freed_memory
-from lowmem_rmu.presets import SMALLEST_BATCH, Preset, is_local, recorded_preset
+from lowmem_rmu.presets import SMALLEST_BATCH, is_local
 from lowmem_rmu.runs import RunFolder, write_atomically
+from lowmem_rmu.turns import POLL_SECONDS, tickets
+from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.guard import guarded
 
 LABELS = {"base": "Base (before)", "unlearned": "Unlearned (after)"}
 ROOM_FOR_A_RUN = "The chat model was unloaded to make room for a run."
 BY_BUTTON = "The chat model was unloaded; its memory is free again."
 NOTHING_YET = '<p class="parting-note">The place where the two answers part shows up here.</p>'
+REFRESH_SECONDS = 3.0
 CONVERSATION_TOKENS = 2048
 """Of a conversation that the foretold memory has room for."""
 SUGGESTED = 2
@@ -78,9 +82,12 @@ class LoadedModel:
                 return self._model
             check_adapter(run)
             needed, free = foretold_bytes(run, device), memory_available(device) + self.bytes
-            if needed > free and preset_of(run).model.device_map != "auto":  # then accelerate finds room
+            under_way = next(iter(tickets(run.path.parent)), None)
+            taken = jobs.needed_by(under_way, device) or 0 if under_way else 0  # it may not have taken all of it yet
+            if needed + taken > free and jobs.preset_of(run).model.device_map != "auto":  # then accelerate finds room
+                beside = f" beside the {gib(taken)} of run {under_way.name}" if under_way and taken else ""
                 raise UserError(
-                    f"The chat model of {run.path.name} takes about {gib(needed)}, but {gib(free)} are free on {device}.\n"
+                    f"The chat model of {run.path.name} takes about {gib(needed)}{beside}, but {gib(free)} are free on {device}.\n"
                     "Stop a run or close other programs, then load it again."
                 )
             self._free(f"The chat model was unloaded to make room for that of {run.path.name}.")
@@ -94,6 +101,11 @@ class LoadedModel:
         with self._lock:
             self._free(why)
 
+    def make_room(self, needed: int | None, device: torch.device) -> None:
+        """Unloads where so many bytes are not free; None: who knows how many."""
+        if self.name and (needed is None or needed > memory_available(device)):
+            self.unload()
+
     def _free(self, why: str) -> None:
         if self._model is None:
             return
@@ -105,6 +117,28 @@ class LoadedModel:
         give_back_freed_memory()
 
 
+@contextmanager
+def room_made(model: LoadedModel, runs_dir: Path, device: torch.device) -> Iterator[None]:
+    """While it lasts, the model goes as soon as a run's turn comes that needs its memory, whoever started the run."""
+    ended = Event()
+
+    def watch() -> None:
+        known = None
+        while not ended.wait(POLL_SECONDS):
+            first = next(iter(tickets(runs_dir)), None)
+            if first and first != known:
+                model.make_room(jobs.needed_by(first, device), device)
+            known = first
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def _adapter_state(run: RunFolder) -> tuple[Path, int] | None:
     """Changes when the run is made anew under its old name."""
     return (run.path.resolve(), run.adapter.stat().st_mtime_ns) if run.adapter.exists() else None
@@ -112,16 +146,12 @@ def _adapter_state(run: RunFolder) -> tuple[Path, int] | None:
 
 def foretold_bytes(run: RunFolder, device: torch.device) -> int:
     """What the chat model will take, while it answers too."""
-    preset = preset_of(run)
+    preset = jobs.preset_of(run)
     context = getattr(config_for_plan(preset), "max_position_embeddings", CONVERSATION_TOKENS)
     tokens = min(context, CONVERSATION_TOKENS)
     chatting: dict[str, Any] = {"tasks": {}, "prompts": ["A prompt"], "batch_tokens": SMALLEST_BATCH, "max_new_tokens": tokens}
     asked = preset.model_copy(update={"evaluation": preset.evaluation.model_copy(update=chatting)})
     return plan(asked, device, ["evaluate-unlearned"])[0].total
-
-
-def preset_of(run: RunFolder) -> Preset:
-    return recorded_preset(run.config["settings"], run.path)
 
 
 @dataclass(frozen=True)
@@ -141,7 +171,7 @@ class Conversation:
         """A pane's messages."""
         return [message for turn in self.turns for message in _shown(turn.prompt, turn.of(side) or "(nothing)")]
 
-    def save(self, run: RunFolder) -> list[str]:
+    def save(self, run: RunFolder) -> list[Path]:
         """Writes it into the run's folder, as Markdown and as JSON; gives the two paths."""
         folder = run.path / "conversations"
         try:
@@ -150,7 +180,7 @@ class Conversation:
                 write_atomically(folder / f"{self.started}.{ending}", form(self.turns, self.run, self.model_name))
         except OSError as error:
             raise UserError(f"The conversation cannot be written to {folder}: {error.strerror}.") from error
-        return [str(folder / f"{self.started}.{ending}") for ending in ("md", "json")]
+        return [folder / f"{self.started}.{ending}" for ending in ("md", "json")]
 
 
 def _shown(prompt: str, answered: str) -> list[dict[str, str]]:
@@ -204,7 +234,7 @@ def _quoted(value: Any) -> str:
 
 def suggested_prompts(run: RunFolder) -> list[tuple[str, str]]:
     """`(label, prompt)`: the preset's own, then questions of forgotten topics and of what must be kept, as far as they lie on this machine."""
-    evaluation = preset_of(run).evaluation
+    evaluation = jobs.preset_of(run).evaluation
     local = {name: task for name, task in evaluation.tasks.items() if is_local(task.source)}
     found = [(prompt, prompt) for prompt in evaluation.prompts]
     with suppress(UserError, OSError):  # the files may have gone since the run
@@ -272,6 +302,7 @@ class ChatTab:
                 self.load_button = gr.Button("Load", size="sm", min_width=80)
                 self.unload_button = gr.Button("Unload", size="sm", min_width=80)
         self.status = gr.Markdown(self.model.status, elem_classes="chat-status")
+        self.seen, self.timer = gr.State(""), gr.Timer(REFRESH_SECONDS)
 
     def _add_panes(self) -> None:
         self.panes = {}
@@ -318,6 +349,7 @@ class ChatTab:
         self._on(self.refresh_button.click, self.refresh, [self.run], self.refreshed)
         self._on(self.run.input, self.choose_run, [self.run], [self.suggestions, self.status])
         self._on(self.suggestions.click, self.suggest, [self.suggestions], [self.prompt])
+        self._on(self.timer.tick, self.tick, [self.seen], [self.status, self.seen], queue=False)
 
     def _on(self, event: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], **more: Any) -> Any:
         """Neither progress nor a mistake covers a widget: the status line and a message tell of them."""
@@ -328,6 +360,11 @@ class ChatTab:
         names = self._run_names()
         chosen = chosen if chosen in names else next(iter(names), None)
         return {self.run: gr.Dropdown(choices=names, value=chosen)} | self.choose_run(chosen)
+
+    def tick(self, seen: str) -> tuple[Any, Any]:
+        """Another page, or a run, may have loaded or unloaded the model."""
+        now = self.model.status
+        return (now if seen else gr.skip(), now) if now != seen else (gr.skip(), gr.skip())
 
     def choose_run(self, name: str | None) -> Update:
         prompts = suggested_prompts(chosen_run(self.runs_dir, name)) if name else []
@@ -386,8 +423,10 @@ class ChatTab:
         turn = replace(turn, stopped=stop.is_set() or model.is_closed)
         conversation = replace(conversation, turns=(*conversation.turns, turn))
         yield {self.conversation: conversation, self.stop: None, self.status: self.model.status} | self._finished(conversation)
-        paths = conversation.save(run)
-        yield {button: gr.DownloadButton(value=path, interactive=True) for button, path in zip(self.downloads, paths, strict=True)}
+        # Gradio serves files from its own cache, wherever the runs lie.
+        copies = [save_bytes_to_cache(path.read_bytes(), f"{conversation.run}-{path.name}", button.GRADIO_CACHE)
+                  for button, path in zip(self.downloads, conversation.save(run), strict=True)]
+        yield {button: gr.DownloadButton(value=copy, interactive=True) for button, copy in zip(self.downloads, copies, strict=True)}
 
     def _panes(self, conversation: Conversation, turn: Turn) -> Update:
         """While it is being answered."""

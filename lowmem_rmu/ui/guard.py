@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -31,13 +32,19 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     return streamed if inspect.isgeneratorfunction(function) else plain
 
 
+def on_the_page(message: str) -> str:
+    """A message whose options of the command line are said in the page's words."""
+    lines = [line for line in message.splitlines() if not line.strip().startswith("--stages")]
+    return re.sub(r"(python -m lowmem_rmu\.run \S+ )?--resume --name \S+", "Resume, under Runs.", "\n".join(lines)).replace("--set ", "")
+
+
 @contextmanager
 def _shown() -> Iterator[None]:
     try:
         yield
     except UserError as error:
         # The page shows it as HTML, and may quote what somebody typed.
-        raise gr.Error(str(escape(str(error))), title="That did not work", duration=None, print_exception=False) from None
+        raise gr.Error(str(escape(on_the_page(str(error)))), title="That did not work", duration=None, print_exception=False) from None
     except gr.Error:
         raise
     except Exception as error:

@@ -10,10 +10,12 @@ from pathlib import Path
 from threading import Thread
 
 import psutil
+import torch
 import yaml
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Preset
+from lowmem_rmu.model.memory import peak_of, plan
+from lowmem_rmu.presets import Preset, load_preset, recorded_preset
 from lowmem_rmu.runs import STAGES, RunFolder, read_lines
 from lowmem_rmu.turns import Ticket, one_at_a_time, take_ticket, tickets
 
@@ -86,15 +88,35 @@ def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "au
     _launch(folder, preset_name, device, resume=False)
 
 
+def preset_of(folder: RunFolder) -> Preset:
+    """The settings of a run, or of one whose turn has not come. Raises UserError where it holds none."""
+    if not folder.is_reserved:
+        return recorded_preset(folder.config["settings"], folder.path)
+    return load_preset(str(_preset_file(folder)))
+
+
+def _preset_file(folder: RunFolder) -> Path:
+    preset_file = next(iter(folder.path.glob("*.yaml")), None)
+    if preset_file is None:
+        raise UserError(f"Run {folder.path.name} holds no settings to go on with.\nDelete it, and start a new one.")
+    return preset_file
+
+
+def needed_by(ticket: Ticket, device: torch.device) -> int | None:
+    """Bytes that the run takes at its peak; None where its settings are not known yet."""
+    folder = RunFolder(ticket.path.parent.parent / ticket.name)
+    try:
+        return peak_of(plan(preset_of(folder), device))
+    except (UserError, OSError):  # begun from the command line just now, or gone just now
+        return None
+
+
 def resume(folder: RunFolder) -> None:
     """Goes on with a run that was stopped or interrupted. Raises UserError where it is under way, or has nothing to go on with."""
     if state_of(folder).is_live:
         raise UserError(f"Run {folder.path.name} is under way already.")
     if folder.is_reserved:
-        preset_file = next(iter(folder.path.glob("*.yaml")), None)
-        if preset_file is None:
-            raise UserError(f"Run {folder.path.name} holds no settings to go on with.\nDelete it, and start a new one.")
-        _launch(folder, preset_file.stem, "auto", resume=False)
+        _launch(folder, _preset_file(folder).stem, "auto", resume=False)
     else:
         preset_name, device = folder.config["preset"], folder.config["device"]
         (folder.path / f"{preset_name}.yaml").write_text(yaml.safe_dump(folder.config["settings"], sort_keys=False), encoding="utf-8")

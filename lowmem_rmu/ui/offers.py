@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.memory import StageNeed, config_for_plan, count_weights, gib, memory_available, plan
+from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available, peak_of, plan
 from lowmem_rmu.presets import Preset, load_preset, preset_names
 
 TIGHT = 0.85
@@ -38,11 +38,7 @@ def offers(device: torch.device) -> list[Offer]:
 def _offer(name: str, device: torch.device) -> Offer:
     preset = load_preset(name)
     parameters = count_weights(config_for_plan(preset), preset.rmu.modules).total()
-    return Offer(name, preset.title, tuple(preset.topics), parameters, peak(plan(preset, device)), peak(plan(preset, torch.device("cuda"))))
-
-
-def peak(needs: list[StageNeed]) -> int:
-    return max(need.total for need in needs)
+    return Offer(name, preset.title, tuple(preset.topics), parameters, peak_of(plan(preset, device)), peak_of(plan(preset, torch.device("cuda"))))
 
 
 def fit(needed: int, free: int) -> str:
@@ -108,10 +104,7 @@ def chosen(preset_name: str | None, changes: dict[str, Any], lines: str = "") ->
         raise UserError("Choose one of the presets first.")
     given = [f"{path}={'null' if value is None else value}" for path, value in changes.items()]
     given += [line.strip() for line in lines.splitlines() if line.strip() and not line.strip().startswith("#")]
-    try:
-        preset = load_preset(preset_name, given)
-    except UserError as error:
-        raise UserError(str(error).replace("--set ", "")) from error
+    preset = load_preset(preset_name, given)
     if _places(preset.model_dump()) != _places(load_preset(preset_name).model_dump()):
         raise UserError(
             "A setting names another model, text or questions: that cannot be done from the page.\n"
@@ -136,7 +129,7 @@ def plan_html(preset: Preset, device: torch.device) -> str:
         f"<td>{gib(need.cache) if need.cache else '–'}</td><td><strong>{gib(need.total)}</strong></td></tr>"
         for need in needs
     )
-    words = fit(peak(needs), free)
+    words = fit(peak_of(needs), free)
     head = "".join(f"<th scope='col'>{each}</th>" for each in ("Stage", "Model", "Working", "Cache", "Together"))
-    verdict = f"<p class='rmu-fit'><strong>{words.capitalize()}</strong>: {gib(peak(needs))} at most, {gib(free)} free on this machine now.</p>"
+    verdict = f"<p class='rmu-fit'><strong>{words.capitalize()}</strong>: {gib(peak_of(needs))} at most, {gib(free)} free on this machine now.</p>"
     return f"{verdict}<div class='rmu-scroll' tabindex='0'><table class='rmu-table'><thead>{head}</thead><tbody>{rows}</tbody></table></div>"

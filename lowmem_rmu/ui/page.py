@@ -6,9 +6,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from lowmem_rmu.model.fit import check_fits
 from lowmem_rmu.report import app_stylesheet
-from lowmem_rmu.runs import STAGES
 from lowmem_rmu.ui import chat, jobs, offers, results, unlearn
 from lowmem_rmu.ui.export import ExportTab
 from lowmem_rmu.ui.guard import guarded
@@ -36,15 +34,15 @@ def style() -> str:
     return CSS + chat.CSS + app_stylesheet()
 
 
-def build_page(runs_dir: Path, device: torch.device) -> gr.Blocks:
+def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) -> gr.Blocks:
     """The page over a runs folder, whose runs and chat model are on `device`."""
-    model = chat.LoadedModel()
+    unlearning = unlearn.Unlearning(runs_dir, device, model)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        add_api(runs_dir, device, model)  # first, or a button's event would take its names
+        add_api(unlearning)  # first, or a button's event would take its names
         gr.Markdown("# lowmem-rmu\nMake a chat model forget, see what it still knows, and talk to it before and after.")
         with gr.Tabs() as tabs:
             with gr.Tab("Unlearn", id="unlearn"):
-                unlearn_tab = unlearn.UnlearnTab(runs_dir, device, model.unload)
+                unlearn_tab = unlearn.UnlearnTab(unlearning)
             with gr.Tab("Results", id="results") as results_item:
                 results_tab = results.build(runs_dir)
             with gr.Tab("Chat", id="chat") as chat_item:
@@ -52,10 +50,10 @@ def build_page(runs_dir: Path, device: torch.device) -> gr.Blocks:
             with gr.Tab("Export", id="export") as export_item:
                 export_tab = ExportTab(runs_dir)
             with gr.Tab("Runs", id="runs") as runs_item:
-                runs_tab = RunsTab(runs_dir, model.unload)
+                runs_tab = RunsTab(runs_dir)
         unlearn_tab.wire(page.load)
         results_tab.refresh_on(results_item.select, page.load)
-        chat_item.select(guarded(chat_tab.refresh), [chat_tab.run], chat_tab.refreshed, api_visibility="private")
+        gr.on([chat_item.select, page.load], guarded(chat_tab.refresh), [chat_tab.run], chat_tab.refreshed, api_visibility="private")
         export_tab.wire(export_item.select)
         runs_tab.wire(runs_item.select, page.load)
         opened = results_tab.open_on(runs_tab.open_button.click, runs_tab.run)
@@ -63,8 +61,9 @@ def build_page(runs_dir: Path, device: torch.device) -> gr.Blocks:
     return page
 
 
-def add_api(runs_dir: Path, device: torch.device, model: chat.LoadedModel) -> None:
+def add_api(unlearning: unlearn.Unlearning) -> None:
     """The endpoints that `gradio_client` sees, each documented by its function's docstring."""
+    runs_dir, device = unlearning.runs_dir, unlearning.device
 
     def list_presets() -> list[dict]:
         """All presets with what they forget, the memory they need, and whether they fit this machine."""
@@ -72,10 +71,7 @@ def add_api(runs_dir: Path, device: torch.device, model: chat.LoadedModel) -> No
 
     def start(preset: str, name: str = "", settings: str = "") -> dict:
         """Starts a run of a preset, or puts it in the queue. settings: key=value a line. Gives the run's state with its name."""
-        if not jobs.tickets(runs_dir):
-            model.unload()
-            check_fits(offers.chosen(preset, {}, settings), device, STAGES)
-        folder = unlearn.start(runs_dir, preset, {}, settings, Own([], [], ""), name.strip() or None, device.type)
+        folder = unlearning.start(preset, offers.chosen(preset, {}, settings), Own([], [], ""), name)
         return vars(jobs.state_of(folder))
 
     def status(run: str) -> dict:
@@ -89,7 +85,7 @@ def add_api(runs_dir: Path, device: torch.device, model: chat.LoadedModel) -> No
 
     def ask(run: str, prompt: str, max_new_tokens: float = 128, temperature: float = 0.0, seed: float = 0) -> dict:
         """The answers of a run's model before and after unlearning: base and unlearned."""
-        return chat.ask(model, runs_dir, device, run, prompt, int(max_new_tokens), temperature, int(seed))
+        return chat.ask(unlearning.chat_model, runs_dir, device, run, prompt, int(max_new_tokens), temperature, int(seed))
 
     def run_results(run: str) -> dict:
         """What a finished run came to: its summary.json."""

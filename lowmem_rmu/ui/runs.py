@@ -43,8 +43,8 @@ def _size(folder: RunFolder) -> str:
 class RunsTab:
     """The tab's widgets, and what its events do."""
 
-    def __init__(self, runs_dir: Path, before_start: Callable[[], None]) -> None:
-        self.runs_dir, self.before_start = runs_dir, before_start
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
         self.table = gr.Dataframe(headers=COLUMNS, value=[], interactive=False, wrap=True, label="Runs")
         self.run = gr.Dropdown([], label="Run", info="What the buttons below are for.")
         with gr.Row():
@@ -82,9 +82,7 @@ class RunsTab:
         return yaml.safe_dump(folder.config["settings"], sort_keys=False, allow_unicode=True)
 
     def resume(self, name: str | None) -> tuple[Any, Any]:
-        folder = jobs.find(self.runs_dir, name)
-        self.before_start()
-        jobs.resume(folder)
+        jobs.resume(jobs.find(self.runs_dir, name))
         return self.refresh(name)
 
     def rename(self, name: str | None, new_name: str) -> tuple[Any, Any]:

@@ -75,6 +75,14 @@ def copied(files: Sequence[str], to: Path) -> Corpus:
     return Corpus(source=str(to.resolve()))
 
 
+def texts_among(files: Sequence[str]) -> list[str]:
+    """Of a folder's files those that are text. Raises UserError where there are none."""
+    found = [file for file in files if Path(file).suffix.lower() in TEXT_FILES]
+    if not found:
+        raise UserError(f"There is no text in this folder.\nGive one with {', '.join(TEXT_FILES)} files.")
+    return found
+
+
 def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
     """What was read, as HTML: files, documents, tokens, and the beginnings of some. Raises UserError for what cannot be read."""
     if not files:

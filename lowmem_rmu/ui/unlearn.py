@@ -1,18 +1,25 @@
 """The tab where a run begins: a preset, own text, settings and what they cost; and what the run is doing."""
 
+import html
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
 
+from lowmem_rmu.data.corpora import TEXT_FILES
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.fit import check_fits
+from lowmem_rmu.model.memory import peak_of, plan
 from lowmem_rmu.presets import Preset, load_preset
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs import STAGES, RunFolder
+from lowmem_rmu.turns import tickets
 from lowmem_rmu.ui import jobs, live, offers
-from lowmem_rmu.ui.guard import guarded
-from lowmem_rmu.ui.texts import Own, describe, with_own_text
+from lowmem_rmu.ui.chat import LoadedModel
+from lowmem_rmu.ui.guard import guarded, on_the_page
+from lowmem_rmu.ui.texts import Own, describe, texts_among, with_own_text
 
 DEFAULT = "tiny"
 REFRESH_SECONDS = 1.5
@@ -29,17 +36,28 @@ MATTER = {
 WHOLE = ("rmu.steps", "rmu.rank", "evaluation.limit", "rmu.seed")
 
 
-def start(runs_dir: Path, preset_name: str, changes: dict[str, Any], lines: str, own: Own, name: str | None, device: str) -> RunFolder:
-    """Checks everything, then starts the run's process. Raises UserError; nothing is left behind then."""
-    preset = offers.chosen(preset_name, changes, lines)
-    folder = jobs.reserve(runs_dir, preset_name, name)
-    try:
-        preset = with_own_text(preset, own, folder)
-    except BaseException:
-        jobs.delete(folder)
-        raise
-    jobs.start(folder, preset_name, preset, device)
-    return folder
+@dataclass(frozen=True)
+class Unlearning:
+    """Where runs go, and what they share the device with."""
+
+    runs_dir: Path
+    device: torch.device
+    chat_model: LoadedModel
+
+    def start(self, preset_name: str, preset: Preset, own: Own, name: str) -> RunFolder:
+        """Checks everything, then starts the run's process. Raises UserError; nothing is left behind then."""
+        if not tickets(self.runs_dir):  # else it waits, and looks again once its turn has come
+            self.chat_model.make_room(peak_of(plan(preset, self.device)), self.device)
+            check_fits(preset, self.device, STAGES)
+        folder = jobs.reserve(self.runs_dir, preset_name, name.strip() or None)
+        try:
+            preset = with_own_text(preset, own, folder)
+        except BaseException:
+            jobs.delete(folder)
+            raise
+        jobs.start(folder, preset_name, preset, self.device.type)
+        return folder
+
 
 
 def values_of(preset: Preset) -> list[Any]:
@@ -63,8 +81,8 @@ def changes_of(preset_name: str, values: list[Any]) -> dict[str, Any]:
 class UnlearnTab:
     """The tab's widgets, and what its events do."""
 
-    def __init__(self, runs_dir: Path, device: torch.device, before_start: Callable[[], None]) -> None:
-        self.runs_dir, self.device, self.before_start = runs_dir, device, before_start
+    def __init__(self, unlearning: Unlearning) -> None:
+        self.unlearning, self.runs_dir, self.device = unlearning, unlearning.runs_dir, unlearning.device
         self._add_presets()
         self._add_texts()
         self._add_settings()
@@ -87,13 +105,19 @@ class UnlearnTab:
 
     def _drop(self, label: str) -> tuple[gr.File, gr.HTML]:
         with gr.Column(min_width=260):
-            return gr.File(label=label, file_count="multiple", file_types=[".txt", ".md", ".jsonl"], height=140), gr.HTML()
+            files, shown = gr.File(label=label, file_count="multiple", file_types=list(TEXT_FILES), height=140), gr.HTML()
+            folder = gr.UploadButton(f"{label}: a whole folder", file_count="directory", size="sm")
+            folder.upload(guarded(texts_among), [folder], [files], **QUIET)
+            return files, shown
 
     def _add_settings(self) -> None:
         values = dict(zip(MATTER, values_of(load_preset(DEFAULT)), strict=True))
         with gr.Accordion("3. Settings", open=False):
             with gr.Row():
-                self.fields = [gr.Number(values[path], label=name, info=info, min_width=220) for path, (name, info) in MATTER.items()]
+                # Without a placeholder the page shows, and sends, 0 for what is not set.
+                self.fields = [
+                    gr.Number(values[path], label=name, info=info, placeholder="not set", min_width=220) for path, (name, info) in MATTER.items()
+                ]
             self.name = gr.Textbox("", label="Name of the run", info="Letters, digits, dots, dashes. Empty: the preset and the time.", max_length=100)
             with gr.Accordion("All other settings", open=False):
                 self.lines = gr.Textbox(
@@ -112,7 +136,7 @@ class UnlearnTab:
         self.progress = gr.HTML("<p>No run yet.</p>")
         with gr.Row():
             self.plots = [self._plot(title) for title in ("Forget loss", "Retain loss", "Activation norm")]
-        self.seen = gr.State("")
+        self.seen = gr.State(("", []))
         self.timer = gr.Timer(REFRESH_SECONDS)
 
     def _plot(self, title: str) -> gr.LinePlot:
@@ -122,7 +146,7 @@ class UnlearnTab:
     def wire(self, load: Callable[..., Any]) -> None:
         """Connects the events; `load` is that of the page."""
         settings: list[Any] = [self.preset, self.lines, *self.fields]
-        shown = [self.progress, *self.plots, self.seen]
+        shown = [self.progress, *self.plots, self.run, self.seen]
         self.preset.change(guarded(lambda name: values_of(load_preset(name))), [self.preset], self.fields, **QUIET)
         gr.on([each.change for each in settings], guarded(self.show_plan), settings, [self.plan], trigger_mode="always_last", **QUIET)
         for files, what, told in ((self.forget, "the forget set", self.forget_shown), (self.retain, "the retain set", self.retain_shown)):
@@ -136,7 +160,11 @@ class UnlearnTab:
         gr.on([load, self.run.focus], guarded(self.refresh), [self.run], [self.run], queue=False, **QUIET)
 
     def show_plan(self, preset_name: str, lines: str, *values: Any) -> str:
-        return offers.plan_html(offers.chosen(preset_name, changes_of(preset_name, list(values)), lines), self.device)
+        """A mistake is told in the plan's place: nobody wants a message for every key."""
+        try:
+            return offers.plan_html(offers.chosen(preset_name, changes_of(preset_name, list(values)), lines), self.device)
+        except UserError as error:
+            return f"<p class='rmu-error'>{html.escape(on_the_page(str(error)))}</p>"
 
     def _describer(self, what: str) -> Callable[[list[str] | None, str], str]:
         return lambda files, preset_name: describe(files, load_preset(preset_name), what)
@@ -147,9 +175,8 @@ class UnlearnTab:
         if forget and not topic.strip():
             raise UserError("Say in a word or two what your text is about.")
         own = Own(forget or [], retain or [], topic)
-        self.before_start()
-        changes = changes_of(preset_name, list(values)) if preset_name else {}
-        folder = start(self.runs_dir, preset_name, changes, lines, own, name.strip() or None, self.device.type)
+        preset = offers.chosen(preset_name, changes_of(preset_name, list(values)) if preset_name else {}, lines)
+        folder = self.unlearning.start(preset_name, preset, own, name)
         return gr.update(choices=jobs.names(self.runs_dir), value=folder.path.name)
 
     def stop(self, name: str | None) -> None:
@@ -157,9 +184,7 @@ class UnlearnTab:
         gr.Info("It stops after its step. Nothing is lost: Resume goes on.")
 
     def resume(self, name: str | None) -> None:
-        folder = jobs.find(self.runs_dir, name)
-        self.before_start()
-        jobs.resume(folder)
+        jobs.resume(jobs.find(self.runs_dir, name))
 
     def refresh(self, name: str | None) -> Any:
         """The runs there are; without one chosen, that which is under way or else the newest."""
@@ -167,16 +192,22 @@ class UnlearnTab:
         return gr.update(choices=names, value=name if name in names else next(iter(names), None))
 
     def show(self, name: str | None) -> tuple[Any, ...]:
+        """What the run shown is doing, the runs there are, and both as they are seen now."""
+        names = jobs.names(self.runs_dir)
+        choices = gr.update(choices=names, value=name or next(iter(names), None))
+        told, folder = self._told(name)
+        return told, *live.curves(folder), choices, (told, names)
+
+    def _told(self, name: str | None) -> tuple[str, RunFolder | None]:
         if not name:
-            return "<p>No run yet.</p>", *live.curves(None), ""
+            return "<p>No run yet.</p>", None
         try:
             folder = jobs.find(self.runs_dir, name)
         except UserError:
-            return "<p>This run is no longer there.</p>", *live.curves(None), ""
-        told = live.progress(jobs.state_of(folder), folder)
-        return told, *live.curves(folder), told
+            return "<p>This run is no longer there.</p>", None
+        return live.progress(jobs.state_of(folder), folder), folder
 
-    def tick(self, name: str | None, seen: str) -> tuple[Any, ...]:
+    def tick(self, name: str | None, seen: tuple[str, list[str]]) -> tuple[Any, ...]:
         """Nothing is sent where nothing has changed."""
         shown = self.show(name)
-        return shown if shown[-1] != seen else tuple(gr.skip() for _ in shown)
+        return shown if shown[-1] != tuple(seen) else tuple(gr.skip() for _ in shown)
