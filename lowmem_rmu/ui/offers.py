@@ -59,7 +59,9 @@ def why(offer: Offer, device: torch.device) -> str:
 
 def label(offer: Offer, device: torch.device) -> str:
     """A line to choose it by."""
-    return f"{offer.name}: {offer.title} ({fit(offer.needed_here, memory_available(device))})"
+    words = fit(offer.needed_here, memory_available(device))
+    slow = ", but slow without a GPU" if words != "does not fit" and device.type == "cpu" and offer.parameters >= SLOW else ""
+    return f"{offer.name}: {offer.title} ({words}{slow})"
 
 
 def table(device: torch.device) -> list[dict[str, Any]]:

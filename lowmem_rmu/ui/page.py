@@ -23,6 +23,7 @@ CSS = """
 .rmu-figures dt { color: var(--body-text-color-subdued); font-size: .85rem; }
 .rmu-figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .rmu-error { white-space: pre-wrap; padding: .75rem; border-left: 4px solid #b3402a; }
+.rmu-presets .wrap { flex-direction: column; }
 .toast-text { white-space: pre-line; }
 progress { width: 100%; }
 """
@@ -54,7 +55,7 @@ def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) ->
         unlearn_tab.wire(page.load)
         results_tab.refresh_on(results_item.select, page.load)
         gr.on([chat_item.select, page.load], guarded(chat_tab.refresh), [chat_tab.run], chat_tab.refreshed, api_visibility="private")
-        export_tab.wire(export_item.select)
+        export_tab.wire(export_item.select, page.load)
         runs_tab.wire(runs_item.select, page.load)
         opened = results_tab.open_on(runs_tab.open_button.click, runs_tab.run)
         opened.success(lambda: gr.update(selected="results"), [], [tabs], api_visibility="private")

@@ -33,7 +33,9 @@ MATTER = {
     "rmu.seed": ("Seed", "Where chance begins. The same seed gives the same run."),
 }
 """Settings by dotted path: what the page calls them, and a sentence."""
-WHOLE = ("rmu.steps", "rmu.rank", "evaluation.limit", "rmu.seed")
+WHOLE = ("rmu.steps", "rmu.rank", "rmu.seed")
+MAY_BE_EMPTY = {"alpha": "as the preset says", "evaluation.limit": "all"}
+"""Settings that need no value, and what that means. They are text fields: the page shows, and sends, an unset number as 0."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,25 @@ class Unlearning:
 
 def values_of(preset: Preset) -> list[Any]:
     """What the fields show, in the order of MATTER."""
-    settings = preset.model_dump()
     alphas = {topic.alpha for topic in preset.topics.values()}
-    found = {"alpha": alphas.pop() if len(alphas) == 1 else None}
-    return [found[path] if path in found else settings[path.split(".")[0]][path.split(".")[1]] for path in MATTER]
+    settings = {"alpha": alphas.pop() if len(alphas) == 1 else None}
+    settings |= {f"{section}.{key}": value for section in ("rmu", "evaluation") for key, value in getattr(preset, section)}
+    return [_as_text(settings[path]) if path in MAY_BE_EMPTY else settings[path] for path in MATTER]
+
+
+def _as_text(number: float | None) -> str:
+    return "" if number is None else f"{number:g}"
 
 
 def changes_of(preset_name: str, values: list[Any]) -> dict[str, Any]:
     """The fields that differ from the preset, by dotted path."""
     preset = load_preset(preset_name)
-    changed = {path: new for path, new, old in zip(MATTER, values, values_of(preset), strict=True) if new != old}
-    if "alpha" in changed:
-        alpha = changed.pop("alpha")
-        changed |= {f"topics.{topic}.alpha": alpha for topic in preset.topics} if alpha is not None else {}
+    given = {path: (value or "").strip() if path in MAY_BE_EMPTY else value for path, value in zip(MATTER, values, strict=True)}
+    changed = {path: given[path] for path, old in zip(MATTER, values_of(preset), strict=True) if given[path] != old}
+    if alpha := changed.pop("alpha", None):
+        changed |= {f"topics.{topic}.alpha": alpha for topic in preset.topics}
+    if changed.get("evaluation.limit") == "":
+        changed["evaluation.limit"] = None
     return {path: int(value) if path in WHOLE and value is not None and float(value).is_integer() else value for path, value in changed.items()}
 
 
@@ -91,7 +99,7 @@ class UnlearnTab:
     def _add_presets(self) -> None:
         gr.Markdown("**1. What is to be forgotten?** `tiny` is a model of our own that runs anywhere in a minute: begin with it.")
         choices = [(offers.label(offer, self.device), offer.name) for offer in offers.offers(self.device)]
-        self.preset = gr.Radio(choices, value=DEFAULT, label="Preset")
+        self.preset = gr.Radio(choices, value=DEFAULT, label="Preset", elem_classes="rmu-presets")
         with gr.Accordion("All presets, what they need, and why they fit or not", open=False):
             self.table = gr.HTML(offers.table_html(self.device))
 
@@ -114,9 +122,11 @@ class UnlearnTab:
         values = dict(zip(MATTER, values_of(load_preset(DEFAULT)), strict=True))
         with gr.Accordion("3. Settings", open=False):
             with gr.Row():
-                # Without a placeholder the page shows, and sends, 0 for what is not set.
                 self.fields = [
-                    gr.Number(values[path], label=name, info=info, placeholder="not set", min_width=220) for path, (name, info) in MATTER.items()
+                    gr.Textbox(values[path], label=name, info=info, placeholder=MAY_BE_EMPTY[path], min_width=220)
+                    if path in MAY_BE_EMPTY
+                    else gr.Number(values[path], label=name, info=info, min_width=220)
+                    for path, (name, info) in MATTER.items()
                 ]
             self.name = gr.Textbox("", label="Name of the run", info="Letters, digits, dots, dashes. Empty: the preset and the time.", max_length=100)
             with gr.Accordion("All other settings", open=False):
