@@ -210,7 +210,10 @@ def test_what_is_not_set_stays_unset(page: Page) -> None:
     expect(page.locator(".rmu-fit")).to_be_visible(timeout=SLOW)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [("a.exe", b"MZ", "a.exe"), ("empty.txt", b"", "There is no text"), ("big.txt", None, "maximum allowed size of 50.0")])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.exe", b"MZ", "a.exe"), ("empty.txt", b"", "There is no text"), ("big.txt", None, "maximum allowed size of 50.0")],
+)
 def test_what_is_no_text_or_too_much_is_refused(page: Page, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     with (tmp_path / name).open("wb") as file:
         file.write(content or b"")
