@@ -117,14 +117,14 @@ class RunFolder:
     @classmethod
     def free_path(cls, runs_dir: Path, name: str) -> Path:
         """Where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
-        path = cls._inside(runs_dir, name)
+        path = cls.inside(runs_dir, name)
         if path.exists() and not cls(path).is_reserved:
             raise UserError(f"Run {path} exists already.\nChoose another --name, or go on with it: --resume --name {name}")
         return path
 
     @classmethod
     def open(cls, runs_dir: Path, name: str) -> "RunFolder":
-        path = cls._inside(runs_dir, name)
+        path = cls.inside(runs_dir, name)
         if not (path / "config.json").is_file():
             known = [run.path.name for run in cls.all(runs_dir)]
             hint = nearest(name, known) if known else "It holds no runs yet."
@@ -143,7 +143,8 @@ class RunFolder:
         return [folder for folder in folders if folder.is_reserved]
 
     @staticmethod
-    def _inside(runs_dir: Path, name: str) -> Path:
+    def inside(runs_dir: Path, name: str) -> Path:
+        """The path of a run, taken or free. Raises UserError for a name that leaves `runs_dir`."""
         if not _NAME.fullmatch(name) or name.endswith(".") or name.partition(".")[0].upper() in _WINDOWS_DEVICES:
             allowed = 'letters, digits, ".", "_" and "-" only, at most 100, and no name of a Windows device'
             raise UserError(f'"{name}" cannot be the name of a run: use {allowed}, so that it stays inside {runs_dir}.')

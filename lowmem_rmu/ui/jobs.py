@@ -65,10 +65,7 @@ def reserve(runs_dir: Path, preset_name: str, name: str | None) -> RunFolder:
     """An empty folder for a new run; without a name its own one. Raises UserError for a name that is taken or none."""
     with one_at_a_time(runs_dir):
         if name is not None:
-            if (runs_dir / name).exists():
-                RunFolder.free_path(runs_dir, name)
-                raise UserError(f"Run {name} exists already.\nChoose another name.")
-            return RunFolder.reserve(runs_dir, name)
+            return RunFolder.reserve(runs_dir, _free(runs_dir, name).name)
         wanted, number = RunFolder.new_name(preset_name), 1
         while (runs_dir / _numbered(wanted, number)).exists():
             number += 1
@@ -77,6 +74,14 @@ def reserve(runs_dir: Path, preset_name: str, name: str | None) -> RunFolder:
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
+
+
+def _free(runs_dir: Path, name: str) -> Path:
+    """Where a run of this name would go. Raises UserError for a name that is taken or none."""
+    path = RunFolder.inside(runs_dir, name)
+    if path.exists():
+        raise UserError(f"Run {name} exists already.\nChoose another name.")
+    return path
 
 
 def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "auto") -> None:
@@ -155,10 +160,7 @@ def rename(folder: RunFolder, name: str) -> RunFolder:
     """Raises UserError while it is under way, and for a name that is taken or none."""
     _check_rests(folder, "renamed")
     with one_at_a_time(folder.path.parent):
-        path = RunFolder.free_path(folder.path.parent, name)
-        if path.exists():
-            raise UserError(f"Run {name} exists already.\nChoose another name.")
-        return RunFolder(folder.path.rename(path))
+        return RunFolder(folder.path.rename(_free(folder.path.parent, name)))
 
 
 def _check_rests(folder: RunFolder, what: str) -> None:
