@@ -218,8 +218,10 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def read_status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        """Empty where there is none, or a power cut tore it."""
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        return {}
 
     def write_status(self, stage: str, step: int, total: int, state: str, error: str | None = None, began: float | None = None) -> None:
         """`state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did (seconds since 1970)."""
