@@ -181,8 +181,14 @@ def find(runs_dir: Path, name: str | None) -> RunFolder:
 def names(runs_dir: Path) -> list[str]:
     """Of all runs, those under way first and in their order, then the newest."""
     under_way = [ticket.name for ticket in tickets(runs_dir)]
-    others = [folder.path.name for folder in [*RunFolder.all_reserved(runs_dir), *RunFolder.all(runs_dir)]]
+    folders = sorted([*RunFolder.all_reserved(runs_dir), *RunFolder.all(runs_dir)], key=_began, reverse=True)
+    others = [folder.path.name for folder in folders]
     return list(dict.fromkeys([name for name in under_way if name in others] + others))
+
+
+def _began(folder: RunFolder) -> float:
+    """When it was reserved, or became a run (seconds since 1970)."""
+    return (folder.output if folder.is_reserved else folder.path / "config.json").stat().st_mtime
 
 
 def state_of(folder: RunFolder) -> RunState:
