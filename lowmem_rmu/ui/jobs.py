@@ -13,7 +13,7 @@ import psutil
 import yaml
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Preset
+from lowmem_rmu.presets import Preset, recorded_preset
 from lowmem_rmu.runs import STAGES, RunFolder, read_lines
 from lowmem_rmu.turns import Ticket, one_at_a_time, take_ticket, tickets
 
@@ -86,33 +86,42 @@ def _free(runs_dir: Path, name: str) -> Path:
 
 def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "auto") -> None:
     """Starts the process of a reserved run. Its settings lie beside it as a preset, so that a command line can repeat it."""
-    settings = yaml.safe_dump(preset.model_dump(), sort_keys=False, allow_unicode=True)
-    (folder.path / f"{preset_name}.yaml").write_text(settings, encoding="utf-8")
-    _launch(folder, preset_name, device, resume=False)
+    _write_settings(folder, preset_name, preset)
+    with one_at_a_time(folder.path.parent):
+        _launch(folder, preset_name, device, resume=False)
 
 
 def resume(folder: RunFolder) -> None:
-    """Goes on with a run that was stopped or interrupted. Raises UserError where it is under way, or has nothing to go on with."""
-    if state_of(folder).is_live:
-        raise UserError(f"Run {folder.path.name} is under way already.")
-    if folder.is_reserved:
-        preset_file = next(iter(folder.path.glob("*.yaml")), None)
-        if preset_file is None:
-            raise UserError(f"Run {folder.path.name} holds no settings to go on with.\nDelete it, and start a new one.")
-        _launch(folder, preset_file.stem, "auto", resume=False)
-    else:
-        preset_name, device = folder.config["preset"], folder.config["device"]
-        (folder.path / f"{preset_name}.yaml").write_text(yaml.safe_dump(folder.config["settings"], sort_keys=False), encoding="utf-8")
-        _launch(folder, preset_name, device, resume=True)
+    """Goes on with a run that was stopped or interrupted.
+
+    Raises UserError where it is under way, has nothing to go on with, or has settings that this version does not know.
+    """
+    with one_at_a_time(folder.path.parent):  # asked twice at once, it goes on once
+        if state_of(folder).is_live:
+            raise UserError(f"Run {folder.path.name} is under way already.")
+        if folder.is_reserved:
+            preset_file = next(iter(folder.path.glob("*.yaml")), None)
+            if preset_file is None:
+                raise UserError(f"Run {folder.path.name} holds no settings to go on with.\nDelete it, and start a new one.")
+            _launch(folder, preset_file.stem, "auto", resume=False)
+        else:
+            preset_name, device = folder.config["preset"], folder.config["device"]
+            _write_settings(folder, preset_name, recorded_preset(folder.config["settings"], folder.path))
+            _launch(folder, preset_name, device, resume=True)
+
+
+def _write_settings(folder: RunFolder, preset_name: str, preset: Preset) -> None:
+    settings = yaml.safe_dump(preset.model_dump(), sort_keys=False, allow_unicode=True)
+    (folder.path / f"{preset_name}.yaml").write_text(settings, encoding="utf-8")
 
 
 def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> None:
-    """Takes a number for the process too, so that runs go in the order in which they were asked for."""
+    """Takes a number for the process too, so that runs go in the order they were asked for. To be called within `one_at_a_time`."""
     runs_dir = folder.path.parent.resolve()
     command = [sys.executable, "-m", "lowmem_rmu.run", str(folder.path.resolve() / f"{preset_name}.yaml"), "--name", folder.path.name]
     command += ["--runs-dir", str(runs_dir), "--device", device, *(["--resume"] if resume else [])]
     (folder.path / "stop").unlink(missing_ok=True)
-    with one_at_a_time(runs_dir), folder.output.open("ab") as output:
+    with folder.output.open("ab") as output:
         folder.write_status("queue", 0, 0, "waiting")
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         take_ticket(runs_dir, folder.path.name, process.pid)
@@ -152,14 +161,15 @@ def _lives_on(ticket: Ticket, seconds: float) -> bool:
 
 def delete(folder: RunFolder) -> None:
     """Raises UserError while it is under way."""
-    _check_rests(folder, "deleted")
-    shutil.rmtree(folder.path)
+    with one_at_a_time(folder.path.parent):
+        _check_rests(folder, "deleted")
+        shutil.rmtree(folder.path)
 
 
 def rename(folder: RunFolder, name: str) -> RunFolder:
     """Raises UserError while it is under way, and for a name that is taken or none."""
-    _check_rests(folder, "renamed")
     with one_at_a_time(folder.path.parent):
+        _check_rests(folder, "renamed")
         return RunFolder(folder.path.rename(_free(folder.path.parent, name)))
 
 
