@@ -8,13 +8,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import psutil
 import yaml
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Preset, recorded_preset
-from lowmem_rmu.runs import STAGES, RunFolder, read_lines
+from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json
 from lowmem_rmu.turns import Ticket, one_at_a_time, take_ticket, tickets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -86,7 +87,7 @@ def _free(runs_dir: Path, name: str) -> Path:
 
 def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "auto") -> None:
     """Starts the process of a reserved run. Its settings lie beside it as a preset, so that a command line can repeat it."""
-    _write_settings(folder, preset_name, preset)
+    _write_settings(folder, preset_name, preset.model_dump())
     with one_at_a_time(folder.path.parent):
         _launch(folder, preset_name, device, resume=False)
 
@@ -106,13 +107,12 @@ def resume(folder: RunFolder) -> None:
             _launch(folder, preset_file.stem, "auto", resume=False)
         else:
             preset_name, device = folder.config["preset"], folder.config["device"]
-            _write_settings(folder, preset_name, recorded_preset(folder.config["settings"], folder.path))
+            _write_settings(folder, preset_name, recorded_preset(folder.config["settings"], folder.path).model_dump())
             _launch(folder, preset_name, device, resume=True)
 
 
-def _write_settings(folder: RunFolder, preset_name: str, preset: Preset) -> None:
-    settings = yaml.safe_dump(preset.model_dump(), sort_keys=False, allow_unicode=True)
-    (folder.path / f"{preset_name}.yaml").write_text(settings, encoding="utf-8")
+def _write_settings(folder: RunFolder, preset_name: str, settings: dict[str, Any]) -> None:
+    write_atomically(folder.path / f"{preset_name}.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> None:
@@ -170,7 +170,30 @@ def rename(folder: RunFolder, name: str) -> RunFolder:
     """Raises UserError while it is under way, and for a name that is taken or none."""
     with one_at_a_time(folder.path.parent):
         _check_rests(folder, "renamed")
-        return RunFolder(folder.path.rename(_free(folder.path.parent, name)))
+        renamed = RunFolder(folder.path.rename(_free(folder.path.parent, name)))
+        _follow_own_text(renamed, str(folder.path.resolve()))
+    return renamed
+
+
+def _follow_own_text(folder: RunFolder, before: str) -> None:
+    """Own text lies in the run's folder, which was called `before`: the settings name its place anew, and the run stays as old as it was."""
+    now = str(folder.path.resolve())
+    for path in folder.path.glob("*.yaml"):
+        _write_settings(folder, path.stem, _moved(yaml.safe_load(path.read_text(encoding="utf-8")), before, now))
+    if not folder.is_reserved and (moved := _moved(folder.config, before, now)) != folder.config:
+        path = folder.path / "config.json"
+        as_of = path.stat()
+        write_json(path, moved)
+        os.utime(path, ns=(as_of.st_atime_ns, as_of.st_mtime_ns))
+
+
+def _moved(content: Any, before: str, now: str) -> Any:
+    """The same with every path below the folder `before` below `now`."""
+    if isinstance(content, dict):
+        return {key: _moved(value, before, now) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_moved(each, before, now) for each in content]
+    return now + content[len(before) :] if isinstance(content, str) and content.startswith(before + os.sep) else content
 
 
 def _check_rests(folder: RunFolder, what: str) -> None:

@@ -97,8 +97,9 @@ class Unlearning:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
-        return {"rmu": self.rmu.model_dump(), "topics": {name: topic.model_dump() for name, topic in self.topics.items()}}
+        """What a checkpoint belongs to; where the texts lie may change, as when a run is renamed that holds its own."""
+        topics = {name: topic.model_dump(exclude={"corpus": {"source"}}) for name, topic in self.topics.items()}
+        return {"rmu": self.rmu.model_dump(), "topics": topics}
 
     def restore(self, checkpoint: Path) -> None:
         """Goes back to a checkpoint, if there is one. Raises UserError for one of other settings."""
