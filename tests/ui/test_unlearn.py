@@ -1,4 +1,4 @@
-"""The tab where a run begins: what is started, what is refused, and a real run from one's own text to its end."""
+"""The tab where a run begins: what is started, what is refused, and a real run on one's own text."""
 
 import json
 import time
@@ -187,7 +187,7 @@ def test_nothing_is_sent_where_nothing_has_changed(tab: UnlearnTab) -> None:
 # A run
 
 
-def test_own_text_from_start_over_a_stop_and_another_name_to_the_end(tab: UnlearnTab, tmp_path: Path, freed: list[str]) -> None:
+def test_a_run_on_own_text_goes_on_after_a_stop_and_under_another_name(tab: UnlearnTab, tmp_path: Path, freed: list[str]) -> None:
     """Real processes: the one is stopped while it trains, the other goes on."""
     forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.txt"
     forget.write_text("".join(json.dumps({"text": f"The storm {number} blew over the bay of <b>Halong</b>."}) + "\n" for number in range(20)))
