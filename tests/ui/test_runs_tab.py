@@ -51,10 +51,17 @@ def freed() -> list[str]:
     return []
 
 
-@pytest.fixture
-def tab(runs_dir: Path, freed: list[str]) -> RunsTab:
+@pytest.fixture(scope="module")
+def built() -> RunsTab:
     with gr.Blocks():
-        return RunsTab(runs_dir, lambda: freed.append("freed"))
+        return RunsTab(Path("nowhere"), lambda: None)
+
+
+@pytest.fixture
+def tab(built: RunsTab, runs_dir: Path, freed: list[str]) -> RunsTab:
+    """The same widgets over another folder: making them takes a while."""
+    built.runs_dir, built.before_start = runs_dir, lambda: freed.append("freed")
+    return built
 
 
 @pytest.fixture
@@ -191,7 +198,7 @@ def test_what_is_under_way_is_left_alone(tab: RunsTab, busy: RunFolder) -> None:
     assert yaml.safe_load(tab.settings_of("busy"))["title"] == "Vergiß"
 
 
-def test_no_event_is_part_of_the_public_api(tab: RunsTab, runs_dir: Path) -> None:
+def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
     with gr.Blocks() as page:
         RunsTab(runs_dir, lambda: None).wire(page.load)
     assert page.fns

@@ -29,10 +29,17 @@ def freed() -> list[str]:
     return []
 
 
-@pytest.fixture
-def tab(tmp_path: Path, freed: list[str]) -> UnlearnTab:
+@pytest.fixture(scope="module")
+def built() -> UnlearnTab:
     with gr.Blocks():
-        return UnlearnTab(tmp_path / "runs", CPU, lambda: freed.append("freed"))
+        return UnlearnTab(Path("nowhere"), CPU, lambda: None)
+
+
+@pytest.fixture
+def tab(built: UnlearnTab, tmp_path: Path, freed: list[str]) -> UnlearnTab:
+    """The same widgets over another folder: making them takes a while."""
+    built.runs_dir, built.before_start = tmp_path / "runs", lambda: freed.append("freed")
+    return built
 
 
 def make_run(runs_dir: Path, name: str, state: str = "done") -> RunFolder:
