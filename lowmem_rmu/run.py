@@ -229,11 +229,11 @@ class Waiting:
 
 @contextmanager
 def refusals_noted(path: Path) -> Iterator[None]:
-    """Why a run of the app could not begin stays in its folder."""
+    """Why a run of the app could not begin, or not go on, stays in its folder: the app has written there that it waits."""
     try:
         yield
     except UserError as error:
-        if RunFolder(path).is_reserved:
+        if RunFolder(path).read_status().get("state") == "waiting":
             RunFolder(path).write_status("prepare", 0, 0, "failed", str(error))
         raise
 

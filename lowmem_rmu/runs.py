@@ -91,6 +91,11 @@ def folder_replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _is_name(text: str) -> bool:
+    """Whether a run may be called so."""
+    return bool(_NAME.fullmatch(text)) and not text.endswith(".") and text.partition(".")[0].upper() not in _WINDOWS_DEVICES
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """`runs/<name>/`, as README's "The run folder" lists it."""
@@ -117,14 +122,14 @@ class RunFolder:
     @classmethod
     def free_path(cls, runs_dir: Path, name: str) -> Path:
         """Where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
-        path = cls._inside(runs_dir, name)
+        path = cls.inside(runs_dir, name)
         if path.exists() and not cls(path).is_reserved:
             raise UserError(f"Run {path} exists already.\nChoose another --name, or go on with it: --resume --name {name}")
         return path
 
     @classmethod
     def open(cls, runs_dir: Path, name: str) -> "RunFolder":
-        path = cls._inside(runs_dir, name)
+        path = cls.inside(runs_dir, name)
         if not (path / "config.json").is_file():
             known = [run.path.name for run in cls.all(runs_dir)]
             hint = nearest(name, known) if known else "It holds no runs yet."
@@ -134,17 +139,23 @@ class RunFolder:
     @classmethod
     def all(cls, runs_dir: Path) -> list["RunFolder"]:
         """Every run below `runs_dir`, newest first."""
-        return [cls(path.parent) for path in sorted(runs_dir.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True)]
+        return cls._holding(runs_dir, "config.json")
 
     @classmethod
     def all_reserved(cls, runs_dir: Path) -> list["RunFolder"]:
         """Folders of runs whose process has not begun, or never could; newest first."""
-        folders = [cls(path.parent) for path in sorted(runs_dir.glob("*/output.txt"), key=lambda p: p.stat().st_mtime, reverse=True)]
-        return [folder for folder in folders if folder.is_reserved]
+        return [folder for folder in cls._holding(runs_dir, "output.txt") if folder.is_reserved]
+
+    @classmethod
+    def _holding(cls, runs_dir: Path, file: str) -> list["RunFolder"]:
+        """Those that hold the file, where it is newest first; a folder of a name that none may have (a copy, a link) is no run."""
+        paths = sorted(runs_dir.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        return [cls(path.parent) for path in paths if _is_name(path.parent.name) and not path.parent.is_symlink()]
 
     @staticmethod
-    def _inside(runs_dir: Path, name: str) -> Path:
-        if not _NAME.fullmatch(name) or name.endswith(".") or name.partition(".")[0].upper() in _WINDOWS_DEVICES:
+    def inside(runs_dir: Path, name: str) -> Path:
+        """The path of a run, taken or free. Raises UserError for a name that leaves `runs_dir`."""
+        if not _is_name(name):
             allowed = 'letters, digits, ".", "_" and "-" only, at most 100, and no name of a Windows device'
             raise UserError(f'"{name}" cannot be the name of a run: use {allowed}, so that it stays inside {runs_dir}.')
         if (runs_dir / name).is_symlink():
@@ -207,8 +218,10 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def read_status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        """Empty where there is none, or a power cut tore it."""
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        return {}
 
     def write_status(self, stage: str, step: int, total: int, state: str, error: str | None = None, began: float | None = None) -> None:
         """`state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did (seconds since 1970)."""

@@ -8,10 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import typer
@@ -25,16 +28,19 @@ from typer.testing import CliRunner
 
 from lowmem_rmu import run as command_line
 from lowmem_rmu.data.questions import Question, QuestionSet, load_questions
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import load_preset, preset_names
-from lowmem_rmu.runs import RunFolder, read_lines
+from lowmem_rmu.runs import RunFolder, read_lines, write_json
+from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.unlearning.loop import Unlearning
 
 TINY_MODEL = Path(__file__).parent.parent / "lowmem_rmu/tiny/model"
 SHORT = ("--set", "rmu.steps=6", "--set", "rmu.checkpoint_every=2", "--set", "evaluation.limit=18", "--device", "cpu")
+SETTINGS = [part for part in SHORT if "=" in part]
 METRICS = {
     "step", "topic", "loss", "forget_loss", "retain_loss", "forget_cosine", "retain_cosine", "grad_norm", "tokens", "seconds", "peak_memory_bytes",
 }  # fmt: skip
@@ -257,6 +263,175 @@ def test_ctrl_c_stops_after_the_step_with_exit_code_130(tmp_path: Path) -> None:
     steps = len(read_lines(tmp_path / "long/metrics.jsonl"))
     with safe_open(tmp_path / "long/checkpoint/state.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["progress"])["step"] == steps
+
+
+# While other runs come first, and while somebody wants it to stop
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> Iterator[None]:
+    """A living process that has its turn in the runs folder."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with one_at_a_time(tmp_path):
+        take_ticket(tmp_path, "other", process.pid)
+    yield
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.usefixtures("before")
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_stop_ends_the_waiting(tmp_path: Path, reserved: bool) -> None:
+    folder = RunFolder.reserve(tmp_path, "mine")
+    if not reserved:
+        write_json(folder.path / "config.json", {"preset": "tiny", "settings": load_preset("tiny", SETTINGS).model_dump()})
+
+    def ask() -> None:
+        until = time.monotonic() + 30
+        while len(tickets(tmp_path)) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        (folder.path / "stop").touch()
+
+    threading.Thread(target=ask).start()
+    result = run_tiny(tmp_path, "mine", *([] if reserved else ["--resume"]))
+    assert result.exit_code == 130
+    first, last = result.stderr.splitlines()
+    assert first == f"Waiting: other in {tmp_path} before this run.", "once, though it looks again and again"
+    assert last.startswith("Stopped. Nothing is lost; go on with: python -m lowmem_rmu.run")
+    assert [folder.read_status()[key] for key in ("stage", "state")] == ["queue", "stopped"]
+    assert [ticket.name for ticket in tickets(tmp_path)] == ["other"]
+
+
+def test_a_waiting_run_says_so_whenever_the_others_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    waiting = command_line.Waiting(RunFolder.reserve(tmp_path, "mine").path)
+    for before in (["a", "b"], ["a", "b"], ["b"], ["b"]):
+        waiting.tell(before)
+    said = [f"Waiting: {names} in {tmp_path} before this run." for names in ("a, b", "b")]
+    assert capsys.readouterr().err.splitlines() == said
+    assert not (tmp_path / "mine/status.json").exists()
+
+
+def test_an_old_stop_is_forgotten_and_a_new_one_is_not(tmp_path: Path) -> None:
+    stop, began = tmp_path / "stop", psutil.Process().create_time()
+    command_line.forget_old_stop(stop)
+    for later in (5, 0.5):
+        stop.touch()
+        os.utime(stop, (began + later,) * 2)
+        command_line.forget_old_stop(stop)
+        assert stop.exists(), "asked for while this process was starting"
+    os.utime(stop, (began - 5,) * 2)
+    command_line.forget_old_stop(stop)
+    assert not stop.exists()
+
+
+TOO_LARGE = "rmu.batch_size=1000"
+REFUSED = "The corpus of topics.compounds gives 132 samples, fewer than one batch of 1000.\nAdd text, or lower rmu.batch_size."
+
+
+def test_why_a_run_of_the_app_could_not_begin_stays_in_its_folder(tmp_path: Path) -> None:
+    folder = RunFolder.reserve(tmp_path, "mine")
+    folder.write_status("queue", 0, 0, "waiting")
+    result = run_tiny(tmp_path, "mine", "--set", TOO_LARGE)
+    assert (result.exit_code, result.stderr) == (2, f"{REFUSED}\n")
+    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == ["prepare", "failed", REFUSED]
+    assert folder.is_reserved
+
+
+def started_before(tmp_path: Path, state: str) -> RunFolder:
+    """A run with too large a batch, whose `status.json` holds the state."""
+    folder = RunFolder.create(tmp_path, "mine")
+    write_json(folder.path / "config.json", {"preset": "tiny", "settings": load_preset("tiny", [*SETTINGS, TOO_LARGE]).model_dump()})
+    folder.write_status("queue", 0, 0, state)
+    return folder
+
+
+def test_why_a_run_of_the_app_could_not_go_on_stays_there_too(tmp_path: Path) -> None:
+    folder = started_before(tmp_path, "waiting")
+    assert run_tiny(tmp_path, "mine", "--set", TOO_LARGE, "--resume").exit_code == 2
+    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == ["prepare", "failed", REFUSED]
+
+
+@pytest.mark.parametrize("state", ["done", "stopped"])
+def test_what_a_run_came_to_is_not_forgotten_over_a_refusal_in_a_terminal(tmp_path: Path, state: str) -> None:
+    folder = started_before(tmp_path, state)
+    assert run_tiny(tmp_path, "mine", "--set", TOO_LARGE, "--resume").exit_code == 2
+    assert folder.read_status()["state"] == state
+
+
+def test_only_refusals_are_noted(tmp_path: Path) -> None:
+    folder = RunFolder.reserve(tmp_path, "mine")
+    folder.write_status("queue", 0, 0, "waiting")
+    with pytest.raises(RuntimeError, match="broke"), command_line.refusals_noted(folder.path):
+        raise RuntimeError("broke")
+    assert folder.read_status()["state"] == "waiting"
+    with pytest.raises(UserError, match="So."), command_line.refusals_noted(tmp_path / "none"):
+        raise UserError("So.")
+    assert not (tmp_path / "none").exists()
+
+
+LISTENS = """
+import time
+from lowmem_rmu.run import Interrupts, friendly_exit
+interrupts = Interrupts()
+with friendly_exit(), interrupts.watched():
+    print("ready", flush=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not ({stops}): time.sleep(0.01)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("stops", "said", "code"), [("interrupts.asked", "", 0), ("False", "Stopped at once.", 130)])
+def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals, stops: str, said: str, code: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", LISTENS.format(stops=stops)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stderr.readline() == "Stopping after this step; once more to stop at once.\n"
+    if code:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "" if code else "saved\n")
+    assert err.startswith(said)
+    assert "Traceback" not in err
+
+
+def test_signals_are_handled_as_before_once_the_work_is_done() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupts = command_line.Interrupts()
+    with pytest.raises(RuntimeError, match="broke"), interrupts.watched():
+        raise RuntimeError("broke")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert not interrupts.asked
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize(("signals", "said"), [(1, "Stopped. Nothing is lost"), (2, "Stopped at once. Go on from the last checkpoint")])
+def test_signals_that_come_while_a_run_is_stopping_lose_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int, said: str
+) -> None:
+    """As the app sends them where a run takes its time: here in the very moment in which it writes that it has stopped."""
+    write = RunFolder.write_status
+
+    def interrupted(self: RunFolder, stage: str, step: int, total: int, state: str, *more: Any) -> None:
+        for _ in range(signals if state == "stopped" else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(self, stage, step, total, state, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: self.stage == "unlearn")
+        patched.setattr(RunFolder, "write_status", interrupted)
+        result = run_tiny(tmp_path, "both", "--stages", "unlearn")
+    assert result.exit_code == 130, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert RunFolder(tmp_path / "both").read_status()["state"] == ("stopped" if signals == 1 else "running")
+    assert run_tiny(tmp_path, "both", "--stages", "unlearn", "--resume").exit_code == 0
+    assert losses(tmp_path / "both") == losses(finished)
 
 
 def cut_short(folder: Path) -> Path:

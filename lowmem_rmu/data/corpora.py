@@ -18,6 +18,7 @@ from lowmem_rmu.presets import Corpus, is_local
 
 TEXT_FILES = (".txt", ".md", ".jsonl")
 POOL = 50  # batches that are sorted by length together: larger pools save little padding more
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what UTF-16 and binary files may hold although they decode; no tokenizer takes half a pair
 _WIKITEXT_TITLE = re.compile(r"(?:^|\n)[ \t]*\n = ([^=\n].*?) = \n[ \t]*\n")
 
 
@@ -151,7 +152,10 @@ def _local_texts(path: Path, text_field: str) -> Iterator[str]:
     else:
         raise UserError(f"The corpus {path} does not exist.\nGive a {', '.join(TEXT_FILES)} file, or a folder of them.")
     for file in files:
-        yield from _file_texts(file, text_field)
+        for text in _file_texts(file, text_field):
+            if _NO_TEXT.search(text):
+                raise UserError(f"{file} is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8.")
+            yield text
 
 
 def _file_texts(path: Path, text_field: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import psutil
 import torch
@@ -16,7 +17,7 @@ import yaml
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.memory import peak_of, plan
 from lowmem_rmu.presets import Preset, load_preset, recorded_preset
-from lowmem_rmu.runs import STAGES, RunFolder, read_lines
+from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json
 from lowmem_rmu.turns import Ticket, one_at_a_time, take_ticket, tickets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -67,10 +68,7 @@ def reserve(runs_dir: Path, preset_name: str, name: str | None) -> RunFolder:
     """An empty folder for a new run; without a name its own one. Raises UserError for a name that is taken or none."""
     with one_at_a_time(runs_dir):
         if name is not None:
-            if (runs_dir / name).exists():
-                RunFolder.free_path(runs_dir, name)
-                raise UserError(f"Run {name} exists already.\nChoose another name.")
-            return RunFolder.reserve(runs_dir, name)
+            return RunFolder.reserve(runs_dir, _free(runs_dir, name).name)
         wanted, number = RunFolder.new_name(preset_name), 1
         while (runs_dir / _numbered(wanted, number)).exists():
             number += 1
@@ -81,11 +79,19 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
 
 
+def _free(runs_dir: Path, name: str) -> Path:
+    """Where a run of this name would go. Raises UserError for a name that is taken or none."""
+    path = RunFolder.inside(runs_dir, name)
+    if path.exists():
+        raise UserError(f"Run {name} exists already.\nChoose another name.")
+    return path
+
+
 def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "auto") -> None:
     """Starts the process of a reserved run. Its settings lie beside it as a preset, so that a command line can repeat it."""
-    settings = yaml.safe_dump(preset.model_dump(), sort_keys=False, allow_unicode=True)
-    (folder.path / f"{preset_name}.yaml").write_text(settings, encoding="utf-8")
-    _launch(folder, preset_name, device, resume=False)
+    _write_settings(folder, preset_name, preset.model_dump())
+    with one_at_a_time(folder.path.parent):
+        _launch(folder, preset_name, device, resume=False)
 
 
 def preset_of(folder: RunFolder) -> Preset:
@@ -112,24 +118,32 @@ def needed_by(ticket: Ticket, device: torch.device) -> int | None:
 
 
 def resume(folder: RunFolder) -> None:
-    """Goes on with a run that was stopped or interrupted. Raises UserError where it is under way, or has nothing to go on with."""
-    if state_of(folder).is_live:
-        raise UserError(f"Run {folder.path.name} is under way already.")
-    if folder.is_reserved:
-        _launch(folder, _preset_file(folder).stem, "auto", resume=False)
-    else:
-        preset_name, device = folder.config["preset"], folder.config["device"]
-        (folder.path / f"{preset_name}.yaml").write_text(yaml.safe_dump(folder.config["settings"], sort_keys=False), encoding="utf-8")
-        _launch(folder, preset_name, device, resume=True)
+    """Goes on with a run that was stopped or interrupted.
+
+    Raises UserError where it is under way, has nothing to go on with, or has settings that this version does not know.
+    """
+    with one_at_a_time(folder.path.parent):  # asked twice at once, it goes on once
+        if state_of(folder).is_live:
+            raise UserError(f"Run {folder.path.name} is under way already.")
+        if folder.is_reserved:
+            _launch(folder, _preset_file(folder).stem, "auto", resume=False)
+        else:
+            preset_name, device = folder.config["preset"], folder.config["device"]
+            _write_settings(folder, preset_name, recorded_preset(folder.config["settings"], folder.path).model_dump())
+            _launch(folder, preset_name, device, resume=True)
+
+
+def _write_settings(folder: RunFolder, preset_name: str, settings: dict[str, Any]) -> None:
+    write_atomically(folder.path / f"{preset_name}.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> None:
-    """Takes a number for the process too, so that runs go in the order in which they were asked for."""
+    """Takes a number for the process too, so that runs go in the order they were asked for. To be called within `one_at_a_time`."""
     runs_dir = folder.path.parent.resolve()
     command = [sys.executable, "-m", "lowmem_rmu.run", str(folder.path.resolve() / f"{preset_name}.yaml"), "--name", folder.path.name]
     command += ["--runs-dir", str(runs_dir), "--device", device, *(["--resume"] if resume else [])]
     (folder.path / "stop").unlink(missing_ok=True)
-    with one_at_a_time(runs_dir), folder.output.open("ab") as output:
+    with folder.output.open("ab") as output:
         folder.write_status("queue", 0, 0, "waiting")
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         take_ticket(runs_dir, folder.path.name, process.pid)
@@ -169,18 +183,39 @@ def _lives_on(ticket: Ticket, seconds: float) -> bool:
 
 def delete(folder: RunFolder) -> None:
     """Raises UserError while it is under way."""
-    _check_rests(folder, "deleted")
-    shutil.rmtree(folder.path)
+    with one_at_a_time(folder.path.parent):
+        _check_rests(folder, "deleted")
+        shutil.rmtree(folder.path)
 
 
 def rename(folder: RunFolder, name: str) -> RunFolder:
     """Raises UserError while it is under way, and for a name that is taken or none."""
-    _check_rests(folder, "renamed")
     with one_at_a_time(folder.path.parent):
-        path = RunFolder.free_path(folder.path.parent, name)
-        if path.exists():
-            raise UserError(f"Run {name} exists already.\nChoose another name.")
-        return RunFolder(folder.path.rename(path))
+        _check_rests(folder, "renamed")
+        renamed = RunFolder(folder.path.rename(_free(folder.path.parent, name)))
+        _follow_own_text(renamed, str(folder.path.resolve()))
+    return renamed
+
+
+def _follow_own_text(folder: RunFolder, before: str) -> None:
+    """Own text lies in the run's folder, which was called `before`: the settings name its place anew, and the run stays as old as it was."""
+    now = str(folder.path.resolve())
+    for path in folder.path.glob("*.yaml"):
+        _write_settings(folder, path.stem, _moved(yaml.safe_load(path.read_text(encoding="utf-8")), before, now))
+    if not folder.is_reserved and (moved := _moved(folder.config, before, now)) != folder.config:
+        path = folder.path / "config.json"
+        as_of = path.stat()
+        write_json(path, moved)
+        os.utime(path, ns=(as_of.st_atime_ns, as_of.st_mtime_ns))
+
+
+def _moved(content: Any, before: str, now: str) -> Any:
+    """The same with every path below the folder `before` below `now`."""
+    if isinstance(content, dict):
+        return {key: _moved(value, before, now) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_moved(each, before, now) for each in content]
+    return now + content[len(before) :] if isinstance(content, str) and content.startswith(before + os.sep) else content
 
 
 def _check_rests(folder: RunFolder, what: str) -> None:
@@ -201,8 +236,14 @@ def find(runs_dir: Path, name: str | None) -> RunFolder:
 def names(runs_dir: Path) -> list[str]:
     """Of all runs, those under way first and in their order, then the newest."""
     under_way = [ticket.name for ticket in tickets(runs_dir)]
-    others = [folder.path.name for folder in [*RunFolder.all_reserved(runs_dir), *RunFolder.all(runs_dir)]]
+    folders = sorted([*RunFolder.all_reserved(runs_dir), *RunFolder.all(runs_dir)], key=_began, reverse=True)
+    others = [folder.path.name for folder in folders]
     return list(dict.fromkeys([name for name in under_way if name in others] + others))
+
+
+def _began(folder: RunFolder) -> float:
+    """When it was reserved, or became a run (seconds since 1970)."""
+    return (folder.output if folder.is_reserved else folder.path / "config.json").stat().st_mtime
 
 
 def state_of(folder: RunFolder) -> RunState:

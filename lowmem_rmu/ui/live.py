@@ -19,6 +19,8 @@ STAGE_WORDS = {
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
 NORMS = {"forget_norm": "forget set", "retain_norm": "retain set"}
 OUTPUT_LINES = 3
+TRACE = "(most recent call"
+"""What a stack trace begins with, Python's own (plain or in a box) and that of PyTorch's C++."""
 
 
 def progress(state: RunState, folder: RunFolder) -> str:
@@ -45,12 +47,11 @@ def _bar(state: RunState) -> str:
 
 def complaint(state: RunState, folder: RunFolder) -> str:
     """Why a run ended, in its own words; never a stack trace: that stays in its output file."""
-    if state.error:
-        return state.error
-    lines = folder.output.read_text(encoding="utf-8", errors="replace").splitlines() if folder.output.exists() else []
-    if state.state == "interrupted" or not lines or any(line.startswith("Traceback") for line in lines):
+    output = folder.output.read_text(encoding="utf-8", errors="replace") if folder.output.exists() else ""
+    told = state.error or ("" if state.state == "interrupted" else output)
+    if not told.strip() or TRACE in told:
         return f"Its process ended before it was done; {folder.output.name} in its folder says more.\nResume goes on from the last checkpoint."
-    return "\n".join(lines[-OUTPUT_LINES:])
+    return state.error or "\n".join(told.splitlines()[-OUTPUT_LINES:])
 
 
 def _figures(folder: RunFolder) -> str:

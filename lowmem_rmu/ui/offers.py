@@ -16,6 +16,9 @@ TIGHT = 0.85
 SLOW = 1e9
 """Parameters from which a run on a processor takes hours or days."""
 
+PLACES = ("source", "name", "revision", "subset", "split", "examples_split")
+"""Settings that say what is read; a split may be the path of a folder."""
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -118,7 +121,7 @@ def chosen(preset_name: str | None, changes: dict[str, Any], lines: str = "") ->
 def _places(settings: Any) -> list[str]:
     """Everything that is read from somewhere: models, texts, questions."""
     if isinstance(settings, dict):
-        own = [f"{key}={value}" for key, value in settings.items() if key in ("source", "name", "revision", "subset") and not isinstance(value, dict)]
+        own = [f"{key}={value}" for key, value in settings.items() if key in PLACES and not isinstance(value, dict)]
         return own + [place for value in settings.values() for place in _places(value)]
     return [place for value in settings for place in _places(value)] if isinstance(settings, list) else []
 

@@ -1,7 +1,9 @@
 """The tab with every run: what it is, and what can be done with it."""
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,34 @@ def rows(runs_dir: Path) -> list[list[str]]:
     found = []
     for name in jobs.names(runs_dir):
         folder = jobs.find(runs_dir, name)
-        preset = next(iter(folder.path.glob("*.yaml")), folder.path).stem if folder.is_reserved else folder.config["preset"]
+        preset = next(iter(folder.path.glob("*.yaml")), folder.path).stem if folder.is_reserved else _config(folder).get("preset", "–")
         found.append([name, jobs.state_of(folder).words, preset, _verdict(folder), _size(folder)])
     return found
+
+
+def _config(folder: RunFolder) -> dict[str, Any]:
+    """Empty where there is none or it is damaged: such a run is listed too, and can be deleted."""
+    with suppress(OSError, ValueError):
+        return folder.config if isinstance(folder.config, dict) else {}
+    return {}
 
 
 def _verdict(folder: RunFolder) -> str:
     path = folder.path / "summary.json"
     try:
         verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
+        return f"Forgotten: {verdict['forgotten']}. Kept: {verdict['kept']}."
     except (OSError, ValueError, KeyError, TypeError):
         return "–"
-    return f"Forgotten: {verdict['forgotten']}. Kept: {verdict['kept']}."
 
 
 def _size(folder: RunFolder) -> str:
-    return f"{sum(path.stat().st_size for path in folder.path.rglob('*') if path.is_file() and not path.is_symlink()) / 1e6:,.1f} MB"
+    size = 0
+    for parent, _, files in os.walk(folder.path):
+        for file in files:
+            with suppress(FileNotFoundError):  # a run under way replaces its files
+                size += (Path(parent) / file).lstat().st_size
+    return f"{size / 1e6:,.1f} MB"
 
 
 class RunsTab:
@@ -77,9 +91,8 @@ class RunsTab:
         return rows(self.runs_dir), gr.update(choices=names, value=name if name in names else next(iter(names), None))
 
     def settings_of(self, name: str | None) -> str:
-        if not name or (folder := jobs.find(self.runs_dir, name)).is_reserved:
-            return ""
-        return yaml.safe_dump(folder.config["settings"], sort_keys=False, allow_unicode=True)
+        settings = _config(jobs.find(self.runs_dir, name)).get("settings") if name else None
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else ""
 
     def resume(self, name: str | None) -> tuple[Any, Any]:
         jobs.resume(jobs.find(self.runs_dir, name))

@@ -54,25 +54,44 @@ def _role(role: str) -> str:
 
 
 def topic_name(words: str) -> str:
-    """What a topic can be called, of what somebody typed."""
-    return re.sub(r"[^\w-]+", "_", words.strip().lower()).strip("_")[:40] or "own_text"
+    """What a topic can be called, of what somebody typed; not as the retain set is, beside which it stands in every table."""
+    name = re.sub(r"[^\w-]+", "_", words.strip().lower()).strip("_")[:40]
+    return name if name not in ("", "retain") else "own_text"
 
 
 def _kept(files: Sequence[str], folder: RunFolder, kind: str) -> Corpus:
     """A corpus of copies of the files in the run's folder; a share is held out where there are several documents."""
-    corpus = copied(files, folder.path / "texts" / kind)
-    return corpus.model_copy(update={"held_out": HELD_OUT if len(read_documents(corpus)) > 1 else 0.0})
+    corpus, documents = read(files, folder.path / "texts" / kind, f"the {kind} set")
+    return corpus.model_copy(update={"held_out": HELD_OUT if len(documents) > 1 else 0.0})
 
 
-def copied(files: Sequence[str], to: Path) -> Corpus:
-    """The names are ours: what a browser sends as a name may hold anything. Raises UserError for other kinds of file."""
+def read(files: Sequence[str], to: Path, what: str) -> tuple[Corpus, list[str]]:
+    """A corpus of copies of the files, and its documents. Raises UserError for what is no text, by the names that the files came with."""
+    copies = _copied(files, to)
+    corpus = Corpus(source=str(to.resolve()))
+    try:
+        documents = read_documents(corpus)
+    except UserError as error:
+        told = str(error)
+        for copy, name in copies.items():
+            told = told.replace(str(copy), name)
+        raise UserError(told) from error
+    if not documents:
+        raise UserError(f"There is no text in what you gave as {what}.\nGive files that are not empty.")
+    return corpus, documents
+
+
+def _copied(files: Sequence[str], to: Path) -> dict[Path, str]:
+    """The copies, with the names that the files came with: those may hold anything. Raises UserError for other kinds of file."""
     to.mkdir(parents=True, exist_ok=True)
-    for number, file in enumerate(sorted(files), start=1):
-        path = Path(file)
+    copies = {}
+    for number, path in enumerate(map(Path, sorted(files)), start=1):
         if path.suffix.lower() not in TEXT_FILES:
             raise UserError(f"{path.name} is no text that can be read here.\nGive {', '.join(TEXT_FILES)} files.")
-        shutil.copyfile(path, to / f"{number:04}{path.suffix.lower()}")
-    return Corpus(source=str(to.resolve()))
+        copy = to.resolve() / f"{number:04}{path.suffix.lower()}"
+        shutil.copyfile(path, copy)
+        copies[copy] = path.name
+    return copies
 
 
 def texts_among(files: Sequence[str]) -> list[str]:
@@ -88,9 +107,7 @@ def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
     if not files:
         return ""
     with TemporaryDirectory() as folder:
-        documents = read_documents(copied(files, Path(folder)))
-    if not documents:
-        raise UserError(f"There is no text in what you gave as {what}.\nGive files that are not empty.")
+        _, documents = read(files, Path(folder), what)
     tokenizer = _tokenizer(preset)
     amount = f"{sum(map(len, documents)):,} characters"
     if tokenizer:

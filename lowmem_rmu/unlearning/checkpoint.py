@@ -79,5 +79,6 @@ def _put_state(states: dict[int, dict[str, Any]], name: str, value: Any) -> None
 
 
 def _check_settings(folder: Path, made_with: dict[str, Any], settings: dict[str, Any]) -> None:
-    if different := sorted(differences(made_with, json.loads(json.dumps(settings)))):
+    different = sorted(differences(made_with, json.loads(json.dumps(settings))))
+    if different := [path for path in different if not path.endswith("corpus.source")]:  # a renamed run holds its own text in another place
         raise UserError(f"The checkpoint in {folder} was made with other settings: {', '.join(different)}.\nGive the same ones, or start a new run.")

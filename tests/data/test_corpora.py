@@ -71,6 +71,19 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None
     assert mistake(Corpus(source=str(path))) == f"{path} is not UTF-8 text (byte 3).\nSave it as UTF-8."
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "no mark in front".encode("utf-16-le")), ("a.md", bytes(64)),
+        ("a.jsonl", b'{"text": "half \\ud800"}'), ("a.jsonl", b'{"text": "\\u0000"}'),
+    ],  # fmt: skip
+)
+def test_what_only_looks_like_utf8_is_no_text(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    expected = f"{tmp_path / name} is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8."
+    assert mistake(Corpus(source=str(tmp_path / name))) == expected
+
+
 def test_a_missing_path_is_named_with_what_it_could_be(tmp_path: Path) -> None:
     path = tmp_path / "none"
     assert mistake(Corpus(source=str(path))) == f"The corpus {path} does not exist.\nGive a .txt, .md, .jsonl file, or a folder of them."

@@ -1,0 +1,115 @@
+"""`python app.py`: who may reach the page, and what it says where it cannot listen."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+import app
+from lowmem_rmu.errors import UserError
+
+OTHERS = "Others could reach this page: give --auth user:password, or set LOWMEM_RMU_AUTH, or leave out --share and --host."
+MALFORMED = "--auth (or LOWMEM_RMU_AUTH) takes user:password, with a colon between the two."
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `main` sets is undone, and nobody's password counts here."""
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", app.AUTH):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.fixture
+def port_in_use() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def call(*arguments: str) -> Result:
+    command = typer.Typer()
+    command.command()(app.main)
+    return CliRunner().invoke(command, list(arguments))
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.3.2.1", "::1"])
+def test_this_machine_s_own_addresses(host: str) -> None:
+    assert app.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "10.0.0.1", "example.org", "localhost.example.org", "", "127.1", "1::1"])
+def test_any_other_address_counts_as_one_that_others_reach(host: str) -> None:
+    assert not app.is_loopback(host)
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_on_this_machine_alone_no_password_is_needed(text: str | None) -> None:
+    assert app.parse_auth(text, "127.0.0.1", share=False) is None
+    for host, share in (("127.0.0.1", True), ("0.0.0.0", False), ("example.org", False)):
+        with pytest.raises(UserError) as caught:
+            app.parse_auth(text, host, share)
+        assert str(caught.value) == OTHERS
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_password_may_hold_colons(share: bool) -> None:
+    assert app.parse_auth("me:secret", "0.0.0.0", share) == ("me", "secret")
+    assert app.parse_auth("me:se:cr:et", "127.0.0.1", share) == ("me", "se:cr:et")
+
+
+@pytest.mark.parametrize("text", ["me", "me:", ":secret", ":", "me;secret"])
+def test_half_a_password_is_none(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        app.parse_auth(text, "127.0.0.1", share=False)
+    assert str(caught.value) == MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], OTHERS),
+        (["--share"], OTHERS),
+        (["--host", "0.0.0.0", "--auth", "secret"], MALFORMED),
+        (["--auth", "secret"], MALFORMED),
+    ],
+)
+def test_a_mistake_is_one_message_before_anything_is_loaded(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = call(*arguments, "--runs-dir", str(tmp_path / "runs"))
+    assert (result.exit_code, result.stderr) == (2, f"{said}\n")
+    assert not (tmp_path / "runs").exists()
+    assert os.environ["GRADIO_TEMP_DIR"] == ""
+
+
+def test_the_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(app.AUTH, "no colon")
+    result = call()
+    assert (result.exit_code, result.stderr) == (2, f"{MALFORMED}\n")
+
+
+def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
+    result = call("--device", "tpu", "--runs-dir", str(tmp_path))
+    assert (result.exit_code, result.stderr) == (2, 'There is no device "tpu": choose auto, cpu, cuda or mps.\n')
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_only_ports_that_there_are(port: str) -> None:
+    result = call("--port", port)
+    assert result.exit_code == 2
+    assert "--port" in result.stderr
+
+
+def test_a_port_in_use_is_told_with_the_next_one(port_in_use: int, tmp_path: Path) -> None:
+    result = call("--port", str(port_in_use), "--device", "cpu", "--runs-dir", str(tmp_path / "runs"))
+    assert result.exit_code == 2, result.output
+    first, *_, last = result.stderr.strip().splitlines()
+    assert first.startswith(f"The app cannot listen on 127.0.0.1:{port_in_use}: ")
+    assert last == f"Is it running already? Try --port {port_in_use + 1}."
+    assert "Traceback" not in result.output
+    assert os.environ["GRADIO_TEMP_DIR"] == str((tmp_path / "runs/.page").resolve())
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
