@@ -62,14 +62,15 @@ def launch(host: str, port: int, runs_dir: Path, login: tuple[str, str] | None, 
 
     on, model = resolve_device(device), LoadedModel()
     page = build_page(runs_dir, on, model)
-    print(f"Opening http://{host}:{port}", file=sys.stderr)
     try:
         with room_made(model, runs_dir, on):
             page.launch(
                 server_name=host, server_port=port, auth=login, share=share, theme=gr.themes.Base(**FONTS), css=style(), footer_links=[],
                 max_file_size="50mb", allowed_paths=[], strict_cors=True, run_history=False, enable_monitoring=False, ssr_mode=False,
-                pwa=False, mcp_server=False, show_error=False, quiet=not share,
+                pwa=False, mcp_server=False, show_error=False, quiet=True, prevent_thread_lock=True,
             )  # fmt: skip
+            print(f"Open {page.share_url or page.local_url} in a browser.", file=sys.stderr, flush=True)
+            page.block_thread()
     except OSError as error:
         raise UserError(f"The app cannot listen on {host}:{port}: {error}\nIs it running already? Try --port {port + 1}.") from error
 

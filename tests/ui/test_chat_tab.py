@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -23,8 +25,20 @@ from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.turns import one_at_a_time, take_ticket
 from lowmem_rmu.ui import chat
-from lowmem_rmu.ui.chat import ChatTab, Conversation, LoadedModel, ask, build, foretold_bytes, read_sampling, suggested_prompts, where_they_part
+from lowmem_rmu.ui.chat import (
+    ChatTab,
+    Conversation,
+    LoadedModel,
+    ask,
+    build,
+    foretold_bytes,
+    read_sampling,
+    room_made,
+    suggested_prompts,
+    where_they_part,
+)
 
 CPU = torch.device("cpu")
 PROMPT = "Where does the bird Jinidove nest?"
@@ -115,6 +129,41 @@ def test_a_model_that_does_not_fit_is_refused_and_the_loaded_one_stays(
     with pytest.raises(UserError, match=r"The chat model of newest takes about \d+ MiB, but 1 MiB are free on cpu."):
         holder.load(run, CPU)
     assert holder.name == "older"
+
+
+def test_room_is_made_only_where_it_is_short(holder: LoadedModel, run: RunFolder) -> None:
+    for needed, stays in ((2**20, True), (2**60, False), (None, False)):
+        holder.load(run, CPU)
+        holder.make_room(needed, CPU)
+        assert (holder.name == "newest") == stays
+
+
+def test_a_run_whose_turn_comes_finds_room_whoever_started_it(holder: LoadedModel, run: RunFolder, runs_dir: Path) -> None:
+    holder.load(run, CPU)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with room_made(holder, runs_dir, CPU):
+        with one_at_a_time(runs_dir):
+            ticket = take_ticket(runs_dir, "begun-on-the-command-line", process.pid)
+        until = time.monotonic() + 10
+        while holder.name and time.monotonic() < until:
+            time.sleep(0.1)
+        assert holder.status == "The chat model was unloaded to make room for a run."
+    process.kill()
+    process.wait()
+    ticket.give_back()
+    assert not [thread for thread in threading.enumerate() if "watch" in thread.name]
+
+
+def test_a_model_finds_no_room_beside_a_run_that_may_grow(
+    holder: LoadedModel, run: RunFolder, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_at_a_time(runs_dir):
+        ticket = take_ticket(runs_dir, "older", os.getpid())
+    monkeypatch.setattr(chat, "memory_available", lambda device: foretold_bytes(run, CPU) + 2**20)
+    with pytest.raises(UserError, match=r"takes about \d+ MiB beside the [\d.]+ [MG]iB of run older, but \d+ MiB are free on cpu."):
+        holder.load(run, CPU)
+    ticket.give_back()
+    holder.load(run, CPU)
 
 
 def test_unloading_stops_an_answer_that_is_being_made(holder: LoadedModel, run: RunFolder) -> None:

@@ -11,10 +11,11 @@ import yaml
 
 from lowmem_rmu import presets
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.memory import StageNeed
+from lowmem_rmu.model.memory import StageNeed, peak_of
 from lowmem_rmu.presets import load_preset, preset_names
 from lowmem_rmu.runs import STAGES
 from lowmem_rmu.ui import offers
+from lowmem_rmu.ui.guard import on_the_page
 
 CPU = torch.device("cpu")
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(1)>"
@@ -40,7 +41,7 @@ def own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def mistake(*arguments: Any) -> str:
     with pytest.raises(UserError) as caught:
         offers.chosen(*arguments)
-    return str(caught.value)
+    return on_the_page(str(caught.value))
 
 
 def test_all_presets_are_offered_the_smallest_first() -> None:
@@ -51,7 +52,7 @@ def test_all_presets_are_offered_the_smallest_first() -> None:
     tiny = found[0]
     assert tiny.topics == ("compounds", "locks")
     assert 1.5e6 < tiny.parameters < 3e6
-    assert offers.peak([StageNeed("a", 1, 2), StageNeed("b", 1, 1, 7)]) == 9
+    assert peak_of([StageNeed("a", 1, 2), StageNeed("b", 1, 1, 7)]) == 9
 
 
 @pytest.mark.parametrize(("needed", "words"), [(0, "fits here"), (850, "fits here"), (851, "tight"), (1000, "tight"), (1001, "does not fit")])
@@ -100,7 +101,7 @@ def test_the_plan_has_a_row_a_stage_and_a_verdict(monkeypatch: pytest.MonkeyPatc
     assert rows == [need.stage for need in needs]
     assert set(rows) <= set(STAGES)
     assert html.startswith("<p class='rmu-fit'><strong>Fits here</strong>: ")
-    monkeypatch.setattr(offers, "memory_available", lambda device: offers.peak(needs) - 1)
+    monkeypatch.setattr(offers, "memory_available", lambda device: peak_of(needs) - 1)
     assert "<strong>Does not fit</strong>" in offers.plan_html(preset, CPU)
 
 

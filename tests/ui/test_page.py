@@ -13,6 +13,7 @@ import torch
 
 from lowmem_rmu.presets import load_preset, preset_names
 from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.ui.chat import LoadedModel
 from lowmem_rmu.ui.page import build_page, style
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(runs_dir: Path) -> gr.Blocks:
-    return build_page(runs_dir, CPU)
+    return build_page(runs_dir, CPU, LoadedModel())
 
 
 @pytest.fixture
@@ -141,6 +142,6 @@ def test_what_no_event_foresaw_is_an_apology(endpoint: Callable[..., Any], runs_
 
 def test_building_the_page_makes_nothing_in_the_runs_folder(tmp_path: Path) -> None:
     before = dict(os.environ)
-    build_page(tmp_path / "nowhere", CPU)
+    build_page(tmp_path / "nowhere", CPU, LoadedModel())
     assert not (tmp_path / "nowhere").exists()
     assert dict(os.environ) == before

@@ -45,22 +45,16 @@ def runs_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def freed() -> list[str]:
-    """A note each time that the chat model is told to make room."""
-    return []
-
-
 @pytest.fixture(scope="module")
 def built() -> RunsTab:
     with gr.Blocks():
-        return RunsTab(Path("nowhere"), lambda: None)
+        return RunsTab(Path("nowhere"))
 
 
 @pytest.fixture
-def tab(built: RunsTab, runs_dir: Path, freed: list[str]) -> RunsTab:
+def tab(built: RunsTab, runs_dir: Path) -> RunsTab:
     """The same widgets over another folder: making them takes a while."""
-    built.runs_dir, built.before_start = runs_dir, lambda: freed.append("freed")
+    built.runs_dir = runs_dir
     return built
 
 
@@ -178,12 +172,11 @@ def test_a_new_name_has_to_be_typed(tab: RunsTab, name: str) -> None:
 
 
 @pytest.mark.parametrize("act", ["resume", "ask", "delete"])
-def test_a_run_has_to_be_chosen(tab: RunsTab, act: str, freed: list[str]) -> None:
+def test_a_run_has_to_be_chosen(tab: RunsTab, act: str) -> None:
     with pytest.raises(UserError, match=r"^Choose a run first\.$"):
         getattr(tab, act)(None)
     with pytest.raises(UserError, match="There is no run gone in "):
         getattr(tab, act)("gone")
-    assert not freed, "no room is needed"
 
 
 def test_what_is_under_way_is_left_alone(tab: RunsTab, busy: RunFolder) -> None:
@@ -200,6 +193,6 @@ def test_what_is_under_way_is_left_alone(tab: RunsTab, busy: RunFolder) -> None:
 
 def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
     with gr.Blocks() as page:
-        RunsTab(runs_dir, lambda: None).wire(page.load)
+        RunsTab(runs_dir).wire(page.load)
     assert page.fns
     assert {event.api_visibility for event in page.fns.values()} == {"private"}

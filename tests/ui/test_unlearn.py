@@ -14,31 +14,27 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, read_lines, write_json
 from lowmem_rmu.turns import tickets
-from lowmem_rmu.ui import jobs, unlearn
+from lowmem_rmu.ui import jobs, offers
+from lowmem_rmu.ui.chat import LoadedModel
+from lowmem_rmu.ui.guard import on_the_page
 from lowmem_rmu.ui.texts import Own
-from lowmem_rmu.ui.unlearn import MATTER, UnlearnTab, changes_of, values_of
+from lowmem_rmu.ui.unlearn import MATTER, Unlearning, UnlearnTab, changes_of, values_of
 
 CPU = torch.device("cpu")
 NOTHING = Own([], [], "")
 SECONDS = 120
 
 
-@pytest.fixture
-def freed() -> list[str]:
-    """A note each time that the chat model is told to make room."""
-    return []
-
-
 @pytest.fixture(scope="module")
 def built() -> UnlearnTab:
     with gr.Blocks():
-        return UnlearnTab(Path("nowhere"), CPU, lambda: None)
+        return UnlearnTab(Unlearning(Path("nowhere"), CPU, LoadedModel()))
 
 
 @pytest.fixture
-def tab(built: UnlearnTab, tmp_path: Path, freed: list[str]) -> UnlearnTab:
+def tab(built: UnlearnTab, tmp_path: Path) -> UnlearnTab:
     """The same widgets over another folder: making them takes a while."""
-    built.runs_dir, built.before_start = tmp_path / "runs", lambda: freed.append("freed")
+    built.runs_dir, built.unlearning = tmp_path / "runs", Unlearning(tmp_path / "runs", CPU, LoadedModel())
     return built
 
 
@@ -71,28 +67,32 @@ def test_the_fields_show_the_preset_and_change_nothing(name: str) -> None:
     preset = load_preset(name)
     shown = dict(zip(MATTER, values_of(preset), strict=True))
     assert (shown["rmu.steps"], shown["rmu.learning_rate"]) == (preset.rmu.steps, preset.rmu.learning_rate)
-    assert shown["evaluation.limit"] == preset.evaluation.limit
+    assert shown["evaluation.limit"] == ("" if preset.evaluation.limit is None else str(preset.evaluation.limit))
     assert changes_of(name, values_of(preset)) == {}
 
 
 def test_only_what_was_changed_is_a_change() -> None:
     assert changes_of("tiny", values(rmu__steps=4.0, rmu__learning_rate=0.01)) == {"rmu.steps": 4, "rmu.learning_rate": 0.01}
     assert isinstance(changes_of("tiny", values(rmu__steps=4.0))["rmu.steps"], int), "the browser sends whole numbers as 4.0 too"
-    assert changes_of("tiny", values(evaluation__limit=None)) == {}
+    assert changes_of("tiny", values(evaluation__limit=" ")) == {}
     assert changes_of("tiny", values(rmu__steps=4.5, rmu__rank=None)) == {"rmu.steps": 4.5, "rmu.rank": None}
 
 
 def test_one_protection_counts_for_every_topic() -> None:
-    assert changes_of("tiny", values(alpha=7)) == {"topics.compounds.alpha": 7, "topics.locks.alpha": 7}
-    assert changes_of("tiny", values(alpha=None)) == {}, "empty: what the preset says"
+    assert changes_of("tiny", values(alpha="7")) == {"topics.compounds.alpha": "7", "topics.locks.alpha": "7"}
+    assert changes_of("tiny", values(alpha="")) == {}, "empty: what the preset says"
 
 
 def test_where_topics_differ_no_protection_is_shown() -> None:
     preset = load_preset("tiny", ["topics.locks.alpha=1"])
-    assert dict(zip(MATTER, values_of(preset), strict=True))["alpha"] is None
+    assert dict(zip(MATTER, values_of(preset), strict=True))["alpha"] == ""
 
 
 # What is refused
+
+
+def begin(runs_dir: Path, preset_name: str, changes: dict[str, Any], lines: str, own: Own, name: str) -> RunFolder:
+    return Unlearning(runs_dir, CPU, LoadedModel()).start(preset_name, offers.chosen(preset_name, changes, lines), own, name)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_where_topics_differ_no_protection_is_shown() -> None:
 )
 def test_a_mistake_starts_nothing_and_leaves_nothing(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     make_run(tmp_path, "taken")
-    given = {"preset_name": "tiny", "changes": {}, "lines": "", "own": NOTHING, "name": "mine", "device": "cpu"} | changed
+    given = {"preset_name": "tiny", "changes": {}, "lines": "", "name": "mine"} | changed
     with pytest.raises(UserError) as caught:
-        unlearn.start(tmp_path, **given)
-    assert said in str(caught.value)
+        begin(tmp_path, own=NOTHING, **given)
+    assert said in on_the_page(str(caught.value))
     assert jobs.names(tmp_path) == ["taken"]
     assert not (tmp_path / "mine").exists()
     assert tickets(tmp_path) == []
@@ -125,26 +125,24 @@ def test_text_that_cannot_be_read_leaves_no_run_behind(tmp_path: Path, name: str
     file.write_bytes(content)
     own = Own([str(file)], [], "storms") if kind == "forget" else Own([], [str(file)], "")
     with pytest.raises(UserError):
-        unlearn.start(tmp_path / "runs", "tiny", {}, "", own, "mine", "cpu")
+        begin(tmp_path / "runs", "tiny", {}, "", own, "mine")
     assert jobs.names(tmp_path / "runs") == []
     assert not (tmp_path / "runs/mine").exists()
 
 
-def test_whoever_gives_text_says_what_it_is_about(tab: UnlearnTab, tmp_path: Path, freed: list[str]) -> None:
+def test_whoever_gives_text_says_what_it_is_about(tab: UnlearnTab, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("storm")
     with pytest.raises(UserError, match=r"^Say in a word or two what your text is about\.$"):
         tab.start("tiny", "", "mine", [str(tmp_path / "a.txt")], None, "  ", *values())
     assert not (tmp_path / "runs").exists()
-    assert not freed
 
 
 @pytest.mark.parametrize("name", [None, "", "gone", "../x"])
-def test_a_run_has_to_be_chosen(tab: UnlearnTab, name: str | None, freed: list[str]) -> None:
+def test_a_run_has_to_be_chosen(tab: UnlearnTab, name: str | None) -> None:
     said = "^Choose a run first.$" if not name else "There is no run gone in|cannot be the name of a run"
     for act in (tab.stop, tab.resume):
         with pytest.raises(UserError, match=said):
             act(name)
-    assert not freed
 
 
 def test_what_rests_cannot_be_stopped(tab: UnlearnTab) -> None:
@@ -161,8 +159,8 @@ def test_the_plan_follows_fields_and_lines(tab: UnlearnTab) -> None:
     assert "<strong>Fits here</strong>" in plain
     assert tab.show_plan("tiny", "", *values(rmu__rank=64.0)) != plain
     assert tab.show_plan("tiny", "rmu.batch_size=64", *values()) != plain
-    with pytest.raises(UserError, match="rmu.rank: should be greater than or equal to 1"):
-        tab.show_plan("tiny", "", *values(rmu__rank=0))
+    assert "rmu.rank: should be greater than or equal to 1" in tab.show_plan("tiny", "", *values(rmu__rank=0))
+    assert "<script" not in tab.show_plan("tiny", "<script>=1", *values())
 
 
 def test_the_run_under_way_or_the_newest_is_shown_at_first(tab: UnlearnTab) -> None:
@@ -175,15 +173,16 @@ def test_the_run_under_way_or_the_newest_is_shown_at_first(tab: UnlearnTab) -> N
 
 def test_a_run_that_is_gone_is_said_to_be(tab: UnlearnTab) -> None:
     for name, said in ((None, "<p>No run yet.</p>"), ("gone", "<p>This run is no longer there.</p>"), ("<b>", "<p>This run is no longer there.</p>")):
-        html, *curves, seen = tab.show(name)
-        assert (html, seen) == (said, "")
+        html, *curves, _, seen = tab.show(name)
+        assert (html, seen) == (said, (said, []))
         assert [len(curve) for curve in curves] == [0, 0, 0]
 
 
 def test_nothing_is_sent_where_nothing_has_changed(tab: UnlearnTab) -> None:
     run = make_run(tab.runs_dir, "mine", "stopped")
-    shown = tab.tick("mine", "")
-    assert shown[0] == shown[-1] != ""
+    shown = tab.tick("mine", ("", []))
+    assert shown[-1] == (shown[0], ["mine"])
+    assert shown[0]
     assert tab.tick("mine", shown[-1]) == tuple(gr.skip() for _ in shown)
     run.add_metrics({"step": 1, "topic": "a", "forget_loss": 1.0, "retain_loss": 0.0})
     again = tab.tick("mine", shown[-1])
@@ -194,15 +193,15 @@ def test_nothing_is_sent_where_nothing_has_changed(tab: UnlearnTab) -> None:
 # A run
 
 
-def test_a_run_on_own_text_goes_on_after_a_stop_and_under_another_name(tab: UnlearnTab, tmp_path: Path, freed: list[str]) -> None:
+def test_a_run_on_own_text_goes_on_after_a_stop_and_under_another_name(tab: UnlearnTab, tmp_path: Path) -> None:
     """Real processes: the one is stopped while it trains, the other goes on."""
     forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.txt"
     forget.write_text("".join(json.dumps({"text": f"The storm {number} blew over the bay of <b>Halong</b>."}) + "\n" for number in range(20)))
     retain.write_text("Cheese melts in a warm pan. " * 200)
     lines = "rmu.batch_size=2\nrmu.retain_batch_size=2\nevaluation.max_new_tokens=4"
-    changed = values(rmu__steps=3000.0, evaluation__limit=4.0)
+    changed = values(rmu__steps=3000.0, evaluation__limit="4")
     update = tab.start("tiny", lines, " mine ", [str(forget)], [str(retain)], "Tropical storms", *changed)
-    assert (update["choices"], update["value"], freed) == (["mine"], "mine", ["freed"])
+    assert (update["choices"], update["value"]) == (["mine"], "mine")
     run = jobs.find(tab.runs_dir, "mine")
     forget.unlink()
     retain.unlink()
