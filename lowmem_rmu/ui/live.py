@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from lowmem_rmu.chat import SIDES
 from lowmem_rmu.runs import STAGES, RunFolder, read_lines
 from lowmem_rmu.ui.jobs import RunState
 
@@ -19,6 +20,7 @@ STAGE_WORDS = {
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
 NORMS = {"forget_norm": "forget set", "retain_norm": "retain set"}
 OUTPUT_LINES = 3
+MISSING = "–"
 TRACE = "(most recent call"
 """What a stack trace begins with, Python's own (plain or in a box) and that of PyTorch's C++."""
 
@@ -65,14 +67,23 @@ def _figures(folder: RunFolder) -> str:
 
 
 def _answers(folder: RunFolder) -> str:
-    """Right answers so far, by side and task."""
-    rows = []
-    for side in ("base", "unlearned"):
+    """Right answers so far, a row a task."""
+    told: dict[str, dict[str, str]] = {}
+    for side in SIDES:
         answers = pd.DataFrame(read_lines(folder.answers(side)))
         if len(answers):
             tasks = answers.assign(task=answers["task"].astype(str)).groupby("task", sort=False)["correct"].agg(["mean", "size"])
-            rows += [(f"{name}, {side}", f"{row['mean']:.1%} of {int(row['size']):,}") for name, row in tasks.iterrows()]
-    return f"<details open><summary>Right answers so far</summary>{_list(dict(rows[-40:]))}</details>" if rows else ""
+            for name, row in tasks.iterrows():
+                told.setdefault(str(name), {})[side] = f"{row['mean']:.1%} of {int(row['size']):,}"
+    if not told:
+        return ""
+    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Task", *SIDES))
+    rows = (
+        f"<tr><th scope='row'>{html.escape(name)}</th>{''.join(f'<td>{shares.get(side, MISSING)}</td>' for side in SIDES)}</tr>"
+        for name, shares in told.items()
+    )
+    table = f"<table class='rmu-table'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<details open><summary>Right answers so far</summary><div class='rmu-scroll rmu-tall' tabindex='0'>{table}</div></details>"
 
 
 def _list(shown: dict[str, str]) -> str:
@@ -96,4 +107,5 @@ def curves(folder: RunFolder | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.Dat
 def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame:
     """Columns `step`, `value` and `line`: the topic, or what `keys` calls a key."""
     found = [(row["step"], row[key], words or row["topic"]) for row in rows for key, words in keys.items() if row.get(key) is not None]
-    return pd.DataFrame(found, columns=["step", "value", "line"])
+    # An axis is one of numbers where its column is, also before there are any.
+    return pd.DataFrame(found, columns=["step", "value", "line"]).astype({"step": "int64", "value": "float64", "line": "str"})

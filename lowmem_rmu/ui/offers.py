@@ -130,11 +130,11 @@ def plan_html(preset: Preset, device: torch.device) -> str:
     """The memory plan, a row a stage, and whether it fits."""
     needs, free = plan(preset, device), memory_available(device)
     rows = "".join(
-        f"<tr><th scope='row'>{need.stage}</th><td>{gib(need.weights)}</td><td>{gib(need.working)}</td>"
-        f"<td>{gib(need.cache) if need.cache else '–'}</td><td><strong>{gib(need.total)}</strong></td></tr>"
+        f"<tr><th scope='row'>{need.stage}</th><td><strong>{gib(need.total)}</strong></td><td>{gib(need.weights)}</td>"
+        f"<td>{gib(need.working)}</td><td>{gib(need.cache) if need.cache else '–'}</td></tr>"
         for need in needs
     )
     words = fit(peak_of(needs), free)
-    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Stage", "Model", "Working", "Cache", "Together"))
+    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Stage", "Together", "Model", "Working", "Cache"))
     verdict = f"<p class='rmu-fit'><strong>{words.capitalize()}</strong>: {gib(peak_of(needs))} at most, {gib(free)} free on this machine now.</p>"
     return f"{verdict}<div class='rmu-scroll' tabindex='0'><table class='rmu-table'><thead>{head}</thead><tbody>{rows}</tbody></table></div>"

@@ -17,10 +17,12 @@ TITLE = "lowmem-rmu"
 CSS = """
 .rmu-scroll { overflow-x: auto; }
 .rmu-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.rmu-table th, .rmu-table td { padding: .4rem .75rem .4rem 0; text-align: left; vertical-align: top; }
-.rmu-table th, .rmu-table td { border-bottom: 1px solid var(--border-color-primary); }
+.rmu-tall { max-height: 20rem; overflow-y: auto; }
+.prose .rmu-table th, .prose .rmu-table td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; border: 0; }
+.prose .rmu-table th, .prose .rmu-table td { border-bottom: 1px solid var(--border-color-primary); }
+.gradio-container { --block-info-text-color: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
 .rmu-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .5rem 1.5rem; margin: .5rem 0; }
-.rmu-figures dt { color: var(--body-text-color-subdued); font-size: .85rem; }
+.rmu-figures dt { color: var(--block-info-text-color); font-size: .85rem; }
 .rmu-figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .rmu-error { white-space: pre-wrap; padding: .75rem; border-left: 4px solid #b3402a; }
 .rmu-presets .wrap { flex-direction: column; }

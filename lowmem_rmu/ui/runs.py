@@ -81,6 +81,7 @@ class RunsTab:
         gr.on(triggers, guarded(self.refresh), [self.run], listed, **QUIET)
         self.run.change(guarded(self.settings_of), [self.run], [self.settings], **QUIET)
         self.resume_button.click(guarded(self.resume), [self.run], listed, **QUIET)
+        self.table.select(guarded(self.chosen), [], [self.run], **QUIET)
         self.rename_button.click(guarded(self.rename), [self.run, self.new_name], listed, **QUIET)
         self.delete_button.click(guarded(self.ask), [self.run], [self.question, self.sure], **QUIET)
         self.keep_button.click(lambda: gr.update(visible=False), [], [self.question], **QUIET)
@@ -89,6 +90,10 @@ class RunsTab:
     def refresh(self, name: str | None) -> tuple[Any, Any]:
         names = jobs.names(self.runs_dir)
         return rows(self.runs_dir), gr.update(choices=names, value=name if name in names else next(iter(names), None))
+
+    def chosen(self, event: gr.SelectData) -> str:
+        """The run whose row was clicked."""
+        return event.row_value[0]
 
     def settings_of(self, name: str | None) -> str:
         settings = _config(jobs.find(self.runs_dir, name)).get("settings") if name else None

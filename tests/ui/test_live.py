@@ -85,7 +85,7 @@ def test_a_torn_line_is_passed_over(run: RunFolder) -> None:
     assert list(live.curves(run)[0]["step"]) == [1, 2]
     with run.answers("base").open("wb") as raw:
         raw.write('{"task": "a", "correct": true}\n{"task": "ä'.encode()[:-1])
-    assert figures(live.progress(state(), run))["a, base"] == "100.0% of 1"
+    assert "<td>100.0% of 1</td><td>–</td>" in live.progress(state(), run)
 
 
 def test_right_answers_so_far_by_side_and_task(run: RunFolder) -> None:
@@ -93,13 +93,15 @@ def test_right_answers_so_far_by_side_and_task(run: RunFolder) -> None:
         add_lines(run.answers(side), [{"task": task, "correct": each} for task, each in zip(("locks", "locks", "7"), right, strict=True)])
     html = live.progress(state(), run)
     assert "<summary>Right answers so far</summary>" in html
-    told = figures(html)
-    assert told == {"locks, base": "100.0% of 2", "7, base": "0.0% of 1", "locks, unlearned": "0.0% of 2", "7, unlearned": "0.0% of 1"}
+    rows = re.findall(r"<tr><th scope='row'>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", html)
+    assert rows == [("locks", "100.0% of 2", "0.0% of 2"), ("7", "0.0% of 1", "0.0% of 1")]
 
 
-def test_of_very_many_tasks_the_last_are_shown(run: RunFolder) -> None:
-    add_lines(run.answers("base"), [{"task": f"t{number}", "correct": True} for number in range(60)])
-    assert list(figures(live.progress(state(), run)))[0::39] == ["t20, base", "t59, base"]
+def test_curves_have_axes_of_numbers_before_there_are_any(run: RunFolder) -> None:
+    before = [list(curve.dtypes) for curve in live.curves(None)]
+    run.add_metrics(step(1))
+    assert [list(curve.dtypes) for curve in live.curves(run)] == before
+    assert {str(kind) for kinds in before for kind in kinds[:2]} == {"int64", "float64"}
 
 
 def test_names_errors_and_tasks_are_shown_to_the_letter(run: RunFolder) -> None:
