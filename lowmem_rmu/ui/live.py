@@ -97,15 +97,17 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def curves(folder: RunFolder | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Forget loss, retain loss and activation norms by step, in the long form that a plot takes."""
+def curves(folder: RunFolder | None) -> tuple[pd.DataFrame | None, pd.DataFrame | None, pd.DataFrame | None]:
+    """Forget loss, retain loss and activation norms by step, in the long form that a plot takes; None where there are none yet.
+
+    A plot keeps the axes and colours of the first frame it is given, so that an empty one would stay empty.
+    """
     rows = read_lines(folder.metrics) if folder else []
     losses = [_long(rows, {key: None}) for key in LOSSES]
     return losses[0], losses[1], _long(rows, NORMS)
 
 
-def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame:
+def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame | None:
     """Columns `step`, `value` and `line`: the topic, or what `keys` calls a key."""
     found = [(row["step"], row[key], words or row["topic"]) for row in rows for key, words in keys.items() if row.get(key) is not None]
-    # An axis is one of numbers where its column is, also before there are any.
-    return pd.DataFrame(found, columns=["step", "value", "line"]).astype({"step": "int64", "value": "float64", "line": "str"})
+    return pd.DataFrame(found, columns=["step", "value", "line"]) if found else None

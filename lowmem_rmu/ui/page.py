@@ -19,6 +19,7 @@ CSS = """
 .rmu-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .rmu-tall { max-height: 20rem; overflow-y: auto; }
 .prose .rmu-table th, .prose .rmu-table td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; border: 0; }
+.prose .rmu-table, .prose .rmu-table tr, .prose .rmu-table thead { border: 0; }
 .prose .rmu-table th, .prose .rmu-table td { border-bottom: 1px solid var(--border-color-primary); }
 .gradio-container { --block-info-text-color: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
 .rmu-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .5rem 1.5rem; margin: .5rem 0; }

@@ -150,8 +150,7 @@ class UnlearnTab:
         self.timer = gr.Timer(REFRESH_SECONDS)
 
     def _plot(self, title: str) -> gr.LinePlot:
-        nothing = live.curves(None)[0]
-        return gr.LinePlot(nothing, x="step", y="value", color="line", title=title, height=220, min_width=260, x_title="Step", y_title="")
+        return gr.LinePlot(x="step", y="value", color="line", title=title, height=220, min_width=260, x_title="Step", y_title="")
 
     def wire(self, load: Callable[..., Any]) -> None:
         """Connects the events; `load` is that of the page."""

@@ -175,7 +175,7 @@ def test_a_run_that_is_gone_is_said_to_be(tab: UnlearnTab) -> None:
     for name, said in ((None, "<p>No run yet.</p>"), ("gone", "<p>This run is no longer there.</p>"), ("<b>", "<p>This run is no longer there.</p>")):
         html, *curves, _, seen = tab.show(name)
         assert (html, seen) == (said, (said, []))
-        assert [len(curve) for curve in curves] == [0, 0, 0]
+        assert curves == [None] * 3
 
 
 def test_nothing_is_sent_where_nothing_has_changed(tab: UnlearnTab) -> None:
