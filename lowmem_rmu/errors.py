@@ -1,5 +1,6 @@
 """Errors that a user can act on: what is wrong, where, and what to do next."""
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -27,6 +28,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return "Did you mean " + " or ".join(f'"{match}"' for match in close) + "?"
     return "There is: " + ", ".join(known) + "."
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Also where a library says so in words only, as safetensors does."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

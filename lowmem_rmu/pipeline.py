@@ -1,6 +1,5 @@
 """The stages in order: evaluate base -> unlearn -> evaluate unlearned -> report. The command line and the app both run this."""
 
-import errno
 import gc
 import os
 import shutil
@@ -23,7 +22,7 @@ from lowmem_rmu import __version__
 from lowmem_rmu.chat import Sampling, answer
 from lowmem_rmu.data.corpora import Samples, load_samples
 from lowmem_rmu.data.questions import QuestionSet, load_questions
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import UserError, is_disk_full
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
 from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
@@ -327,12 +326,12 @@ class Job:
     def _translated_errors(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(self.preset, self.device, self.stages, self._stage) from error
+        except UserError:
             raise
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
+        except Exception as error:
+            if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
+                raise out_of_memory(self.preset, self.device, self.stages, self._stage) from error
+            if is_disk_full(error):
                 raise UserError(
                     f"The disk that holds {self.folder.path} is full.\nMake room, then go on with --resume --name {self.folder.path.name}."
                 ) from error

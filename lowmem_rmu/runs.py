@@ -116,7 +116,11 @@ class RunFolder:
     def reserve(cls, runs_dir: Path, name: str) -> "RunFolder":
         """A folder for the output of a run's process, which makes it a run once its turn comes. Raises UserError as `create` does."""
         folder = cls.create(runs_dir, name)
-        folder.output.touch()
+        try:
+            folder.output.touch()
+        except OSError:
+            shutil.rmtree(folder.path)
+            raise
         return folder
 
     @classmethod

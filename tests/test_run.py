@@ -22,7 +22,7 @@ from click.testing import Result
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -539,9 +539,12 @@ def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkey
     assert RunFolder(tmp_path / "oom").read_status()["state"] == "failed"
 
 
-def test_a_full_disk_keeps_what_there_is_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_keeps_what_there_is_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def full(self: RunFolder, row: dict[str, object]) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(RunFolder, "add_metrics", full)
     result = run_tiny(tmp_path, "full")

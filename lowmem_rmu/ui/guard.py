@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import escape
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import UserError, is_disk_full
 
 LOG = logging.getLogger(__name__)
 
@@ -48,5 +48,7 @@ def _shown() -> Iterator[None]:
     except gr.Error:
         raise
     except Exception as error:
+        if is_disk_full(error):
+            raise gr.Error("The disk is full. Make room, then do it again: what was finished is kept.", duration=None) from error
         LOG.exception("An event of the page failed")
         raise gr.Error("Something went wrong here, and it was not you. The terminal that runs app.py says more.", duration=None) from error

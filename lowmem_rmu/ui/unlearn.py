@@ -53,11 +53,10 @@ class Unlearning:
             check_fits(preset, self.device, STAGES)
         folder = jobs.reserve(self.runs_dir, preset_name, name.strip() or None)
         try:
-            preset = with_own_text(preset, own, folder)
+            jobs.start(folder, preset_name, with_own_text(preset, own, folder), self.device.type)
         except BaseException:
             jobs.delete(folder)
             raise
-        jobs.start(folder, preset_name, preset, self.device.type)
         return folder
 
 

@@ -1,5 +1,6 @@
 """What an event of the page may raise, and what the page may show of it."""
 
+import errno
 import inspect
 import logging
 from collections.abc import Iterator
@@ -32,6 +33,12 @@ def streamed(error: BaseException | None = None, /, answer: str = "answer") -> I
 
 
 KINDS = [plain, streamed]
+
+
+@pytest.mark.parametrize("function", KINDS)
+def test_a_full_disk_is_told_as_such(function: Any) -> None:
+    with pytest.raises(gr.Error, match=r"^'The disk is full\. Make room, then do it again: what was finished is kept\.'$"):
+        outcome(function, OSError(errno.ENOSPC, SECRET))
 
 
 def outcome(function: Any, *arguments: Any, **named: Any) -> Any:
