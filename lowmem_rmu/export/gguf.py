@@ -8,13 +8,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, MODEL_ARCH, GGMLQuantizationType, GGUFType, GGUFWriter, Keys, LlamaFileType, get_tensor_name_map
+from gguf import (
+    GGML_QUANT_VERSION,
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFType,
+    GGUFWriter,
+    Keys,
+    LlamaFileType,
+    TensorNameMap,
+    get_tensor_name_map,
+)
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -126,10 +137,15 @@ def _stored_as(name: str, shape: tuple[int, ...], kind: Kind) -> GGMLQuantizatio
 
 
 def _gguf_name(config: PretrainedConfig, name: str) -> str:
-    known = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers).get_name(name, try_suffixes=(".weight", ".bias"))
+    known = _names(config.num_hidden_layers).get_name(name, try_suffixes=(".weight", ".bias"))
     if known is None:
         raise UserError(f"llama.cpp knows no weight like {name} in a Llama.\nExport the model merged instead.")
     return known
+
+
+@cache
+def _names(layers: int) -> TensorNameMap:
+    return get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
 
 
 def _check_space(to: Path, size: int) -> None:
@@ -233,7 +249,7 @@ def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(lora.lora_alpha))
         for name, (a, b) in _low_rank_pairs(adapter).items():
             if shapes.get(name) != (shape := (b.shape[0], a.shape[1])):
-                raise UserError(f"The adapter {adapter} changes a weight {name} of {shape}, which the model {checkpoint} lacks.\nGive its own base model.")
+                raise UserError(f"The adapter {adapter} changes {name} of {shape}, which {checkpoint} has not.\nGive its own base model.")
             writer.add_tensor(f"{_gguf_name(config, name)}.lora_a", a.contiguous().numpy())
             writer.add_tensor(f"{_gguf_name(config, name)}.lora_b", in_pairs(config, name, b).contiguous().numpy())
         writer.write_header_to_file()
