@@ -24,7 +24,7 @@ BYTE_LEVEL = {
     ((GPT2,), False): "gpt-2",
     ((DIGIT, GPT2), False): "smollm",
     ((LLAMA3,), True): "llama-bpe",
-    ((TEKKEN,), True): "tekken",
+    ((TEKKEN,), True): "tekken",  # llama.cpp parts a letter from an accent that is a character of its own
     # Parts text more coarsely than the tiny model's tokenizer, which learned no merge that would notice.
     ((TINY,), False): "bloom",
 }
@@ -35,10 +35,14 @@ SENTENCEPIECE = {
     ("Prepend", "Replace"): True,
     ("Replace",): False,
     ("Metaspace always",): True,
-    ("Metaspace first",): True,  # llama.cpp begins with a space after every special token, too
+    ("Metaspace first",): True,
     ("Metaspace never",): False,
 }
-"""Whether a text begins with a space that was not there, by what is done to its spaces."""
+"""Whether a text begins with a space that was not there, by what is done to its spaces.
+
+llama.cpp does as SentencePiece itself and "Prepend" do. It adds that space also where there is one already, and after special tokens:
+there "Metaspace" (Llama 2 in transformers 5) gives one token less.
+"""
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Merges = list[tuple[str, str]]
 

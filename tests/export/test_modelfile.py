@@ -18,7 +18,8 @@ ASKED = "{% endfor %}{% if add_generation_prompt %}"
 CHATML = EACH + "<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>\n" + ASKED + "<|im_start|>assistant\n{% endif %}"
 ZEPHYR = EACH + "<|{{ message['role'] }}|>\n{{ message['content'] + eos_token + '\n' }}" + ASKED + "<|assistant|>\n{% endif %}"
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-LLAMA3 = EACH + HEADER.format("{{ message['role'] }}") + "{{ message['content'] | trim }}<|eot_id|>" + ASKED + HEADER.format("assistant") + "{% endif %}"
+HEADED = HEADER.format("{{ message['role'] }}") + "{{ message['content'] | trim }}<|eot_id|>"
+LLAMA3 = EACH + HEADED + ASKED + HEADER.format("assistant") + "{% endif %}"
 INST = "{% if message['role'] == 'user' %}{{ '[INST] ' + content + ' [/INST]' }}{% else %}{{ ' ' + content + eos_token }}{% endif %}{% endfor %}"
 SYSTEM_FIRST = "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}{% endif %}"
 LLAMA2 = (
@@ -45,6 +46,7 @@ CONVERSATIONS = [
     [("user", "Say \"{{ x }}\" & '<b>'"), ("assistant", "No.\n\nWhy?"), ("user", "Because\tso")],
     [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"), ("user", "5"), ("assistant", "6"), ("user", "7")],
 ]
+KIND = "Be \"kind\".\nAlways."
 GO = """
 package main
 
@@ -102,7 +104,7 @@ def learnt(name: str) -> tuple[PreTrainedTokenizerBase, Wording]:
     return tokenizer, wording
 
 
-@pytest.mark.parametrize(("name", "system"), [*product(TEMPLATES, [None]), *product(sorted(TEMPLATES.keys() - {"mistral"}), ["Be \"kind\".\nAlways."])])
+@pytest.mark.parametrize(("name", "system"), [*product(TEMPLATES, [None]), *product(sorted(TEMPLATES.keys() - {"mistral"}), [KIND])])
 def test_known_templates_are_rendered_by_go_as_by_transformers(name: str, system: str | None, go_render: Render) -> None:
     tokenizer, wording = learnt(name)
     for turns in CONVERSATIONS:
