@@ -24,7 +24,9 @@ from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
@@ -286,16 +288,23 @@ def worst(marks: Iterable[Mark | None]) -> Mark:
     return min((mark for mark in marks if mark), key=MARKS.index, default="cannot be told")
 
 
-def verification_table(verification: Verification) -> Table:
-    """What was found, for a terminal of 100 columns: accuracies in percent with their standard errors."""
-    table = Table(title=f"The export: {verification.mark}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("Loaded as", "Task", "Should be", "Base", "Unlearned", "Exported", "Change (95%)", ""):
-        numbers = column in ("Base", "Unlearned", "Exported", "Change (95%)")
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
-    for each in verification.checked:
-        table.add_row(each.name, *[""] * 6, each.mark or f"not asked: {each.reason}", style="bold")
-        for task in each.tasks:
-            sides = ((task.base, task.base_stderr), (task.unlearned, task.unlearned_stderr), (task.exported, task.exported_stderr))
-            cells = [f"{100 * share:.1f} ± {100 * stderr:.1f}" for share, stderr in sides]
-            table.add_row("", task.task, task.role, *cells, f"{100 * task.change_from:+.1f} to {100 * task.change_to:+.1f}", task.finding)
+def verification_tables(verification: Verification) -> Group:
+    """What was found, for a terminal of 80 columns: a table a way to load the export, and the mark."""
+    mark = Text(f"The export: {verification.mark}", style="bold")
+    return Group(*(_table(each) for each in verification.checked), mark)
+
+
+def _table(checked: Checked) -> Table | Text:
+    """Accuracies in percent with their standard errors."""
+    if checked.mark is None:
+        return Text(f"{checked.name}: not asked: {checked.reason}\n")
+    title = Text(f"{checked.name}: {checked.mark}")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("Task", "Base", "Unlearned", "Exported", "Change (95%)", "Found"):
+        table.add_column(column, justify="left" if column in ("Task", "Found") else "right", no_wrap=column != "Task", overflow="fold")
+    for task in checked.tasks:
+        sides = ((task.base, task.base_stderr), (task.unlearned, task.unlearned_stderr), (task.exported, task.exported_stderr))
+        cells = [f"{100 * share:.1f} ± {100 * stderr:.1f}" for share, stderr in sides]
+        interval = f"{100 * task.change_from:+.1f} to {100 * task.change_to:+.1f}"
+        table.add_row(Text(task.task), *cells, interval, task.finding)
     return table
