@@ -66,7 +66,7 @@ def told_in_words(repo_id: str) -> Iterator[None]:
 
 
 def _message(repo_id: str, chain: list[BaseException]) -> str | None:
-    if isinstance(chain[0], ValueError) and any(isinstance(error, HfHubHTTPError) for error in chain):  # the library's words of what the Hub has against the card
+    if isinstance(chain[0], ValueError) and any(isinstance(error, HfHubHTTPError) for error in chain):  # in the library's words
         return f"{repo_id} cannot be uploaded: the Hub does not take its card.\n{chain[0]}"
     for error in chain:
         if isinstance(error, HfHubHTTPError):
