@@ -60,7 +60,8 @@ def score(file: Path, asked: list[list[Request]]) -> Iterator[list[float]]:
     """For each question the log-probabilities of its choices. What a request begins with as the one before it did is read once."""
     library: Any = import_module("llama_cpp")
     longest = max(len(request.ids) for requests in asked for request in requests)
-    llama = library.Llama(str(file), n_ctx=longest, verbose=False)
+    threads = torch.get_num_threads()  # more than there are cores free for take ten times as long: they wait for each other
+    llama = library.Llama(str(file), n_ctx=longest, n_threads=threads, n_threads_batch=threads, verbose=False)
     room = library.llama_model_n_ctx_train(llama.model)
     for requests in asked:
         yield [value for request in requests for value in _score(library, llama, replace(request, ids=request.ids[-room:]))]
