@@ -38,6 +38,7 @@ from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.fit import is_out_of_memory
 from lowmem_rmu.model.loading import load_config, load_model, load_tokenizer, unquantised_modules
 from lowmem_rmu.model.memory import gib, memory_available, plan
+from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.presets import ModelSettings, Preset, Role, recorded_preset
 from lowmem_rmu.runs import RunFolder, read_lines, write_json
 
@@ -177,6 +178,7 @@ def _check(name: str, asks: Ask, run: Run, device: torch.device, follow: Follow)
         return Checked(name, None, f"out of memory on {device}", 0.0, ())
     finally:
         gc.collect()  # the next model comes only once this one has gone
+        give_back_freed_memory()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     tasks = tuple(compare_export(run.sets, run.base, run.unlearned, answers))
@@ -197,13 +199,20 @@ def _ask_merged(settings: ModelSettings, precision: Precision, run: Run, device:
 
 
 def check_room(preset: Preset, settings: ModelSettings, precision: Precision, device: torch.device) -> None:
-    """Raises NotAsked where the memory plan exceeds what the device has: a model too large may take the whole machine down."""
-    # The plan knows no 8 bits: they take less than the mean of 16 and 4.
-    planned = ["none", "nf4"] if precision == "int8" else [precision]
-    changed = [preset.model_copy(update={"model": settings.model_copy(update={"quantisation": each})}) for each in planned]
-    needed = sum(plan(each, device, ["evaluate-base"])[0].total for each in changed) // len(changed)
-    if needed > (free := memory_available(device)) and settings.device_map == "one":
+    """Raises NotAsked where the model needs more than the device has: one too large may take the whole machine down."""
+    needed, free = room_needed(preset, settings, precision, device), memory_available(device)
+    if needed > free and settings.device_map == "one":
         raise NotAsked(f"it needs {gib(needed)}, but {gib(free)} are free on {device}")
+
+
+def room_needed(preset: Preset, settings: ModelSettings, precision: Precision, device: torch.device) -> int:
+    """Bytes by the memory plan, which knows no 8 bits."""
+    if precision == "int8":
+        unquantised, nf4 = (room_needed(preset, settings, each, device) for each in ("none", "nf4"))
+        # On a CPU bitsandbytes keeps a second copy of every weight, and buffers: SmolLM2 took 1.9 times what it takes in bfloat16.
+        return 2 * unquantised if device.type == "cpu" else (unquantised + nf4) // 2
+    changed = preset.model_copy(update={"model": settings.model_copy(update={"quantisation": precision})})
+    return plan(changed, device, ["evaluate-base"])[0].total
 
 
 def _ask(model: Any, settings: ModelSettings, run: Run, progress: Progress) -> list[Answer]:
@@ -290,8 +299,8 @@ def worst(marks: Iterable[Mark | None]) -> Mark:
 
 def verification_tables(verification: Verification) -> Group:
     """What was found, for a terminal of 80 columns: a table a way to load the export, and the mark."""
-    mark = Text(f"The export: {verification.mark}", style="bold")
-    return Group(*(_table(each) for each in verification.checked), mark)
+    why = "" if verification.checked else " (the run asked no questions)"
+    return Group(*(_table(each) for each in verification.checked), Text(f"The export: {verification.mark}{why}", style="bold"))
 
 
 def _table(checked: Checked) -> Table | Text:

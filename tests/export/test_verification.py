@@ -3,7 +3,7 @@ import shutil
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +15,20 @@ from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.multiple_choice import Answer, Interrupted
 from lowmem_rmu.export import verification
-from lowmem_rmu.export.verification import Checked, Compared, Mark, Verification, compare_export, mark_of, verification_tables, verify, worst
-from lowmem_rmu.presets import Role
+from lowmem_rmu.export.verification import (
+    Checked,
+    Compared,
+    Mark,
+    Precision,
+    Verification,
+    compare_export,
+    mark_of,
+    room_needed,
+    verification_tables,
+    verify,
+    worst,
+)
+from lowmem_rmu.presets import ModelSettings, Role, load_preset
 from lowmem_rmu.runs import RunFolder
 
 CPU = torch.device("cpu")
@@ -167,8 +179,13 @@ def test_what_does_not_fit_is_not_loaded_and_says_why(forgetful: RunFolder, merg
     assert verified.mark == "cannot be told"
     reasons = [each.reason or "" for each in verified.checked]
     assert all(reason.startswith("it needs ") and reason.endswith(" MiB, but 1 MiB are free on cpu") for reason in reasons)
-    needed = [int(reason.split()[2]) for reason in reasons]
-    assert needed[0] > needed[2] > needed[1], "own precision, int8, NF4"
+
+
+def test_the_room_that_each_precision_needs(small_settings: ModelSettings) -> None:
+    preset, own = load_preset("tiny", ["rmu.target_layer=3"]), small_settings
+    for device, order in {"cpu": ["nf4", "none", "int8"], "cuda": ["nf4", "int8", "none"]}.items():
+        needed = {each: room_needed(preset, own, each, torch.device(device)) for each in get_args(Precision)}
+        assert sorted(needed, key=lambda each: needed[each]) == order
 
 
 def test_running_out_of_memory_all_the_same_is_told(forgetful: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +256,21 @@ def test_questions_that_have_changed_since_the_run(copied: RunFolder, adapter: P
     )
 
 
+def shown(verified: Verification) -> str:
+    output = StringIO()
+    Console(file=output, width=80).print(verification_tables(verified))
+    return output.getvalue()
+
+
 def test_a_run_without_questions_cannot_tell(copied: RunFolder, adapter: Path) -> None:
     config = copied.config
     config["settings"]["evaluation"]["tasks"] = {}
     (copied.path / "config.json").write_text(json.dumps(config))
     for side in ("base", "unlearned"):
         copied.answers(side).write_text("")
-    assert verify(copied, adapter, CPU) == Verification("cannot be told", ())
+    verified = verify(copied, adapter, CPU)
+    assert verified == Verification("cannot be told", ())
+    assert shown(verified) == "The export: cannot be told (the run asked no questions)\n"
 
 
 def test_the_table_shows_every_number_and_why_something_is_missing() -> None:
@@ -253,9 +278,7 @@ def test_the_table_shows_every_number_and_why_something_is_missing() -> None:
         Checked("merged, bfloat16", "the update did not survive", None, 1.0, (replace(CAME_BACK, task="[bold]quiz"), INTACT)),
         Checked("merged, int8", None, "out of memory on cuda", 0.0, ()),
     )
-    output = StringIO()
-    Console(file=output, width=80).print(verification_tables(Verification("the update did not survive", checked)))
-    text = output.getvalue()
+    text = shown(Verification("the update did not survive", checked))
     assert "The export: the update did not survive" in text
     assert "merged, int8: not asked: out of memory on cuda" in text
     row = next(line for line in text.splitlines() if "[bold]quiz" in line)
