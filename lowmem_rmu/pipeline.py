@@ -33,7 +33,7 @@ from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.identity import model_digest
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer, skeleton, unquantised_modules
 from lowmem_rmu.model.memory import memory_in_use, reset_peak
-from lowmem_rmu.presets import Preset, Role, is_local
+from lowmem_rmu.presets import Preset, Role, short_name
 from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
 from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
@@ -119,11 +119,6 @@ def run_config(name: str, preset: Preset, device: torch.device) -> dict[str, Any
         "model_revision": getattr(load_config(preset.model), "_commit_hash", None) or preset.model.revision,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def short_name(model: str) -> str:
-    """A Hub id as it is; of a local path the last two parts, for reports are shared."""
-    return "/".join(Path(model).parts[-2:]) if is_local(model) else model
 
 
 def help_evaluate(preset: Preset, inputs: Inputs, device: torch.device, processes: Processes) -> None:

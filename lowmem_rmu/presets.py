@@ -308,6 +308,11 @@ def is_local(source: str) -> bool:
     return source.startswith(("./", "../", "/", "~", ".\\", "..\\")) or source in (".", "..") or Path(source).is_absolute()
 
 
+def short_name(model: str) -> str:
+    """A Hub id as it is; of a local path the last two parts, for reports are shared."""
+    return "/".join(Path(model).parts[-2:]) if is_local(model) else model
+
+
 def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str = "") -> Any:
     """Makes local `source` and `model.name` absolute: from the preset's folder, or from here where `--set` gave them."""
     if isinstance(content, list):

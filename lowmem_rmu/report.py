@@ -1,10 +1,8 @@
 """One self-contained HTML file about a run: what was done, whether it worked, and what that does not prove."""
 
-import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
@@ -19,16 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation import compare
 from lowmem_rmu.evaluation.compare import LUCK, NOISE, asked_how, counted
+from lowmem_rmu.evaluation.summary import read_object, read_summary
 from lowmem_rmu.presets import differences
 from lowmem_rmu.runs import RunFolder, read_lines, write_atomically
 
 Row = dict[str, Any]
 
-SUMMARY = {"title", "model", "verdict", "rows", "texts", "samples", "stages", "limit"}
-"""What a `summary.json` of this version has at least; a row of it has the fields of `compare.Row`."""
 ROLES = {"forgotten": "To be forgotten", "adjacent": "Close to it, should stay", "kept": "Should stay", "measured": "Only measured"}
 """What is expected of a task, as the page says it and in its order."""
 SIDES = ("base", "unlearned")
@@ -109,32 +104,8 @@ def app_stylesheet() -> str:
     return str(_environment().get_template("report_style.css.jinja").module.in_app())  # type: ignore[attr-defined]
 
 
-def read_summary(run: RunFolder) -> dict[str, Any]:
-    """What the run's `summary.json` holds. Raises UserError where it is missing, damaged, or of another version."""
-    path, again = run.path / "summary.json", f"--resume --name {run.path.name}"
-    if not path.exists():
-        raise UserError(f"Run {run.path} has no summary.json: it has not finished.\nGo on with it: {again}")
-    summary = _read_object(path, f"Have it written again: {again}")
-    row_fields = {field.name for field in fields(compare.Row)}
-    if not summary.keys() >= SUMMARY or not all(row.keys() >= row_fields for row in summary["rows"]):
-        raise UserError(f"{path} was written by another version of this program.\nHave it written again: {again}")
-    return summary
-
-
 def _config(run: RunFolder) -> dict[str, Any]:
-    return _read_object(run.path / "config.json", "Without it the run cannot be shown.")
-
-
-def _read_object(path: Path, what_next: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.\n{what_next}") from error
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it does not hold a JSON object.\n{what_next}")
-    return content
+    return read_object(run.path / "config.json", "Without it the run cannot be shown.")
 
 
 def _render(template: str, content: dict[str, Any]) -> str:

@@ -103,6 +103,18 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * together / 2**changed)
 
 
+def change_interval(lost: int, gained: int, questions: int) -> tuple[float, float]:
+    """Between which changes of accuracy, as shares, the true one lies (95%), by the paired questions that changed.
+
+    Agresti and Min (2005, Statistics in Medicine 24:729-740): Wald's interval with half a question more of each of the four kinds, so that
+    few questions without any change are no proof that nothing changes.
+    """
+    n = questions + 2
+    change = (gained - lost) / n
+    stderr = math.sqrt(((gained + lost + 1) / n - change**2) / n)
+    return change - NOISE * stderr, change + NOISE * stderr
+
+
 def compare_texts(roles: dict[str, Role], base: dict[str, Any], unlearned: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Held-out losses in nats a token, and how far unlearned predicts from base (`kl`, in nats too) where that was measured.
 
@@ -263,7 +275,7 @@ def _titled(row: Row) -> str:
 
 def _grade_forgotten(row: Row, unlearned: float, change: float, beyond_luck: bool) -> tuple[str, str]:
     fell = f"{row.base:.1%} right as base, {unlearned:.1%} unlearned"
-    guessing = _by_luck(row.chance, row.questions)
+    guessing = by_luck(row.chance, row.questions)
     if row.base <= guessing:
         return "unknown", f"nothing to forget: {row.base:.1%} as base is what guessing gives ({row.chance:.0%})."
     if unlearned <= guessing:
@@ -289,14 +301,14 @@ def _hardly_chooses(row: Row) -> str:
     """Tells a model that always says A from one that guesses: both are right in a quarter of the cases."""
     if row.role != "forgotten" or row.base_letters is None or row.unlearned_letters is None:
         return ""
-    share, most = max(row.unlearned_letters), _by_luck(SAME_LETTER, row.questions)
+    share, most = max(row.unlearned_letters), by_luck(SAME_LETTER, row.questions)
     letter = row.unlearned_letters.index(share)
     if share <= most or row.base_letters[letter] > most:
         return ""
     return f"unlearned answers {LETTERS[letter]} to {share:.0%} of the questions: it hardly chooses any more, which is not the same as guessing."
 
 
-def _by_luck(share: float, questions: int) -> float:
+def by_luck(share: float, questions: int) -> float:
     """What luck makes of a share at most: a higher one that is measured is really higher."""
     return share + NOISE * math.sqrt(share * (1 - share) / questions)
 

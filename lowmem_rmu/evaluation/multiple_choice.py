@@ -22,6 +22,10 @@ Answer = dict[str, Any]
 """A line of `answers_base.jsonl`: task, index, prompt (its digest), logprobs, answer, gold, correct."""
 
 
+Progress = Callable[[int, float], bool]
+"""Hears questions done and accuracy so far, and says whether to stop."""
+
+
 class Interrupted(Exception):
     """An evaluation was asked to stop and has done so, in all processes."""
 
@@ -51,7 +55,7 @@ def evaluate(
     batch_tokens: int,
     known: Mapping[str, list[float]] | None = None,
     keep: Callable[[list[Answer]], None] = lambda answers: None,
-    progress: Callable[[int, float], bool] = lambda done, accuracy: False,
+    progress: Progress = lambda done, accuracy: False,
     processes: Processes | None = None,
 ) -> Evaluated:
     """Asks the model every question as it stands (adapter on or off); of `processes`, each asks its share of them.
@@ -118,7 +122,7 @@ class Work:
         """Prompts that are longer than the model reads, and so lose tokens on the left as in the harness."""
         room = getattr(model.config, "max_position_embeddings", None)
         groups: dict[str, list[int]] = {}
-        for each, requests in zip(distinct, _encode(tokenizer, distinct), strict=True):
+        for each, requests in zip(distinct, encode(tokenizer, distinct), strict=True):
             kept = [Request(request.ids[-room:], request.wanted) for request in requests] if room else requests
             numbers = range(len(self.requests), len(self.requests) + len(kept))
             self.numbers[each.prompt.digest] = numbers
@@ -144,7 +148,7 @@ class Work:
             yield {digest: [value for number in self.numbers[digest] for value in found[number]] for digest in complete}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, distinct: list[Asked]) -> Iterator[list[Request]]:
+def encode(tokenizer: Callable[..., Any], distinct: list[Asked]) -> Iterator[list[Request]]:
     """The requests of each prompt. Context and continuation are tokenised together and then parted, as the harness does it."""
     contexts = tokenizer([each.prompt.context for each in distinct], verbose=False)["input_ids"] if distinct else []
     letters: tuple[int, ...] | None = None
@@ -157,7 +161,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, distinct: list[Asked]) -> Iterat
             yield [Request((*context, *ids[len(context) : -1]), tuple((token,) for token in ids[len(context) :])) for ids in whole]
 
 
-def _letters(tokenizer: PreTrainedTokenizerBase, context: str, ids: list[int]) -> tuple[int, ...]:
+def _letters(tokenizer: Callable[..., Any], context: str, ids: list[int]) -> tuple[int, ...]:
     whole = [tokenizer(f"{context} {letter}", verbose=False)["input_ids"] for letter in LETTERS]
     if any(each[:-1] != ids for each in whole):
         raise UserError(

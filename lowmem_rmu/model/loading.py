@@ -1,7 +1,7 @@
 """Models and tokenizers: 4-bit or not, whole or only their first layers, from a local folder or the Hub."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -83,10 +84,15 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    settings: ModelSettings, device: torch.device, layers: int | None = None, unquantised: Sequence[str] = ()
+    settings: ModelSettings,
+    device: torch.device,
+    layers: int | None = None,
+    unquantised: Sequence[str] = (),
+    quantisation: Literal["nf4", "int8", "none"] | None = None,
 ) -> PreTrainedModel:
     """The checkpoint's model as `build_model` gives it; with `layers`, only the files that hold the first ones are read.
 
+    `quantisation` takes the place of the settings' own: nothing is trained in `int8`, but what is given away may be run in it.
     Raises UserError where the checkpoint cannot be had, is cut short or lacks weights.
     """
     config, revision = load_config(settings), settings.revision or "main"
@@ -94,7 +100,8 @@ def load_model(
         files = find_files(settings.name, revision, layers)
     with open_weights(files, layers) as weights:
         place: torch.device | Literal["auto"] = "auto" if settings.device_map == "auto" else device
-        model, missing = build_model(config, weights, place, layers, settings.quantisation, resolve_dtype(settings, device), unquantised)
+        how, dtype = quantisation or settings.quantisation, resolve_dtype(settings, device)
+        model, missing = build_model(config, weights, place, layers, how, dtype, unquantised)
     _check_complete(settings.name, [name for name in missing if is_needed(name, layers)])
     model.name_or_path = model.config.name_or_path = settings.name
     if layers is None:
@@ -129,7 +136,7 @@ def build_model(
         config=config,
         state_dict=weights,
         dtype=dtype,
-        quantization_config=Nf4Config(dtype, unquantised) if quantisation == "nf4" else None,
+        quantization_config=_QUANTISERS[quantisation](dtype, unquantised),
         device_map="auto" if device == "auto" else {"": device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported
@@ -138,6 +145,13 @@ def build_model(
         model.set_output_embeddings(torch.nn.Identity())
     keep_autograd_on_cpu(model)
     return model.requires_grad_(False).eval(), report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+
+
+_QUANTISERS: dict[str, Callable[[torch.dtype, Sequence[str]], BitsAndBytesConfig | None]] = {
+    "nf4": Nf4Config,
+    "int8": lambda dtype, unquantised: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", *unquantised]),
+    "none": lambda dtype, unquantised: None,
+}
 
 
 def _cut(config: PretrainedConfig, layers: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
-from lowmem_rmu.evaluation.compare import Row, asked_how, compare_tasks, compare_texts, counted, mcnemar, rows_as_json, verdict
+from lowmem_rmu.evaluation.compare import Row, asked_how, change_interval, compare_tasks, compare_texts, counted, mcnemar, rows_as_json, verdict
 from lowmem_rmu.evaluation.multiple_choice import score
 from lowmem_rmu.presets import Role
 
@@ -429,3 +429,21 @@ def test_the_divergence_is_told_where_it_was_measured() -> None:
     before = {"loss": 3.0, "stderr": 0.03, "tokens": 100, "bits_per_byte": 1.5}
     [both] = compare_texts({"retain": "kept"}, {"retain": before}, {"retain": before | {"kl": 0.0, "kl_stderr": 0.001}})
     assert (both["kl"], both["kl_stderr"]) == (0.0, 0.001)
+
+
+def test_the_interval_of_a_change_by_hand() -> None:
+    assert change_interval(0, 0, 18) == pytest.approx((-0.098, 0.098))  # 1.96 * sqrt(1 / 20 / 20)
+    low, high = change_interval(lost=30, gained=10, questions=98)
+    assert (low, high) == pytest.approx((-0.2 - 1.96 * math.sqrt((0.41 - 0.04) / 100), -0.2 + 1.96 * math.sqrt((0.41 - 0.04) / 100)))
+
+
+@pytest.mark.parametrize(("lose", "gain"), [(0.02, 0.02), (0.1, 0.1), (0.25, 0.05), (0.05, 0.25), (0.0, 0.5)])
+def test_the_interval_of_a_change_holds_the_true_change_as_often_as_it_says(lose: float, gain: float) -> None:
+    """Over every outcome that 40 questions can have, each by its probability."""
+    covered, n = 0.0, 40
+    for lost in range(n + 1):
+        for gained in range(n + 1 - lost):
+            low, high = change_interval(lost, gained, n)
+            ways = math.comb(n, lost) * math.comb(n - lost, gained)
+            covered += ways * lose**lost * gain**gained * (1 - lose - gain) ** (n - lost - gained) * (low <= gain - lose <= high)
+    assert covered > 0.93

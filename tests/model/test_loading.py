@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
@@ -97,6 +97,17 @@ def adapter_gradients(model: nn.Module) -> list[Tensor]:
     model.zero_grad()
     run_layers(model, run_trunk(model, IDS, None, UPDATED), UPDATED).square().mean().backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_in_8_bits_every_matrix_is_quantised_and_stays_close(small_settings: ModelSettings) -> None:
+    plain, in_8_bits = load_model(small_settings, CPU), load_model(small_settings, CPU, quantisation="int8")
+    linear = {name: module for name, module in in_8_bits.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    assert len(linear) == 6 * 7
+    assert {(type(module), module.weight.dtype) for module in linear.values()} == {(Linear8bitLt, torch.int8)}
+    entered = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(decoder_layers(in_8_bits), decoder_layers(plain), strict=True):
+        expected = other.mlp.down_proj(entered)
+        assert 0 < (one.mlp.down_proj(entered) - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "none"])

@@ -1,0 +1,285 @@
+import json
+import shutil
+from dataclasses import asdict, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from gguf import GGUFWriter
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from lowmem_rmu.data.questions import Question, QuestionSet
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.multiple_choice import Answer, Interrupted
+from lowmem_rmu.export import verification
+from lowmem_rmu.export.verification import (
+    Checked,
+    Compared,
+    Mark,
+    Precision,
+    Verification,
+    compare_export,
+    mark_of,
+    room_needed,
+    verification_tables,
+    verify,
+    worst,
+)
+from lowmem_rmu.presets import ModelSettings, Role, load_preset
+from lowmem_rmu.runs import RunFolder
+
+CPU = torch.device("cpu")
+TINY_MODEL = Path(__file__).parent.parent.parent / "lowmem_rmu/tiny/model"
+
+
+def asked(role: Role, questions: int) -> list[QuestionSet]:
+    return [QuestionSet("quiz", "things", role, None, (Question("?", ("a", "b", "c", "d"), 0),) * questions)]
+
+
+def answers(marks: str) -> list[Answer]:
+    """`+` is a right answer, `-` a wrong one."""
+    rows = [{"task": "quiz", "index": index, "prompt": "", "logprobs": None, "gold": 0} for index in range(len(marks))]
+    return [row | {"answer": 0 if mark == "+" else 1, "correct": mark == "+"} for row, mark in zip(rows, marks, strict=True)]
+
+
+def compared(role: Role, base: str, unlearned: str, exported: str) -> Compared:
+    return next(iter(compare_export(asked(role, len(base)), answers(base), answers(unlearned), answers(exported))))
+
+
+KNOWN, GUESSED = "+" * 200, "+---" * 50
+
+
+@pytest.mark.parametrize(
+    ("base", "unlearned", "exported", "finding"),
+    [
+        (KNOWN, GUESSED, GUESSED, "survived"),
+        (KNOWN, GUESSED, "-+--" * 50, "survived"),  # it guesses too, only otherwise
+        (KNOWN, GUESSED, KNOWN, "came back"),
+        (KNOWN, GUESSED, "+++-" * 25 + "++--" * 25, "came back"),  # half of what was forgotten
+        (KNOWN, GUESSED, "+---" * 25 + "++--" * 25, "survived"),  # a sixth, and surely less than a quarter
+        (KNOWN, GUESSED, "+---" * 10 + "++--" * 40, "cannot be told"),  # about a quarter
+        (KNOWN[:8], GUESSED[:8], GUESSED[:8], "cannot be told"),  # no question changed, but there are only eight
+        (KNOWN, KNOWN, KNOWN, "nothing to tell"),
+        ("+" * 100 + "-" * 100, "+" * 97 + "-" * 103, "-" * 200, "nothing to tell"),  # the fall in the run is within luck
+    ],
+)
+def test_what_was_forgotten_survives_or_comes_back(base: str, unlearned: str, exported: str, finding: str) -> None:
+    assert compared("forgotten", base, unlearned, exported).finding == finding
+
+
+@pytest.mark.parametrize("role", ["kept", "adjacent", "measured"])
+@pytest.mark.parametrize(
+    ("unlearned", "exported", "finding"),
+    [
+        (KNOWN, KNOWN, "intact"),
+        (KNOWN, "+" * 190 + "-" * 10, "intact"),
+        (KNOWN, GUESSED, "lost"),
+        (KNOWN, "+" * 160 + "-" * 40, "cannot be told"),
+        (KNOWN[:8], KNOWN[:8], "cannot be told"),
+        (GUESSED, GUESSED, "nothing to tell"),
+        (GUESSED, KNOWN, "nothing to tell"),
+    ],
+)
+def test_everything_else_stays_intact_or_is_lost(role: Role, unlearned: str, exported: str, finding: str) -> None:
+    assert compared(role, KNOWN[: len(unlearned)], unlearned, exported).finding == finding
+
+
+def test_the_numbers_of_a_task() -> None:
+    row = compared("forgotten", KNOWN, GUESSED, "++--" * 50)
+    assert (row.base, row.unlearned, row.exported, row.change, row.questions) == (1.0, 0.25, 0.5, 0.25, 200)
+    assert row.limit == pytest.approx(0.75 / 4)
+    assert row.change_from < 0.25 < row.change_to
+    assert row.p_against_unlearned == pytest.approx(2 / 2**50)
+    assert row.p_against_base == pytest.approx(2 / 2**100)
+
+
+SURVIVED, CAME_BACK = compared("forgotten", KNOWN, GUESSED, GUESSED), compared("forgotten", KNOWN, GUESSED, KNOWN)
+UNSURE, NOT_FORGOTTEN = compared("forgotten", KNOWN[:8], GUESSED[:8], GUESSED[:8]), compared("forgotten", KNOWN, KNOWN, KNOWN)
+INTACT, LOST = compared("kept", KNOWN, KNOWN, KNOWN), compared("kept", KNOWN, KNOWN, GUESSED)
+GUESSING, FEW = compared("kept", KNOWN, GUESSED, GUESSED), compared("kept", KNOWN[:8], KNOWN[:8], KNOWN[:8])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "mark"),
+    [
+        ([SURVIVED, INTACT], "verified"),
+        ([SURVIVED, NOT_FORGOTTEN, INTACT, GUESSING, FEW], "verified"),
+        ([SURVIVED, CAME_BACK, INTACT], "the update did not survive"),
+        ([CAME_BACK, LOST], "the update did not survive"),
+        ([SURVIVED, INTACT, LOST], "damaged"),
+        ([LOST], "damaged"),
+        ([SURVIVED, UNSURE, INTACT], "cannot be told"),
+        ([SURVIVED], "cannot be told"),  # a file of noise has forgotten it too
+        ([SURVIVED, GUESSING, FEW], "cannot be told"),
+        ([NOT_FORGOTTEN, INTACT], "cannot be told"),
+        ([], "cannot be told"),
+    ],
+)
+def test_the_mark_of_an_export(tasks: list[Compared], mark: Mark) -> None:
+    assert mark_of(tasks) == mark
+
+
+def test_of_several_ways_to_load_an_export_the_worst_counts() -> None:
+    assert worst(["verified", None, "verified"]) == "verified"
+    assert worst(["verified", "cannot be told"]) == "cannot be told"
+    assert worst(["damaged", "the update did not survive", "verified"]) == "the update did not survive"
+    assert worst([None]) == worst([]) == "cannot be told"
+
+
+def marks(verified: Verification) -> dict[str, Mark | None]:
+    return {each.name: each.mark for each in verified.checked}
+
+
+def test_a_merged_model_is_asked_in_its_own_precision_and_quantised_again(forgetful: RunFolder, merged: Path) -> None:
+    heard: dict[str, list[int]] = {}
+
+    def follow(name: str, sets: list[QuestionSet]) -> Any:
+        return lambda done, accuracy: heard.setdefault(name, []).append(done)
+
+    verified = verify(forgetful, merged, CPU, follow)
+    assert marks(verified) == dict.fromkeys(["merged, bfloat16", "merged, NF4", "merged, int8"], "verified")
+    assert verified.mark == "verified"
+    assert [each.task for each in verified.checked[0].tasks] == ["compounds", "locks", "crystals", "subjects", "held_out"]
+    written = (merged / "verification.json").read_text()
+    assert json.loads(written) == json.loads(json.dumps(asdict(verified)))
+    assert str(merged.parent) not in written
+    assert {name: counts[-1] for name, counts in heard.items()} == dict.fromkeys(marks(verified), 300)
+    assert all(each.seconds > 0 for each in verified.checked)
+
+
+def test_the_adapter_on_the_base_answers_as_it_did_in_the_run(forgetful: RunFolder, adapter: Path) -> None:
+    verified = verify(forgetful, adapter, CPU)
+    assert marks(verified) == {"adapter on the base, NF4": "verified"}
+    assert all(row.exported == row.unlearned and row.p_against_unlearned == 1 for row in verified.checked[0].tasks)
+
+
+def test_a_merge_that_lost_the_update_is_seen(forgetful: RunFolder, tmp_path: Path) -> None:
+    """What merging into a coarse checkpoint may come to: the base's own weights."""
+    shutil.copytree(TINY_MODEL, tmp_path / "merged")
+    verified = verify(forgetful, tmp_path / "merged", CPU)
+    assert set(marks(verified).values()) == {"the update did not survive"} == {verified.mark}
+    assert {row.finding for row in verified.checked[0].tasks} == {"came back", "intact"}
+
+
+def test_a_checkpoint_that_was_damaged_is_not_taken_for_one_that_forgot(forgetful: RunFolder, merged: Path) -> None:
+    weights = load_file(merged / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    noise = {name: torch.randn(weight.shape, generator=generator).to(weight.dtype) for name, weight in weights.items()}
+    save_file(noise, merged / "model.safetensors", metadata={"format": "pt"})
+    verified = verify(forgetful, merged, CPU)
+    assert set(marks(verified).values()) == {"damaged"} == {verified.mark}
+
+
+def test_what_does_not_fit_is_not_loaded_and_says_why(forgetful: RunFolder, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "memory_available", lambda device: 2**20)
+    verified = verify(forgetful, merged, CPU)
+    assert verified.mark == "cannot be told"
+    reasons = [each.reason or "" for each in verified.checked]
+    assert all(reason.startswith("it needs ") and reason.endswith(" MiB, but 1 MiB are free on cpu") for reason in reasons)
+
+
+def test_the_room_that_each_precision_needs(small_settings: ModelSettings) -> None:
+    preset, own = load_preset("tiny", ["rmu.target_layer=3"]), small_settings
+    for device, order in {"cpu": ["nf4", "none", "int8"], "cuda": ["nf4", "int8", "none"]}.items():
+        needed = {each: room_needed(preset, own, each, torch.device(device)) for each in get_args(Precision)}
+        assert sorted(needed, key=lambda each: needed[each]) == order
+
+
+def test_running_out_of_memory_all_the_same_is_told(forgetful: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(verification, "load_model", fail)
+    assert verify(forgetful, adapter, CPU).checked[0].reason == "out of memory on cpu"
+
+
+def test_a_stop_that_is_asked_for_ends_it(forgetful: RunFolder, adapter: Path) -> None:
+    with pytest.raises(Interrupted):
+        verify(forgetful, adapter, CPU, lambda name, sets: lambda done, accuracy: True)
+    assert not (adapter / "verification.json").exists()
+
+
+def write_gguf(path: Path, kind: str) -> None:
+    writer = GGUFWriter(path, "llama")
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def test_gguf_files_that_cannot_be_asked_say_why(forgetful: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "llama_is_there", lambda: False)
+    write_gguf(tmp_path / "model.gguf", "model")
+    write_gguf(tmp_path / "lora.gguf", "adapter")
+    verified = verify(forgetful, tmp_path, CPU)
+    assert verified.mark == "cannot be told"
+    assert {each.name: each.reason for each in verified.checked} == {
+        "lora.gguf": "an adapter alone, which llama.cpp puts on the base's own GGUF file",
+        "model.gguf": "llama.cpp is not installed: pip install llama-cpp-python",
+    }
+
+
+def test_a_folder_without_an_export(forgetful: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        verify(forgetful, tmp_path, CPU)
+    assert str(caught.value) == (
+        f"{tmp_path} holds neither an adapter nor a checkpoint nor GGUF files.\nGive the folder that was exported to."
+    )
+
+
+@pytest.fixture
+def copied(forgetful: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(forgetful.path, tmp_path / "copied")))
+
+
+@pytest.mark.parametrize("side", ["base", "unlearned"])
+def test_a_run_that_has_not_measured_both_sides(copied: RunFolder, adapter: Path, side: str) -> None:
+    copied.evaluation(side).unlink()
+    with pytest.raises(UserError) as caught:
+        verify(copied, adapter, CPU)
+    assert str(caught.value) == (
+        f"Run {copied.path} has not measured {side}, so there is nothing to hold an export against.\nGo on with it: --resume --name copied"
+    )
+
+
+def test_questions_that_have_changed_since_the_run(copied: RunFolder, adapter: Path) -> None:
+    config = copied.config
+    config["settings"]["evaluation"]["limit"] = 50
+    (copied.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        verify(copied, adapter, CPU)
+    assert str(caught.value) == (
+        f"The questions of run {copied.path} have changed since it asked base.\nPut the old ones back, or make the run anew."
+    )
+
+
+def shown(verified: Verification) -> str:
+    output = StringIO()
+    Console(file=output, width=80).print(verification_tables(verified))
+    return output.getvalue()
+
+
+def test_a_run_without_questions_cannot_tell(copied: RunFolder, adapter: Path) -> None:
+    config = copied.config
+    config["settings"]["evaluation"]["tasks"] = {}
+    (copied.path / "config.json").write_text(json.dumps(config))
+    for side in ("base", "unlearned"):
+        copied.answers(side).write_text("")
+    verified = verify(copied, adapter, CPU)
+    assert verified == Verification("cannot be told", ())
+    assert shown(verified) == "The export: cannot be told (the run asked no questions)\n"
+
+
+def test_the_table_shows_every_number_and_why_something_is_missing() -> None:
+    checked = (
+        Checked("merged, bfloat16", "the update did not survive", None, 1.0, (replace(CAME_BACK, task="[bold]quiz"), INTACT)),
+        Checked("merged, int8", None, "out of memory on cuda", 0.0, ()),
+    )
+    text = shown(Verification("the update did not survive", checked))
+    assert "The export: the update did not survive" in text
+    assert "merged, int8: not asked: out of memory on cuda" in text
+    row = next(line for line in text.splitlines() if "[bold]quiz" in line)
+    assert " ".join(row.split()) == "[bold]quiz 100.0 ± 0.0 25.0 ± 3.1 100.0 ± 0.0 +68.2 to +80.4 came back"
