@@ -34,6 +34,7 @@ from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.identity import model_digest
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer, skeleton, unquantised_modules
 from lowmem_rmu.model.memory import memory_in_use, reset_peak
+from lowmem_rmu.model.update import adapted_digests
 from lowmem_rmu.presets import Preset, Role, is_local
 from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
@@ -253,6 +254,8 @@ class Job:
             raise Stopped(self.folder.path)
         with folder_replaced(self.folder.adapter) as new:
             save_adapter(self._model, new)
+            with suppress(UserError):  # a checkpoint that cannot be merged into is no reason to lose the adapter
+                write_json(self.folder.matrices, adapted_digests(new, self.preset.model, rmu.target_layer + 1))
         shutil.rmtree(self.folder.cache, ignore_errors=True)
 
     def _report(self) -> None:
