@@ -30,11 +30,12 @@ from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, sh
 from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter
+from lowmem_rmu.model.changes import adapted_digests
 from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.identity import model_digest
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer, skeleton, unquantised_modules
 from lowmem_rmu.model.memory import memory_in_use, reset_peak
-from lowmem_rmu.model.update import adapted_digests
+from lowmem_rmu.model.shards import commit_of
 from lowmem_rmu.presets import Preset, Role, is_local
 from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
@@ -118,7 +119,7 @@ def run_config(name: str, preset: Preset, device: torch.device) -> dict[str, Any
         "device": device.type,
         "device_name": device_name,
         "seed": preset.rmu.seed,
-        "model_revision": getattr(load_config(preset.model), "_commit_hash", None) or preset.model.revision,
+        "model_revision": commit_of(preset.model.name, preset.model.revision or "main") or preset.model.revision,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -7,7 +7,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.folder import link_or_copy, new_folder
 from lowmem_rmu.export.merge import Merged, write_merged
 from lowmem_rmu.export.update import Base, adapter_of, update_of
-from lowmem_rmu.model.update import CONFIG, WEIGHTS
+from lowmem_rmu.model.changes import CONFIG, WEIGHTS
 from lowmem_rmu.runs import RunFolder
 
 Format = Literal["adapter", "merged"]

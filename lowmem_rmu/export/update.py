@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.model.changes import Change, read_changes
 from lowmem_rmu.model.shards import fetch
 from lowmem_rmu.model.stored import StoredTensor, checkpoint_tensors
-from lowmem_rmu.model.update import Change, read_changes
 from lowmem_rmu.presets import ModelSettings, is_local, recorded_preset
 from lowmem_rmu.runs import RunFolder
 

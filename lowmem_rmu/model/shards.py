@@ -130,6 +130,12 @@ def fetch(name: str, file: str, revision: str) -> Path | None:
         return None
 
 
+def commit_of(name: str, revision: str) -> str | None:
+    """The commit of a model of the Hub that `revision` stands for on this machine, as its cache has it; None for a local folder."""
+    config = None if is_local(name) else fetch(name, "config.json", revision)
+    return config.parent.name if config and config.parent.parent.name == "snapshots" else None
+
+
 def _pickled(name: str) -> list[str]:
     """Files of weights in a format that is not read; of a model on the Hub none is known."""
     return sorted(path.name for path in Path(name).glob("*") if path.suffix in PICKLED) if is_local(name) else []
