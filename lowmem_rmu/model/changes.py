@@ -43,10 +43,10 @@ class LowRank:
         return self.b.shape[0], self.a.shape[1]
 
     def delta(self, first: int, last: int) -> Tensor:
-        return self.b[first:last] @ self.a * self.scaling
+        return (self.b[first:last] @ self.a).mul_(self.scaling)
 
     def apply(self, rows: Tensor, first: int) -> Tensor:
-        return torch.add(rows, self.delta(first, first + len(rows)))
+        return self.delta(first, first + len(rows)).add_(rows)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Stacked:
         height, last = self.experts[0].shape[0], first + len(rows)
         spans = [(max(first - start, 0), min(last - start, height)) for start in range(0, self.shape[0], height)]
         deltas = [expert.delta(*span) for expert, span in zip(self.experts, spans, strict=True) if span[0] < span[1]]
-        return torch.add(rows, torch.cat(deltas))
+        return torch.cat(deltas).add_(rows)
 
 
 @dataclass(frozen=True)

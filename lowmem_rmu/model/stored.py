@@ -17,7 +17,7 @@ from lowmem_rmu.presets import ModelSettings
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Of the weights that can be merged, by safetensors' names."""
-PIECE = 16 * 2**20  # bytes of a piece in float32, at most
+PIECE = 4 * 2**20  # bytes of a piece in float32, about: it fits into the processor's cache
 ROWS = 64  # a piece begins at a multiple: few rows are multiplied by another kernel, which rounds otherwise than the whole product does
 
 

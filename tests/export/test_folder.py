@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pyt
 def test_bytes_are_copied_from_place_to_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_the_system: bool) -> None:
     if not by_the_system:
         monkeypatch.delattr(os, "copy_file_range", raising=False)
-    monkeypatch.setattr(folder_module, "READ_AT_ONCE", 300)
+    monkeypatch.setattr(folder_module, "MOVED_AT_ONCE", 300)
     monkeypatch.setattr(folder_module, "COPIED_AT_ONCE", 300)
     content = os.urandom(1000)
     (tmp_path / "old").write_bytes(content)
