@@ -106,13 +106,13 @@ def measure(kind: str, run: RunFolder, model: Path, to: Path, sync: bool) -> Too
     return Took(**json.loads(done.stdout))
 
 
-def measure_all(run: RunFolder, model: Path, to: Path, sync: bool, repeats: int) -> dict[str, list[Took]]:
-    """Each kind so many times, after one round that does not count."""
+def measure_all(run: RunFolder, model: Path, to: Path, sync: bool, repeats: int, warm_up: int) -> dict[str, list[Took]]:
+    """Each kind so many times, after rounds that do not count."""
     took: dict[str, list[Took]] = {kind: [] for kind in KINDS}
-    for number in range(repeats + 1):
+    for number in range(warm_up + repeats):
         for kind in KINDS if number % 2 else reversed(KINDS):
             one = measure(kind, run, model, to, sync)
-            took[kind] += [one] * (number > 0)
+            took[kind] += [one] * (number >= warm_up)
     return took
 
 
@@ -138,6 +138,7 @@ def main(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 9,
     shard_size: Annotated[float, typer.Option(help="GB of a shard, at most.")] = 1.0,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
+    warm_up: Annotated[int, typer.Option(min=0, help="Rounds before that do not count.")] = 1,
     sync: Annotated[bool, typer.Option("--sync", help="Both sides wait until all is on the disk itself.")] = False,
     place: Annotated[Path | None, typer.Option("--in", help="Where the files go; the system's place for such files if left out.")] = None,
 ) -> None:
@@ -149,7 +150,7 @@ def main(
         config.num_hidden_layers = layers
         make_checkpoint(config, model, int(shard_size * 1e9))
         preset = preset.model_copy(update={"model": preset.model.model_copy(update={"name": str(model), "revision": None})})
-        took = measure_all(make_run(preset, Path(folder) / "run"), model, Path(folder) / "to", sync, repeats)
+        took = measure_all(make_run(preset, Path(folder) / "run"), model, Path(folder) / "to", sync, repeats, warm_up)
         tensors, files = checkpoint_tensors(preset.model), len(list(model.glob("*.safetensors")))
         largest = max(tensor.size for tensor in tensors.values())
         weights = sum(prod(tensor.shape) for tensor in tensors.values())
