@@ -1,4 +1,4 @@
-"""`python -m lowmem_rmu VERB`: run, evaluate, chat, presets."""
+"""`python -m lowmem_rmu VERB`: run, evaluate, chat, export, presets."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from rich.console import Console
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Evaluation
 from lowmem_rmu.run import accuracy_table, friendly_exit, presets_table, quiet_libraries, run, watched
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs import RunFolder, Stopped
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make a chat model forget, and prove it.")
 app.command()(run)
@@ -100,6 +100,31 @@ def chat(
         for question in [prompt] if prompt else questions():
             for side, _ in both_sides(model, tokenizer, question, sampling, writer.write):
                 writer.end(side)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
+    to: Annotated[Path, typer.Option(help="The folder to write: a new or an empty one.")],
+    format_: Annotated[Literal["adapter", "merged"], typer.Option("--format", help="adapter alone, or merged into the whole model.")] = "merged",
+    base: Annotated[
+        Literal["original", "dequantised"], typer.Option(help="Merge into the checkpoint, or into the 4-bit weights that were trained on.")
+    ] = "original",
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the files that stay as they are, too; without it they are links.")] = False,
+) -> None:
+    """Writes a run's model for other programs: the adapter, or the update merged into the checkpoint."""
+    quiet_libraries()
+    with friendly_exit():
+        from lowmem_rmu.export.formats import export as write  # heavy libraries load only once there is work for them
+
+        folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
+        try:
+            sentences = write(folder, format_, to, base, link=not copy)
+        except KeyboardInterrupt:
+            raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None
+        for sentence in sentences:
+            Console().print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
+        Console().print(f"Exported: {to}", highlight=False, markup=False, soft_wrap=True)
 
 
 class SideWriter:

@@ -29,10 +29,12 @@ from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, sh
 from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter
+from lowmem_rmu.model.changes import adapted_digests
 from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.identity import model_digest
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer, skeleton, unquantised_modules
 from lowmem_rmu.model.memory import memory_in_use, reset_peak
+from lowmem_rmu.model.shards import commit_of
 from lowmem_rmu.presets import Preset, Role, short_name
 from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
@@ -116,7 +118,7 @@ def run_config(name: str, preset: Preset, device: torch.device) -> dict[str, Any
         "device": device.type,
         "device_name": device_name,
         "seed": preset.rmu.seed,
-        "model_revision": getattr(load_config(preset.model), "_commit_hash", None) or preset.model.revision,
+        "model_revision": commit_of(preset.model.name, preset.model.revision or "main") or preset.model.revision,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -247,6 +249,8 @@ class Job:
             raise Stopped(self.folder.path)
         with folder_replaced(self.folder.adapter) as new:
             save_adapter(self._model, new)
+            with suppress(UserError):  # a checkpoint that cannot be merged into is no reason to lose the adapter
+                write_json(self.folder.matrices, adapted_digests(new, self.preset.model, rmu.target_layer + 1))
         shutil.rmtree(self.folder.cache, ignore_errors=True)
 
     def _report(self) -> None:

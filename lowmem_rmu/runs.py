@@ -188,6 +188,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def matrices(self) -> Path:
+        """sha256 of the model's own matrices that the adapter changes, by their names in the checkpoint; older runs have none."""
+        return self.path / "matrices.json"
+
+    @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
 

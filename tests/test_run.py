@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,9 @@ def test_a_run_leaves_the_folder_that_the_contract_promises(finished: Path) -> N
     assert [row["topic"] for row in rows[:2]] == ["compounds", "locks"]
     assert rows[0].keys() >= METRICS
     assert rows[0]["retain_loss"] == 0.0
+    recorded = json.loads((finished / "matrices.json").read_text())
+    assert {f"base_model.model.{name.removesuffix('weight')}lora_A.weight" for name in recorded} < adapter_weights(finished).keys()
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in recorded.values())
 
 
 MODES = {

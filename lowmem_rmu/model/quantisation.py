@@ -1,10 +1,10 @@
 """4-bit weights: NF4 with double quantisation for linear modules, as transformers does it, and for fused experts, which it leaves out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import Tensor, nn
@@ -70,8 +70,42 @@ def put_in_4_bit(module: nn.Module, name: str, weight: Tensor) -> None:
 
 def quantise(weight: Tensor) -> tuple[Tensor, QuantState]:
     """NF4 with double quantisation, to the bit as bitsandbytes does it at once; in pieces, for on a CPU it takes 16 bytes a weight."""
-    packed, states = zip(*(quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4") for piece in weight.reshape(-1).split(PIECE)), strict=True)
+    packed, states = zip(*(_quantise_once(piece) for piece in weight.reshape(-1).split(PIECE)), strict=True)
     constants = torch.cat([state.absmax for state in states])
-    offset = constants.mean()
-    doubly, of_constants = quantize_blockwise(constants - offset, blocksize=256)
+    doubly, offset, of_constants = _quantise_constants(constants)
     return torch.cat(packed), QuantState(doubly, weight.shape, states[0].code, BLOCK, "nf4", weight.dtype, offset, of_constants)
+
+
+def _quantise_once(weight: Tensor) -> tuple[Tensor, QuantState]:
+    return quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+
+
+def _quantise_constants(constants: Tensor) -> tuple[Tensor, Tensor, QuantState]:
+    offset = constants.mean()
+    doubly, state = quantize_blockwise(constants - offset, blocksize=256)
+    return doubly, offset, state
+
+
+def kept_constants(pieces: Iterable[Tensor]) -> Tensor:
+    """What double quantisation leaves of the constants of a weight, one for each `BLOCK` of its values; of its pieces in order."""
+    doubly, offset, of_constants = _quantise_constants(torch.cat([_quantise_once(piece.reshape(-1))[1].absmax for piece in pieces]))
+    return dequantize_blockwise(doubly, of_constants) + offset
+
+
+def as_quantised(weight: Tensor, constants: Tensor) -> Tensor:
+    """The weight's values as they are after quantisation, with the constants of its blocks."""
+    pieces = zip(weight.reshape(-1).split(PIECE), constants.split(PIECE // BLOCK), strict=True)
+    return torch.cat([_quantised_and_back(*piece) for piece in pieces]).view(weight.shape)
+
+
+def _quantised_and_back(weight: Tensor, constants: Tensor) -> Tensor:
+    packed, state = _quantise_once(weight)
+    state.absmax = constants
+    return dequantize_4bit(packed, state)
+
+
+def quantised_parameters(model: PreTrainedModel, unquantised: Sequence[str]) -> set[str]:
+    """Names of what is brought to 4-bit when a model like this one, without weights, is loaded."""
+    quantizer = _Nf4Quantizer(Nf4Config(torch.float32, unquantised))
+    quantizer._process_model_before_weight_loading(model, device_map=None)
+    return {name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)}

@@ -20,6 +20,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import is_local
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of its settings, in malloc.h
 LARGEST_KEPT = 32 * 2**20  # bytes
@@ -42,12 +43,14 @@ def needed_files(weight_map: dict[str, str], layers: int | None) -> list[str]:
 def find_files(name: str, revision: str, layers: int | None) -> list[Path]:
     """The safetensors files to read, downloaded where `name` is on the Hub. Raises UserError where one is missing."""
     with suppress(LocalEntryNotFoundError):  # offline: of a sharded checkpoint, only the index is here
-        if single := _fetch(name, SINGLE, revision):
+        if single := fetch(name, SINGLE, revision):
             return [single]
-    if (index := _fetch(name, INDEX, revision)) is None:
+    if (index := fetch(name, INDEX, revision)) is None:
         place = f"model folder {name}" if is_local(name) else f"model {name}"
-        raise UserError(f"The {place} holds no *.safetensors file.\nOther formats are not read: pickled weights can run code.")
-    files = {file: _fetch(name, file, revision) for file in needed_files(_weight_map(index), layers)}
+        others = _pickled(name)
+        only = f", only {', '.join(others)}" if others else ""
+        raise UserError(f"The {place} holds no *.safetensors file{only}.\nOther formats are not read: pickled weights can run code.")
+    files = {file: fetch(name, file, revision) for file in needed_files(_weight_map(index), layers)}
     missing = [file for file, path in files.items() if path is None]
     if missing:
         raise UserError(f"The checkpoint {name} lacks {', '.join(missing)}, which its index names.\nDownload or copy it again.")
@@ -72,7 +75,7 @@ def open_weights(files: list[Path], layers: int | None) -> Iterator[dict[str, St
     Files are read and not mapped into memory: whatever was touched of a mapped file counts as this process's until the end.
     """
     with freed_memory_returned(), ExitStack() as stack:
-        opened = [stack.enter_context(_open(file)) for file in files]
+        opened = [stack.enter_context(open_file(file)) for file in files]
         yield {name: StoredWeight(file, name) for file in opened for name in file.keys() if is_needed(name, layers)}  # noqa: SIM118
 
 
@@ -104,14 +107,19 @@ def give_back_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _open(file: Path) -> Any:
+def open_file(file: Path) -> Any:
+    """A safetensors file of a checkpoint. Raises UserError where it is damaged."""
     try:
         return safe_open(file, framework="pt", backend="pread")
     except SafetensorError as error:
-        raise UserError(f"The checkpoint's file {file} is damaged or cut short: {error}.\nDownload or copy it again.") from error
+        raise cut_short(file, f": {error}") from error
 
 
-def _fetch(name: str, file: str, revision: str) -> Path | None:
+def cut_short(file: Path, why: str = "") -> UserError:
+    return UserError(f"The checkpoint's file {file} is damaged or cut short{why}.\nDownload or copy it again.")
+
+
+def fetch(name: str, file: str, revision: str) -> Path | None:
     """Where the file lies on this machine, after a download if need be; None where the checkpoint has no such file."""
     if is_local(name):
         path = Path(name) / file
@@ -120,6 +128,17 @@ def _fetch(name: str, file: str, revision: str) -> Path | None:
         return Path(hf_hub_download(name, file, revision=revision))
     except RemoteEntryNotFoundError:
         return None
+
+
+def commit_of(name: str, revision: str) -> str | None:
+    """The commit of a model of the Hub that `revision` stands for on this machine, as its cache has it; None for a local folder."""
+    config = None if is_local(name) else fetch(name, "config.json", revision)
+    return config.parent.name if config and config.parent.parent.name == "snapshots" else None
+
+
+def _pickled(name: str) -> list[str]:
+    """Files of weights in a format that is not read; of a model on the Hub none is known."""
+    return sorted(path.name for path in Path(name).glob("*") if path.suffix in PICKLED) if is_local(name) else []
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -199,7 +199,8 @@ def test_a_config_of_an_unknown_kind_cannot_be_read(folder: Path) -> None:
 def test_a_folder_without_safetensors_says_that_pickles_are_not_read(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no \*\.safetensors file\.\nOther formats are not read: pickled weights can run code"):
+    message = r"holds no \*\.safetensors file, only pytorch_model\.bin\.\nOther formats are not read: pickled weights can run code"
+    with pytest.raises(UserError, match=message):
         load_model(settings_of(folder), CPU)
 
 

@@ -1,0 +1,47 @@
+"""One export, or one plain copy of the same files, in a process of its own that loads nothing else; prints what it took as JSON."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+
+
+def work_of(kind: str, run: Path, model: Path, to: Path) -> Callable[[], object]:
+    """What is timed, with its libraries imported."""
+    if kind == "copy":
+        return lambda: shutil.copytree(model, to)
+    from lowmem_rmu.export.merge import merge
+    from lowmem_rmu.runs import RunFolder
+
+    return lambda: merge(RunFolder(run), to, link=kind == "links")
+
+
+def to_the_disk(folder: Path) -> None:
+    """Waits until every file is on the disk itself."""
+    for file in folder.iterdir():
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: now (`VmRSS`), or at the peak (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def main(kind: str, run: Path, model: Path, to: Path, sync: bool) -> None:
+    work = work_of(kind, run, model, to)
+    libraries, started = resident("VmRSS"), perf_counter()
+    work()
+    if sync:
+        to_the_disk(to)
+    print(json.dumps({"seconds": perf_counter() - started, "libraries": libraries, "peak": resident("VmHWM")}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5] == "sync")

@@ -1,0 +1,122 @@
+"""What a run made of its model's checkpoint: which tensors are others now, and each of them merged, whole or a few rows at a time."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.model.changes import Change, read_changes
+from lowmem_rmu.model.shards import fetch
+from lowmem_rmu.model.stored import StoredTensor, checkpoint_tensors
+from lowmem_rmu.presets import ModelSettings, is_local, recorded_preset
+from lowmem_rmu.runs import RunFolder
+
+Base = Literal["original", "dequantised"]
+"""What the update is added to: the checkpoint, or what training saw of it (4-bit weights, dequantised)."""
+
+
+class OtherValues(Protocol):
+    """Stands in for the checkpoint's own values of some tensors."""
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    def of(self, name: str, rows: Tensor, first: int) -> Tensor:
+        """What is there instead of `rows` `(n, width)`, which begin at row `first`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """A checkpoint's tensors, and how a run changed some of them."""
+
+    settings: ModelSettings
+    """The model; of one on the Hub, the revision that the run was made with."""
+    tensors: Mapping[str, StoredTensor]
+    changes: Mapping[str, Change]
+    instead: OtherValues | None
+    checked: bool
+    """Whether the checkpoint was seen to be the run's own: runs of older versions recorded nothing to compare it with."""
+
+    @property
+    def adapted_names(self) -> frozenset[str]:
+        """Tensors that are not written as they were."""
+        return frozenset(self.changes) | (self.instead.names if self.instead else frozenset())
+
+    def merged(self, name: str, tensor: Tensor, first_row: int = 0) -> Tensor:
+        """The tensor with the update, in its own shape and dtype: summed in float32 and rounded once.
+
+        `tensor` is the checkpoint's, or some rows of it: `(n, width)`, from `first_row` on. Raises UserError where the result is not finite.
+        """
+        rows = base = tensor.reshape(-1, tensor.shape[-1])
+        if self.instead and name in self.instead.names:
+            base = self.instead.of(name, rows, first_row)
+        result = self.changes[name].apply(base, first_row) if name in self.changes else base
+        result = result.to(tensor.dtype)
+        if not torch.isfinite(result).all():
+            raise UserError(f"With the update {name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}: the run failed.")
+        return result.view(tensor.shape)
+
+
+def update_of(run: RunFolder, base: Base = "original") -> Update:
+    """Raises UserError where the run has no adapter, or where its model is not to be had as it was: missing, quantised, or another one."""
+    adapter, settings = adapter_of(run), model_settings(run)
+    _check_unquantised(settings)
+    tensors = checkpoint_tensors(settings)
+    changes = read_changes(adapter, settings, tensors)
+    checked = _check_same(run, settings, tensors, changes)
+    return Update(settings, tensors, changes, _dequantised(run, settings, tensors) if base == "dequantised" else None, checked)
+
+
+def adapter_of(run: RunFolder) -> Path:
+    """Raises UserError where the run has none yet."""
+    if not run.adapter.exists():
+        raise UserError(f"Run {run.path} has no adapter yet.\nGo on with it until it has unlearned: --resume --name {run.path.name}")
+    return run.adapter
+
+
+def model_settings(run: RunFolder) -> ModelSettings:
+    """The run's model, pinned to the revision that it was made with."""
+    config = run.config
+    settings = recorded_preset(config["settings"], run.path).model
+    return settings if is_local(settings.name) else settings.model_copy(update={"revision": config["model_revision"]})
+
+
+def _check_unquantised(settings: ModelSettings) -> None:
+    with hub_errors("model", settings.name):
+        config = fetch(settings.name, "config.json", settings.revision or "main")
+    if config is None:
+        where = f"The model folder {settings.name}" if is_local(settings.name) else f"The model {settings.name}"
+        raise UserError(f"{where} holds no config.json, or is gone.\nPut back the model that the run was made with.")
+    if quantisation := json.loads(config.read_text(encoding="utf-8")).get("quantization_config"):
+        raise UserError(
+            f"The model {settings.name} is quantised already ({quantisation.get('quant_method', 'by an unnamed method')}):"
+            " nothing can be added to its weights.\nPut back the original checkpoint."
+        )
+
+
+def _check_same(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, StoredTensor], changes: Mapping[str, Change]) -> bool:
+    """Whether it could be checked. Raises UserError where the matrices that the adapter changes are not those that the run saw."""
+    if not run.matrices.exists():
+        return False
+    recorded = json.loads(run.matrices.read_text(encoding="utf-8"))
+    other = [name for name in changes if tensors[name].digest() != recorded.get(name)]
+    if other:
+        raise UserError(
+            f"The checkpoint {settings.name} is not the one that {run.path} was made with: {other[0]} differs"
+            f"{f', and {len(other) - 1} more' if other[1:] else ''}.\nPut back the files of then, or run again with those of now."
+        )
+    return True
+
+
+def _dequantised(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, StoredTensor]) -> OtherValues:
+    if settings.quantisation == "none":
+        raise UserError(f"Run {run.path} was not made in 4-bit: it trained on the original weights.\nLeave --base dequantised out.")
+    from lowmem_rmu.export.dequantised import dequantised_weights  # transformers and bitsandbytes are large, and only this needs them
+
+    return dequantised_weights(run, settings, tensors)

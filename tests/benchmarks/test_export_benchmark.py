@@ -1,0 +1,64 @@
+"""The benchmark runs on a small shape, and its checkpoint and run are such as the export takes."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.export import main, make_checkpoint, make_run, measure, shards_of
+from lowmem_rmu.export.merge import merge
+from lowmem_rmu.model.memory import config_for_plan
+from lowmem_rmu.model.stored import checkpoint_tensors
+from lowmem_rmu.presets import load_preset
+from lowmem_rmu.runs import RunFolder
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    preset = load_preset("tiny")
+    config = config_for_plan(preset)
+    make_checkpoint(config, tmp_path / "model", 10**6)
+    model = preset.model.model_copy(update={"name": str(tmp_path / "model")})
+    return make_run(preset.model_copy(update={"model": model}), tmp_path / "run")
+
+
+def test_it_prints_all_beside_each_other(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(shape="tiny", layers=4, shard_size=0.001, repeats=1, warm_up=0, sync=True, place=tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"0\.00 GB in [2-9] shards, largest tensor 0 MB, synced", said)
+    assert re.search(r"shutil\.copytree +│ +[\d.]+ │ +[\d.]+ to [\d.]+ │ +1\.00x │ +\d+ MB │ +\d+ MB │", said)
+    for name in ("merge, everything copied", "merge, unchanged files linked"):
+        assert re.search(rf"{name} +│ +[\d.]+ │ +[\d.]+ to [\d.]+ │ +[\d.]+x │ +\d+ MB │ +\d+ MB │", said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_checkpoint_is_whole_and_the_run_fits_it(run: RunFolder, tmp_path: Path) -> None:
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    merged = merge(run, tmp_path / "merged")
+    assert merged.checked
+    assert merged.tensors == 21
+    assert merged.rewritten
+    assert merged.linked
+
+
+def test_shards_are_no_larger_than_asked_for() -> None:
+    sizes = [sum(2 * tensor.numel() for tensor in shard.values()) for shard in shards_of(config_for_plan(load_preset("tiny")), 10**6)]
+    assert len(sizes) > 3
+    assert max(sizes) <= 10**6
+
+
+def test_what_a_process_took_is_its_own_and_leaves_no_files(run: RunFolder, tmp_path: Path) -> None:
+    copied, merged = (measure(kind, run, tmp_path / "model", tmp_path / "to", sync=False) for kind in ("copy", "copies"))
+    assert copied.libraries < 50e6 < merged.libraries <= merged.peak
+    assert min(copied.seconds, merged.seconds) > 0
+    assert not (tmp_path / "to").exists()
+    assert json.loads((run.path / "config.json").read_text())["preset"] == "benchmark"
+    assert {tensor.kind for tensor in checkpoint_tensors(load_preset("tiny").model).values()} == {"BF16"}

@@ -1,0 +1,101 @@
+"""`python -m lowmem_rmu export`: each format from the command line, and what it says."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lowmem_rmu.__main__ import app
+from lowmem_rmu.export import merge as merge_module
+from lowmem_rmu.runs import RunFolder
+
+IDS = torch.arange(5, 37).reshape(2, 16)
+MakeRun = Callable[..., RunFolder]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+@pytest.fixture
+def sharded(small_model_folder: Path, stored_as: Callable[..., Path]) -> Path:
+    return stored_as(small_model_folder, torch.float32, "100KB")
+
+
+def test_merged_says_what_was_done_and_loads(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(sharded)
+    result = call(run.path, "--to", tmp_path / "merged", "--format", "merged")
+    assert result.exit_code == 0, result.output
+    linked = sum(os.path.samefile(tmp_path / "merged" / path.name, path) for path in sharded.glob("*.safetensors"))
+    written = len(list(sharded.glob("*.safetensors"))) - linked
+    assert result.stdout.splitlines() == [
+        f"- 4 tensors merged, in {written} files.",
+        f"- {linked} other files of weights linked: the same file as the original's, in two places. Never write into it; --copy makes copies.",
+        f"Exported: {tmp_path / 'merged'}",
+    ]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_copies_and_an_unchecked_base_are_said(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(sharded)
+    run.matrices.unlink()
+    lines = call(run.path, "--to", tmp_path / "merged", "--copy").stdout.splitlines()
+    assert lines[1].endswith(" other files of weights copied.")
+    assert lines[2] == "- The run did not record what its model's matrices were: that the checkpoint is still the same could not be checked."
+    assert not any(os.path.samefile(tmp_path / "merged" / path.name, path) for path in sharded.glob("*.safetensors"))
+
+
+def test_dequantised_from_the_command_line(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(sharded)
+    config = json.loads((run.path / "config.json").read_text())
+    config["settings"]["model"]["quantisation"] = "nf4"
+    (run.path / "config.json").write_text(json.dumps(config))
+    result = call(run.path, "--to", tmp_path / "merged", "--base", "dequantised")
+    assert result.stdout.startswith("- 42 tensors merged, in "), result.output
+
+
+def test_the_adapter_is_a_plain_one(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(sharded)
+    assert call(run.path, "--to", tmp_path / "adapter", "--format", "adapter").exit_code == 0
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    one, other = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sharded), folder)(IDS).logits for folder in (tmp_path / "adapter", run.adapter)
+    )
+    assert torch.equal(one, other)
+
+
+def refusal(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    return result.stderr.strip()
+
+
+def test_refusals_are_messages(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    run, to = make_run(sharded), tmp_path / "to"
+    assert refusal(run.path, "--to", to, "--format", "adapter", "--base", "dequantised") == (
+        "An adapter is added to a model only later, so --base does not go with --format adapter.\nLeave one of them out."
+    )
+    assert refusal(run.path.with_name("mad"), "--to", to).startswith(f'There is no run mad in {run.path.parent}. Did you mean "made"?')
+    run.adapter.rename(tmp_path / "away")
+    for kind in ("adapter", "merged"):
+        assert refusal(run.path, "--to", to, "--format", kind).startswith(f"Run {run.path} has no adapter yet.")
+    assert not to.exists()
+
+
+def test_ctrl_c_leaves_nothing_and_says_so(sharded: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_module, "link_or_copy", interrupt)
+    result = call(make_run(sharded).path, "--to", tmp_path / "merged")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "Stopped. Nothing is lost; go on with: the same command. (Of the export nothing was left.)"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
