@@ -1,10 +1,12 @@
 """`python -m lowmem_rmu VERB`: run, evaluate, chat, export, presets."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,6 +15,10 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Evaluation
 from lowmem_rmu.run import accuracy_table, friendly_exit, presets_table, quiet_libraries, run, watched
 from lowmem_rmu.runs import RunFolder, Stopped
+from lowmem_rmu.turns import turn
+
+if TYPE_CHECKING:
+    from lowmem_rmu.export.formats import Wanted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make a chat model forget, and prove it.")
 app.command()(run)
@@ -106,25 +112,65 @@ def chat(
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
     to: Annotated[Path, typer.Option(help="The folder to write: a new or an empty one.")],
-    format_: Annotated[Literal["adapter", "merged"], typer.Option("--format", help="adapter alone, or merged into the whole model.")] = "merged",
+    format_: Annotated[
+        Literal["adapter", "merged", "gguf"], typer.Option("--format", help="adapter alone, merged into the whole model, or as GGUF for llama.cpp.")
+    ] = "merged",
+    kind: Annotated[Literal["f16", "bf16", "q8_0", "q4_0"], typer.Option("--gguf-type", help="How a GGUF file stores its matrices.")] = "q8_0",
     base: Annotated[
         Literal["original", "dequantised"], typer.Option(help="Merge into the checkpoint, or into the 4-bit weights that were trained on.")
     ] = "original",
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files that stay as they are, too; without it they are links.")] = False,
+    verify: Annotated[bool, typer.Option(help="Load what was written and ask it the run's questions.")] = True,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hub, where only you can read it.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read what --push uploads, the run's own texts in reproduce/ too.")] = False,
+    device: Annotated[str, typer.Option(help="Where it is verified: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Writes a run's model for other programs: the adapter, or the update merged into the checkpoint."""
+    """Writes a run's model for other programs, and asks what was written whether it has forgotten too."""
     quiet_libraries()
     with friendly_exit():
-        from lowmem_rmu.export.formats import export as write  # heavy libraries load only once there is work for them
+        from lowmem_rmu.export.formats import Wanted  # heavy libraries load only once there is work for them
+        from lowmem_rmu.export.push import check_name
+        from lowmem_rmu.export.push import push as upload
 
+        if push:
+            check_name(push)
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
-        try:
-            sentences = write(folder, format_, to, base, link=not copy)
-        except KeyboardInterrupt:
-            raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None
-        for sentence in sentences:
-            Console().print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
-        Console().print(f"Exported: {to}", highlight=False, markup=False, soft_wrap=True)
+        write_export(folder, Wanted(format_, base, kind, not copy, verify), to, device)
+        if push:
+            print(f"Uploaded: {upload(to, push, private=not public)}")
+
+
+def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> None:
+    """Waits for its turn, for verifying takes the device; then prints what was done and found."""
+    from lowmem_rmu.evaluation.multiple_choice import Interrupted
+    from lowmem_rmu.export.formats import export as write
+    from lowmem_rmu.export.verification import verification_tables
+    from lowmem_rmu.measure import followed
+    from lowmem_rmu.model.loading import resolve_device
+
+    on, name = resolve_device(device), f"export of {folder.path.name}"
+    try:
+        with turn(folder.path.parent.resolve(), name, os.getpid(), say_once()), watched(to, "Export") as watcher:
+            exported = write(folder, wanted, to, on, partial(followed, watcher))
+    except (KeyboardInterrupt, Interrupted):
+        raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None
+    for sentence in exported.sentences:
+        Console().print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
+    if exported.verification:
+        Console().print(verification_tables(exported.verification))
+    Console().print(f"Exported: {to}", highlight=False, markup=False, soft_wrap=True)
+
+
+def say_once() -> Callable[[list[str]], None]:
+    """Says who comes before, whenever that has changed."""
+    said = list[str]()
+
+    def say(before: list[str]) -> None:
+        if before != said:
+            said[:] = before
+            print(f"Waiting: {', '.join(before)} before this export.", file=sys.stderr, flush=True)
+
+    return say
 
 
 class SideWriter:

@@ -116,10 +116,10 @@ class Lines:
 
 
 @contextmanager
-def watched(folder: Path) -> Iterator[Bars | Lines]:
+def watched(folder: Path, called: str = "Run folder") -> Iterator[Bars | Lines]:
     """Shows on stderr how far the work in a folder is, and hears Ctrl-C."""
     console, interrupts = Console(stderr=True), Interrupts()
-    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{called}: {folder}", highlight=False, soft_wrap=True)
     with interrupts.watched(), (Bars if console.is_terminal else Lines)(console, interrupts) as watcher:
         yield watcher
 

@@ -1,7 +1,12 @@
 """`python -m lowmem_rmu export`: each format from the command line, and what it says."""
 
+import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +19,9 @@ from typer.testing import CliRunner
 
 from lowmem_rmu.__main__ import app
 from lowmem_rmu.export import merge as merge_module
+from lowmem_rmu.export.llama import llama_is_there
 from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 
 IDS = torch.arange(5, 37).reshape(2, 16)
 MakeRun = Callable[..., RunFolder]
@@ -35,11 +42,12 @@ def test_merged_says_what_was_done_and_loads(sharded: Path, make_run: MakeRun, t
     assert result.exit_code == 0, result.output
     linked = sum(os.path.samefile(tmp_path / "merged" / path.name, path) for path in sharded.glob("*.safetensors"))
     written = len(list(sharded.glob("*.safetensors"))) - linked
-    assert result.stdout.splitlines() == [
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [
         f"- 4 tensors merged, in {written} files.",
         f"- {linked} other files of weights linked: the same file as the original's, in two places. Never write into it; --copy makes copies.",
-        f"Exported: {tmp_path / 'merged'}",
     ]
+    assert lines[-1] == f"Exported: {tmp_path / 'merged'}"
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
@@ -64,7 +72,7 @@ def test_dequantised_from_the_command_line(sharded: Path, make_run: MakeRun, tmp
 def test_the_adapter_is_a_plain_one(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(sharded)
     assert call(run.path, "--to", tmp_path / "adapter", "--format", "adapter").exit_code == 0
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert str(sharded.parent) not in (tmp_path / "adapter/adapter_config.json").read_text(), "no place on this machine leaves it"
     one, other = (
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sharded), folder)(IDS).logits for folder in (tmp_path / "adapter", run.adapter)
     )
@@ -75,7 +83,7 @@ def refusal(*arguments: object) -> str:
     result = call(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
-    return result.stderr.strip()
+    return re.sub(r"^Export: .*\n", "", result.stderr).strip()
 
 
 def test_refusals_are_messages(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
@@ -97,5 +105,51 @@ def test_ctrl_c_leaves_nothing_and_says_so(sharded: Path, make_run: MakeRun, tmp
     monkeypatch.setattr(merge_module, "link_or_copy", interrupt)
     result = call(make_run(sharded).path, "--to", tmp_path / "merged")
     assert result.exit_code == 130
-    assert result.stderr.strip() == "Stopped. Nothing is lost; go on with: the same command. (Of the export nothing was left.)"
+    assert result.stderr.splitlines()[-1] == "Stopped. Nothing is lost; go on with: the same command. (Of the export nothing was left.)"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_what_a_run_cannot_give_is_said_and_the_export_is_kept(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(sharded)
+    lines = call(run.path, "--to", tmp_path / "merged").stdout.splitlines()
+    assert any(line.startswith("- How to make it again is not in it: ") for line in lines)
+    assert any(line.startswith("- Not verified: ") for line in lines)
+    assert "Not verified" not in call(run.path, "--to", tmp_path / "other", "--no-verify").stdout
+
+
+@pytest.mark.parametrize(
+    ("format", "holds"),
+    [
+        ("adapter", {"adapter_config.json", "adapter_model.safetensors"}),
+        ("merged", {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}),
+        ("gguf", {"forgetful-q4_0.gguf", "forgetful-lora.gguf", "Modelfile"}),
+    ],
+)
+def test_a_real_run_is_written_verified_and_described(forgetful: RunFolder, tmp_path: Path, format: str, holds: set[str]) -> None:
+    result = call(forgetful.path, "--to", tmp_path / "to", "--format", format, "--gguf-type", "q4_0", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    files = {path.name for path in (tmp_path / "to").iterdir()}
+    assert files == holds | {"README.md", "SHA256SUMS", "verification.json", "reproduce"}
+    mark = json.loads((tmp_path / "to/verification.json").read_text())["mark"]
+    assert mark == ("cannot be told" if format == "gguf" and not llama_is_there() else "verified")
+    assert f"The export: {mark}" in result.stdout
+    for line in (tmp_path / "to/SHA256SUMS").read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        assert hashlib.sha256((tmp_path / "to" / name).read_bytes()).hexdigest() == digest
+    assert not list(tickets(forgetful.path.parent)), "its turn is over"
+
+
+def test_a_name_that_is_none_is_refused_before_anything_is_written(forgetful: RunFolder, tmp_path: Path) -> None:
+    assert refusal(forgetful.path, "--to", tmp_path / "to", "--push", "me").startswith('"me" is no name of a model on the Hub')
+    assert not (tmp_path / "to").exists()
+
+
+def test_an_export_waits_its_turn(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(sharded)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3)"])
+    with one_at_a_time(run.path.parent):
+        take_ticket(run.path.parent, "other", process.pid)
+    threading.Thread(target=process.wait).start()
+    result = call(run.path, "--to", tmp_path / "merged", "--no-verify")
+    assert result.stderr.startswith("Waiting: other before this export.\n")
+    assert result.exit_code == 0
