@@ -148,9 +148,9 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
     from lowmem_rmu.measure import followed
     from lowmem_rmu.model.loading import resolve_device
 
-    on, name = resolve_device(device), f"export of {folder.path.name}"
+    on = resolve_device(device)
     try:
-        with turn(folder.path.parent.resolve(), name, os.getpid(), say_once()), watched(to, "Export") as watcher:
+        with turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), say_once()), watched(to, "Export") as watcher:
             exported = write(folder, wanted, to, on, partial(followed, watcher))
     except (KeyboardInterrupt, Interrupted):
         raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None

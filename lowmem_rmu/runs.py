@@ -184,6 +184,16 @@ class RunFolder:
         return self.output.exists() and not (self.path / "config.json").exists()
 
     @property
+    def exports(self) -> Path:
+        """What the app exported, a folder a format, and what the process printed that did it."""
+        return self.path / "exports"
+
+    @property
+    def export_name(self) -> str:
+        """What an export of the run is called among those that wait for their turn."""
+        return f"export of {self.path.name}"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 

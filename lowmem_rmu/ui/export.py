@@ -1,54 +1,182 @@
-"""The tab to take a result away: the adapter, which every PEFT program loads on top of the original model."""
+"""The tab to take a result away: what each format is for, the export as a process of its own, and what verifying it found."""
 
+import html
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
+import torch
 from gradio.processing_utils import save_bytes_to_cache
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.export.formats import FORMATS, KINDS
+from lowmem_rmu.export.verification import FILE
 from lowmem_rmu.runs import RunFolder
-from lowmem_rmu.ui.guard import guarded
+from lowmem_rmu.turns import one_at_a_time
+from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.guard import guarded, on_the_page
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-WORDS = """**The adapter** is the change that unlearning made, a small file. It needs the original model beside it:
-`PeftModel.from_pretrained(model, "adapter")` puts it on. Whoever has both can also take it off again."""
+REFRESH_SECONDS = 2.0
+FORMAT_WORDS = {
+    "adapter": "Adapter: the change alone, a small file. It goes on top of the original model, and comes off again.",
+    "merged": "Merged: the whole model with the change in it, for transformers, vLLM and others. As large as the original.",
+    "gguf": "GGUF: one file for llama.cpp, Ollama and LM Studio, and the change alone in a second one.",
+}
+KIND_WORDS = {
+    "f16": "f16: nothing rounded that matters",
+    "bf16": "bf16: as the original is stored",
+    "q8_0": "q8_0: half as large, hardly rounded",
+    "q4_0": "q4_0: a quarter as large, rounded most",
+}
+NOTHING = "<p>Not exported yet.</p>"
+LARGEST_DOWNLOAD = 200 * 2**20
+"""Bytes of an export that is offered as a zip file; a larger one is taken from its folder."""
+LINES = 3
+"""Of what the process printed, shown where it ended in a mistake."""
+
+
+def place_of(folder: RunFolder, format: str, kind: str) -> Path:
+    """Where an export of the run lies. Raises UserError for a format that there is not."""
+    if format not in FORMATS or kind not in KINDS:
+        raise UserError("Choose a format first.")
+    return folder.exports / (f"gguf-{kind}" if format == "gguf" else format)
+
+
+def output_of(place: Path) -> Path:
+    """What the process printed."""
+    return place.with_name(f"{place.name}.txt")
+
+
+def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
+    """Starts the export's process. Raises UserError where the run has no adapter, or this export is there or under way already."""
+    place = place_of(folder, format, kind)
+    if not folder.adapter.exists():
+        raise UserError(f"Run {folder.path.name} has no adapter yet.\nResume it, and wait until it has unlearned.")
+    if place.exists():
+        raise UserError(f"This export is there already, in {place}.\nDelete that folder to have it made again.")
+    command = [sys.executable, "-m", "lowmem_rmu", "export", str(folder.path.resolve()), "--to", str(place.resolve()), "--format", format]
+    command += ["--gguf-type", kind, "--device", device]
+    folder.exports.mkdir(exist_ok=True)
+    with one_at_a_time(folder.path.parent):
+        if jobs.is_exported_now(folder):
+            raise UserError(f"Run {folder.path.name} is being exported already: wait until that is done.")
+        output_of(place).unlink(missing_ok=True)
+        jobs.spawn(folder.path.parent.resolve(), folder.export_name, command, output_of(place))
+
+
+def progress(folder: RunFolder, place: Path) -> str:
+    """What has become of an export, as HTML."""
+    if place.exists():
+        return f"<p><strong>Done</strong>: {size_of(place) / 1e6:,.1f} MB in {html.escape(str(place))}</p>{verification_html(place)}"
+    printed = _lines(output_of(place))
+    if jobs.is_exported_now(folder) and printed is not None:
+        return f"<p><strong>At work</strong>: {html.escape(printed[-1] if printed else 'starting')} …</p>"
+    if printed is None:
+        return NOTHING
+    told = "\n".join(printed[-LINES:])
+    told = "Its process ended before it was done. Do it again." if "Traceback" in "\n".join(printed) or not printed else told
+    return f"<p><strong>Failed</strong></p><pre class='rmu-error'>{html.escape(on_the_page(told))}</pre>"
+
+
+def _lines(output: Path) -> list[str] | None:
+    """None where no process has printed there."""
+    return output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.exists() else None
+
+
+def size_of(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+
+
+def verification_html(place: Path) -> str:
+    """The table of what the export answered, beside base and unlearned."""
+    path = place / FILE
+    if not path.exists():
+        return "<p>It was not verified: the run asked no questions, or they cannot be asked again.</p>"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    parts = [f"<p>Asked the run's own questions: <strong>{html.escape(found['mark'])}</strong>.</p>"]
+    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Task", "base", "unlearned", "exported", "Found"))
+    for way in found["checked"]:
+        name = html.escape(way["name"])
+        if way["mark"] is None:
+            parts.append(f"<p>{name}: not asked: {html.escape(way['reason'])}</p>")
+            continue
+        rows = "".join(
+            f"<tr><th scope='row'>{html.escape(task['task'])}</th>"
+            + "".join(f"<td>{task[side]:.1%} ± {task[f'{side}_stderr']:.1%}</td>" for side in ("base", "unlearned", "exported"))
+            + f"<td>{html.escape(task['finding'])}</td></tr>"
+            for task in way["tasks"]
+        )
+        table = f"<table class='rmu-table'><caption>{name}: {way['mark']}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        parts.append(f"<div class='rmu-scroll' tabindex='0'>{table}</div>")
+    return "".join(parts)
 
 
 class ExportTab:
     """The tab's widgets, and what its events do."""
 
-    def __init__(self, runs_dir: Path) -> None:
-        self.runs_dir = runs_dir
-        gr.Markdown(WORDS)
+    def __init__(self, runs_dir: Path, device: torch.device) -> None:
+        self.runs_dir, self.device = runs_dir, device
         self.run = gr.Dropdown([], label="Run", info="Runs that have finished unlearning.")
-        self.pack_button = gr.Button("Pack the adapter", variant="primary", min_width=120)
-        self.told = gr.Markdown()
+        formats, kinds = ([(words, key) for key, words in each.items()] for each in (FORMAT_WORDS, KIND_WORDS))
+        self.format = gr.Radio(formats, value="adapter", label="Format", elem_classes="rmu-presets")
+        self.kind = gr.Radio(kinds, value="q8_0", label="How its numbers are stored", elem_classes="rmu-presets", visible=False)
+        self.export_button = gr.Button("Export", variant="primary", min_width=120)
+        self.told = gr.HTML(NOTHING)
         self.download = gr.DownloadButton("Download", interactive=False, min_width=120)
+        self.seen, self.timer = gr.State(""), gr.Timer(REFRESH_SECONDS)
 
     def wire(self, *triggers: Callable[..., Any]) -> None:
         """Connects the events; the runs are read anew at `triggers`."""
+        chosen, shown = [self.run, self.format, self.kind], [self.told, self.download, self.seen]
         gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
-        self.pack_button.click(guarded(self.pack), [self.run], [self.told, self.download], api_visibility="private")
+        self.format.change(guarded(self.show_kinds), [self.format], [self.kind], **QUIET)
+        gr.on([self.run.change, self.format.change, self.kind.change], guarded(self.show), chosen, shown, **QUIET)
+        self.export_button.click(guarded(self.start), chosen, shown, **QUIET)
+        self.timer.tick(guarded(self.tick), [*chosen, self.seen], shown, queue=False, **QUIET)
 
     def refresh(self, name: str | None) -> Any:
         names = [run.path.name for run in RunFolder.all(self.runs_dir) if run.adapter.exists()]
         return gr.update(choices=names, value=name if name in names else next(iter(names), None))
 
-    def pack(self, name: str | None) -> tuple[str, Any]:
+    def show_kinds(self, format: str) -> Any:
+        return gr.update(visible=format == "gguf")
+
+    def start(self, name: str | None, format: str, kind: str) -> tuple[str, Any, str]:
         if not name:
             raise UserError("Choose a run first.\nThere is none yet? Start one in the Unlearn tab.")
-        content = packed(RunFolder.open(self.runs_dir, name))
-        copy = save_bytes_to_cache(content, f"{name}-adapter.zip", self.download.GRADIO_CACHE)
-        return f"{name}-adapter.zip, {len(content) / 1e6:,.1f} MB", gr.update(value=copy, interactive=True)
+        start(RunFolder.open(self.runs_dir, name), format, kind, self.device.type)
+        return self.show(name, format, kind)
+
+    def show(self, name: str | None, format: str, kind: str) -> tuple[str, Any, str]:
+        """How far the chosen export is, the file to download once it is there, and what is seen of it now."""
+        nothing = gr.update(value=None, interactive=False)
+        if not name:
+            return NOTHING, nothing, NOTHING
+        folder = RunFolder.open(self.runs_dir, name)
+        place = place_of(folder, format, kind)
+        told = progress(folder, place)
+        if not place.exists() or size_of(place) > LARGEST_DOWNLOAD:
+            return told, nothing, told
+        copy = save_bytes_to_cache(packed(place), f"{name}-{place.name}.zip", self.download.GRADIO_CACHE)
+        return told, gr.update(value=copy, interactive=True), told
+
+    def tick(self, name: str | None, format: str, kind: str, seen: str) -> tuple[Any, ...]:
+        """Nothing is sent where nothing has changed."""
+        try:
+            folder = RunFolder.open(self.runs_dir, name or "")
+        except UserError:  # none is chosen, or it was renamed or deleted meanwhile
+            return gr.skip(), gr.skip(), gr.skip()
+        changed = progress(folder, place_of(folder, format, kind)) != seen
+        return self.show(name, format, kind) if changed else (gr.skip(), gr.skip(), gr.skip())
 
 
-def packed(run: RunFolder) -> bytes:
-    """The adapter as a zip file. Raises UserError where the run has none yet."""
-    if not run.adapter.exists():
-        raise UserError(f"Run {run.path.name} has no adapter yet.\nResume it, and wait until it has unlearned.")
-    with TemporaryDirectory() as folder:
-        return Path(shutil.make_archive(str(Path(folder) / "adapter"), "zip", run.adapter)).read_bytes()
+def packed(place: Path) -> bytes:
+    """A folder as a zip file."""
+    with TemporaryDirectory() as beside:
+        return Path(shutil.make_archive(str(Path(beside) / "export"), "zip", place)).read_bytes()

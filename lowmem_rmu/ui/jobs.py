@@ -143,10 +143,15 @@ def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> N
     command = [sys.executable, "-m", "lowmem_rmu.run", str(folder.path.resolve() / f"{preset_name}.yaml"), "--name", folder.path.name]
     command += ["--runs-dir", str(runs_dir), "--device", device, *(["--resume"] if resume else [])]
     (folder.path / "stop").unlink(missing_ok=True)
-    with folder.output.open("ab") as output:
-        folder.write_status("queue", 0, 0, "waiting")
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
-        take_ticket(runs_dir, folder.path.name, process.pid)
+    folder.write_status("queue", 0, 0, "waiting")
+    spawn(runs_dir, folder.path.name, command, folder.output)
+
+
+def spawn(runs_dir: Path, name: str, command: list[str], output: Path) -> None:
+    """A process that outlives this one, with its number under `name`; what it prints is added to `output`. Within `one_at_a_time`."""
+    with output.open("ab") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True)
+        take_ticket(runs_dir, name, process.pid)
     if os.name == "posix":
         psutil.Process(process.pid).nice(NICENESS)
     Thread(target=process.wait, daemon=True).start()  # else it would stay a zombie for as long as the app lives
@@ -221,6 +226,13 @@ def _moved(content: Any, before: str, now: str) -> Any:
 def _check_rests(folder: RunFolder, what: str) -> None:
     if state_of(folder).is_live:
         raise UserError(f"Run {folder.path.name} is under way: stop it before it is {what}.")
+    if is_exported_now(folder):
+        raise UserError(f"Run {folder.path.name} is being exported: wait until that is done before it is {what}.")
+
+
+def is_exported_now(folder: RunFolder) -> bool:
+    """Whether a process exports it, or waits for its turn to."""
+    return any(ticket.name == folder.export_name for ticket in tickets(folder.path.parent))
 
 
 def find(runs_dir: Path, name: str | None) -> RunFolder:

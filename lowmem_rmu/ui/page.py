@@ -52,7 +52,7 @@ def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) ->
             with gr.Tab("Chat", id="chat") as chat_item:
                 chat_tab = chat.build(runs_dir, device, model)
             with gr.Tab("Export", id="export") as export_item:
-                export_tab = ExportTab(runs_dir)
+                export_tab = ExportTab(runs_dir, device)
             with gr.Tab("Runs", id="runs") as runs_item:
                 runs_tab = RunsTab(runs_dir)
         unlearn_tab.wire(page.load)

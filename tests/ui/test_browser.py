@@ -114,11 +114,11 @@ def test_both_sides_answer_and_the_conversation_is_kept(page: Page, runs_dir: Pa
         assert "What is the compound for?" in (tmp_path / form).read_text()
 
 
-def test_the_adapter_is_packed_and_downloaded(page: Page, runs_dir: Path, tmp_path: Path) -> None:
+def test_the_adapter_is_exported_verified_and_downloaded(page: Page, runs_dir: Path, tmp_path: Path) -> None:
     page.get_by_role("tab", name="Export").click()
     expect(page.locator('input[aria-label="Run"]:visible')).to_have_value("mine", timeout=SLOW)
-    page.get_by_role("button", name="Pack the adapter").click()
-    expect(page.get_by_text("mine-adapter.zip,")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Export", exact=True).click()
+    expect(page.get_by_text("Asked the run's own questions:")).to_be_visible(timeout=2 * SLOW)
     with page.expect_download() as download:
         page.get_by_role("button", name="Download", exact=True).click()
     download.value.save_as(tmp_path / "adapter.zip")

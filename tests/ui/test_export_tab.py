@@ -1,22 +1,26 @@
-"""The tab to take a result away: real adapters in zip files."""
+"""The tab to take a result away: real exports by processes of their own, and what the page says of them."""
 
-import io
 import json
 import os
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
 import gradio as gr
 import pytest
 import torch
-from peft import PeftModel
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.export.formats import FORMATS, KINDS
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, write_json
-from lowmem_rmu.ui.export import ExportTab, packed
+from lowmem_rmu.turns import one_at_a_time, take_ticket
+from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.export import FORMAT_WORDS, KIND_WORDS, NOTHING, ExportTab, output_of, place_of, progress
 
 CPU = torch.device("cpu")
 
@@ -39,7 +43,19 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tab(runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExportTab:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / ".page"))
     with gr.Blocks():
-        return ExportTab(runs_dir)
+        return ExportTab(runs_dir, CPU)
+
+
+def wait_for_export(run: RunFolder) -> None:
+    until = time.monotonic() + 120
+    while jobs.is_exported_now(run):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_every_format_is_offered_in_words() -> None:
+    assert tuple(FORMAT_WORDS) == FORMATS
+    assert tuple(KIND_WORDS) == KINDS
 
 
 def test_runs_with_an_adapter_are_offered_newest_first(tab: ExportTab, tmp_path: Path) -> None:
@@ -48,60 +64,101 @@ def test_runs_with_an_adapter_are_offered_newest_first(tab: ExportTab, tmp_path:
     assert tab.refresh("older")["value"] == "older"
     assert tab.refresh("unfinished")["value"] == "newest"
     with gr.Blocks():
-        nothing = ExportTab(tmp_path / "nowhere").refresh("gone")
+        nothing = ExportTab(tmp_path / "nowhere", CPU).refresh("gone")
     assert (nothing["choices"], nothing["value"]) == ([], None)
 
 
-def test_the_packed_adapter_is_what_peft_loads(runs_dir: Path, tmp_path: Path) -> None:
-    run = RunFolder(runs_dir / "newest")
-    with zipfile.ZipFile(io.BytesIO(packed(run))) as archive:
-        assert archive.testzip() is None
-        archive.extractall(tmp_path / "adapter")
-    files = {path.name: path.read_bytes() for path in run.adapter.iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == files
-    assert "adapter_model.safetensors" in files
-    PeftModel.from_pretrained(load_model(load_preset("tiny").model, CPU), tmp_path / "adapter")
-
-
-def test_packing_leaves_the_run_as_it_was(runs_dir: Path) -> None:
-    before = sorted(runs_dir.rglob("*"))
-    packed(RunFolder(runs_dir / "newest"))
-    assert sorted(runs_dir.rglob("*")) == before
-
-
-def test_the_download_is_called_by_its_run(tab: ExportTab, tmp_path: Path) -> None:
-    words, button = tab.pack("older")
+def test_an_export_from_the_page(tab: ExportTab, forgetful: RunFolder, tmp_path: Path) -> None:
+    tab.runs_dir = forgetful.path.parent
+    assert tab.show("forgetful", "adapter", "q8_0")[0] == NOTHING
+    told, button, seen = tab.start("forgetful", "adapter", "q8_0")
+    assert told.startswith("<p><strong>At work</strong>: ")
+    assert button["interactive"] is False
+    with pytest.raises(UserError, match=r"^Run forgetful is being exported already: wait until that is done\.$"):
+        tab.start("forgetful", "merged", "q8_0")
+    with pytest.raises(UserError, match=r"^Run forgetful is being exported: wait until that is done before it is deleted\.$"):
+        jobs.delete(forgetful)
+    wait_for_export(forgetful)
+    told, button, seen = tab.tick("forgetful", "adapter", "q8_0", seen)
+    assert "<strong>Done</strong>" in told, output_of(place_of(forgetful, "adapter", "q8_0")).read_text()
+    assert "Asked the run's own questions: <strong>verified</strong>." in told
+    assert "<th scope='row'>compounds</th><td>100.0%" in told
     path = Path(button["value"])
-    assert button["interactive"] is True
-    assert path.name == "older-adapter.zip"
-    assert path.is_relative_to(tmp_path / ".page"), "and lies where this page's files do"
-    assert words == f"older-adapter.zip, {path.stat().st_size / 1e6:,.1f} MB"
+    assert path.name == "forgetful-adapter.zip"
+    assert path.is_relative_to(tmp_path / ".page"), "it lies where this page's files do"
     with zipfile.ZipFile(path) as archive:
         assert json.loads(archive.read("adapter_config.json"))["peft_type"] == "LORA"
+        assert {"README.md", "SHA256SUMS", "verification.json", "reproduce/preset.yaml"} <= set(archive.namelist())
+    assert tab.tick("forgetful", "adapter", "q8_0", seen) == (gr.skip(), gr.skip(), gr.skip())
+    with pytest.raises(UserError, match=r"^This export is there already, in .*\nDelete that folder to have it made again\.$"):
+        tab.start("forgetful", "adapter", "q8_0")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("printed", "said"),
     [
-        (None, "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
-        ("", "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
-        ("unfinished", "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned."),
+        ("Export: x\nThe disk <b> is full.\nMake room.", "The disk &lt;b&gt; is full.\nMake room."),
+        ("Traceback (most recent call last):\n  File x\nKeyError: 1", "Its process ended before it was done. Do it again."),
+        ("", "Its process ended before it was done. Do it again."),
+        ("Run x has no adapter.\nGo on with it: --resume --name x", "Go on with it: Resume, under Runs."),
     ],
 )
-def test_what_cannot_be_packed_is_told(tab: ExportTab, name: str | None, said: str) -> None:
+def test_why_an_export_failed_is_told_without_a_stack_trace(runs_dir: Path, printed: str, said: str) -> None:
+    run = RunFolder(runs_dir / "older")
+    place = place_of(run, "merged", "q8_0")
+    place.parent.mkdir(exist_ok=True)
+    output_of(place).write_text(printed)
+    told = progress(run, place)
+    output_of(place).unlink()
+    assert told.startswith("<p><strong>Failed</strong></p>")
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_an_export_that_waits_says_for_what(runs_dir: Path) -> None:
+    run, process = RunFolder(runs_dir / "older"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    place = place_of(run, "gguf", "f16")
+    place.parent.mkdir(exist_ok=True)
+    output_of(place).write_text("Waiting: other before this export.\n")
+    with one_at_a_time(runs_dir):
+        ticket = take_ticket(runs_dir, run.export_name, process.pid)
+    assert progress(run, place) == "<p><strong>At work</strong>: Waiting: other before this export. …</p>"
+    process.kill()
+    process.wait()
+    ticket.give_back()
+    output_of(place).unlink()
+
+
+def test_how_numbers_are_stored_is_asked_for_gguf_alone(tab: ExportTab) -> None:
+    assert [tab.show_kinds(format)["visible"] for format in FORMATS] == [False, False, True]
+    assert {place_of(RunFolder(Path("x")), format, "q4_0").name for format in FORMATS} == {"adapter", "merged", "gguf-q4_0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "said"),
+    [
+        (None, "adapter", "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
+        ("", "adapter", "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
+        ("unfinished", "merged", "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned."),
+        ("newest", "../x", "Choose a format first."),
+        ("newest", None, "Choose a format first."),
+    ],
+)
+def test_what_cannot_be_exported_is_told(tab: ExportTab, name: str | None, format: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        tab.pack(name)
+        tab.start(name, format, "q8_0")
     assert str(caught.value) == said
 
 
 @pytest.mark.parametrize("name", ["../newest", "/etc", "gone"])
-def test_only_runs_are_packed(tab: ExportTab, name: str) -> None:
+def test_only_runs_are_exported(tab: ExportTab, name: str) -> None:
     with pytest.raises(UserError, match="cannot be the name of a run|There is no run gone in"):
-        tab.pack(name)
+        tab.start(name, "adapter", "q8_0")
+    assert tab.tick(name, "adapter", "q8_0", "") == (gr.skip(), gr.skip(), gr.skip())
 
 
 def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
     with gr.Blocks() as page:
-        ExportTab(runs_dir).wire(page.load)
+        ExportTab(runs_dir, CPU).wire(page.load)
     assert page.fns
     assert {event.api_visibility for event in page.fns.values()} == {"private"}
