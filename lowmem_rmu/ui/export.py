@@ -73,7 +73,8 @@ def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
 def progress(folder: RunFolder, place: Path) -> str:
     """What has become of an export, as HTML."""
     if place.exists():
-        return f"<p><strong>Done</strong>: {size_of(place) / 1e6:,.1f} MB in {html.escape(str(place))}</p>{verification_html(place)}"
+        where = html.escape(str(place.relative_to(folder.path.parent.parent)))
+        return f"<p><strong>Done</strong>: {size_of(place) / 1e6:,.1f} MB in {where}</p>{verification_html(place)}"
     printed = _lines(output_of(place))
     if jobs.is_exported_now(folder) and printed is not None:
         return f"<p><strong>At work</strong>: {html.escape(printed[-1] if printed else 'starting')} …</p>"
