@@ -135,13 +135,15 @@ def export(
         if push:
             check_name(push)
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
-        write_export(folder, Wanted(format_, base, kind, not copy, verify), to, device)
+        mark = write_export(folder, Wanted(format_, base, kind, not copy, verify), to, device)
+        if push and mark in ("the update did not survive", "damaged"):
+            raise UserError(f"Not uploaded: {mark}.\nIf you want it to be there all the same: hf upload {push} {to}")
         if push:
             print(f"Uploaded: {upload(to, push, private=not public)}")
 
 
-def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> None:
-    """Waits for its turn, for verifying takes the device; then prints what was done and found."""
+def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> str | None:
+    """Waits for its turn, for verifying takes the device; then prints what was done and found, and gives the mark."""
     from lowmem_rmu.evaluation.multiple_choice import Interrupted
     from lowmem_rmu.export.formats import export as write
     from lowmem_rmu.export.verification import verification_tables
@@ -159,6 +161,7 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
     if exported.verification:
         Console().print(verification_tables(exported.verification))
     Console().print(f"Exported: {to}", highlight=False, markup=False, soft_wrap=True)
+    return exported.verification.mark if exported.verification else None
 
 
 def say_once() -> Callable[[list[str]], None]:

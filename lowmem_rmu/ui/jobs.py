@@ -113,7 +113,7 @@ def needed_by(ticket: Ticket, device: torch.device) -> int | None:
     folder = RunFolder(ticket.path.parent.parent / ticket.name)
     try:
         return peak_of(plan(preset_of(folder), device))
-    except (UserError, OSError):  # begun from the command line just now, or gone just now
+    except (UserError, OSError, ValueError, KeyError):  # an export, a run begun from the command line just now, or a damaged one
         return None
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from click.testing import Result
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -153,3 +155,12 @@ def test_an_export_waits_its_turn(sharded: Path, make_run: MakeRun, tmp_path: Pa
     result = call(run.path, "--to", tmp_path / "merged", "--no-verify")
     assert result.stderr.startswith("Waiting: other before this export.\n")
     assert result.exit_code == 0
+
+
+def test_what_did_not_survive_is_not_uploaded(forgetful: RunFolder, tmp_path: Path) -> None:
+    run, to = RunFolder(Path(shutil.copytree(forgetful.path, tmp_path / "runs/forgetful"))), tmp_path / "to"
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    save_file({name: torch.zeros_like(weight) for name, weight in weights.items()}, run.adapter / "adapter_model.safetensors")
+    said = refusal(run.path, "--to", to, "--format", "adapter", "--push", "me/tiny", "--device", "cpu")
+    assert said.endswith(f"Not uploaded: the update did not survive.\nIf you want it to be there all the same: hf upload me/tiny {to}")
+    assert (to / "README.md").exists()
