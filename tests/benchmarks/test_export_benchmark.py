@@ -49,6 +49,18 @@ def test_the_checkpoint_is_whole_and_the_run_fits_it(run: RunFolder, tmp_path: P
     assert merged.linked
 
 
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """400 MB, a matrix of which takes 16 to 65 MB in float32: a few pieces of 4 MB are in memory at a time."""
+    preset = load_preset("zephyr-7b")
+    config = config_for_plan(preset)
+    config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2})
+    make_checkpoint(config, tmp_path / "model", 10**8)
+    model = preset.model.model_copy(update={"name": str(tmp_path / "model")})
+    run = make_run(preset.model_copy(update={"model": model}), tmp_path / "run")
+    took = measure("copies", run, tmp_path / "model", tmp_path / "to", sync=False)
+    assert took.peak - took.libraries < 80e6
+
+
 def test_shards_are_no_larger_than_asked_for() -> None:
     sizes = [sum(2 * tensor.numel() for tensor in shard.values()) for shard in shards_of(config_for_plan(load_preset("tiny")), 10**6)]
     assert len(sizes) > 3
