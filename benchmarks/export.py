@@ -4,7 +4,7 @@
     python benchmarks/export.py --sync --repeats 3           # all bytes on the disk before the clock stops
     python benchmarks/export.py --layers 32 --in /mnt/disk   # the whole 7B; takes twice its 14.5 GB there
 
-Each side runs in a process of its own, in turns whose order alternates; what was written is deleted after each. Timed is the work without
+Each side runs in a process of its own, in turns; what was written is deleted after each. Timed is the work without
 the start of Python and its imports. Copying is `shutil.copytree`. The merge includes checking the adapted matrices' hashes.
 """
 
@@ -49,9 +49,10 @@ WORK = Path(__file__).with_name("export_work.py")
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds; bytes in memory with nothing but the libraries, and at the peak."""
+    """Seconds, and those of them in which a processor worked; bytes in memory with nothing but the libraries, and at the peak."""
 
     seconds: float
+    processor: float
     libraries: int
     peak: int
 
@@ -110,7 +111,8 @@ def measure_all(run: RunFolder, model: Path, to: Path, sync: bool, repeats: int,
     """Each kind so many times, after rounds that do not count."""
     took: dict[str, list[Took]] = {kind: [] for kind in KINDS}
     for number in range(warm_up + repeats):
-        for kind in KINDS if number % 2 else reversed(KINDS):
+        turn = number % len(KINDS)  # each comes first, last and between as often
+        for kind in [*KINDS][turn:] + [*KINDS][:turn]:
             one = measure(kind, run, model, to, sync)
             took[kind] += [one] * (number >= warm_up)
     return took
@@ -118,15 +120,16 @@ def measure_all(run: RunFolder, model: Path, to: Path, sync: bool, repeats: int,
 
 def print_table(title: str, took: dict[str, list[Took]]) -> None:
     table = Table(title=title, title_justify="left")
-    for column in ("", "s, median", "shortest to longest", "of copying", "peak memory", "above the libraries"):
+    for column in ("", "s, median", "shortest to longest", "of copying", "s of processor", "peak memory", "above the libraries"):
         table.add_column(column, justify="right" if column else "left")
     copying = median(one.seconds for one in took["copy"])
     for kind, all_of_it in took.items():
         seconds, peak = [one.seconds for one in all_of_it], max(one.peak for one in all_of_it)
         above = max(one.peak - one.libraries for one in all_of_it)
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        table.add_row(KINDS[kind], f"{median(seconds):.2f}", spread, f"{median(seconds) / copying:.2f}x", megabytes(peak), megabytes(above))
-    Console(width=130).print(table)
+        times = [f"{median(seconds):.2f}", spread, f"{median(seconds) / copying:.2f}x", f"{median(one.processor for one in all_of_it):.2f}"]
+        table.add_row(KINDS[kind], *times, megabytes(peak), megabytes(above))
+    Console(width=140).print(table)
 
 
 def megabytes(size: int) -> str:

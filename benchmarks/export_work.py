@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
@@ -36,11 +36,12 @@ def resident(what: str) -> int:
 
 def main(kind: str, run: Path, model: Path, to: Path, sync: bool) -> None:
     work = work_of(kind, run, model, to)
-    libraries, started = resident("VmRSS"), perf_counter()
+    libraries, started, busy = resident("VmRSS"), perf_counter(), process_time()
     work()
     if sync:
         to_the_disk(to)
-    print(json.dumps({"seconds": perf_counter() - started, "libraries": libraries, "peak": resident("VmHWM")}))
+    took = {"seconds": perf_counter() - started, "processor": process_time() - busy}
+    print(json.dumps(took | {"libraries": libraries, "peak": resident("VmHWM")}))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@
 A shard without adapted matrices is linked or copied whole, and so are the files beside the shards.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 
 from lowmem_rmu.errors import UserError, hub_errors
@@ -57,14 +59,26 @@ def write_merged(update: Update, folder: Path, link: bool = True) -> Merged:
     kept = [shard for shard in shards if shard not in rewritten]
     to_write = [*rewritten, *beside.values(), *(shard for shard in kept if not (link and same_disk(shard, folder)))]
     check_room(folder, sum(file.stat().st_size for file in to_write))
-    for shard in rewritten:
-        rewrite(shard, folder / shard.name, shards[shard], update)
+    with one_thread():
+        for shard in rewritten:
+            rewrite(shard, folder / shard.name, shards[shard], update)
     linked = [shard.name for shard in kept if link_or_copy(shard, folder / shard.name, link)]
     for name, file in beside.items():
         (folder / name).parent.mkdir(exist_ok=True)
         link_or_copy(file, folder / name, link=False)  # some are edited by hand: the original's must not change with them
     copied = [shard.name for shard in kept if shard.name not in linked]
     return Merged(len(update.adapted_names), [shard.name for shard in rewritten], linked, copied, update.checked)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes in one thread: pieces are small, and on a busy machine threads wait longer for each other than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shards(update: Update) -> dict[Path, list[StoredTensor]]:

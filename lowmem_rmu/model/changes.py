@@ -43,7 +43,8 @@ class LowRank:
         return self.b.shape[0], self.a.shape[1]
 
     def delta(self, first: int, last: int) -> Tensor:
-        return (self.b[first:last] @ self.a).mul_(self.scaling)
+        product = self.b[first:last] @ self.a
+        return product if self.scaling == 1 else product.mul_(self.scaling)
 
     def apply(self, rows: Tensor, first: int) -> Tensor:
         return self.delta(first, first + len(rows)).add_(rows)

@@ -132,7 +132,9 @@ def test_a_model_with_tied_embeddings_stays_one(make_run: MakeRun, tmp_path: Pat
 
 def test_the_merged_model_answers_as_base_and_adapter_together_do(small_model_folder: Path, make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(small_model_folder)
+    threads = torch.get_num_threads()
     merge(run, tmp_path / "merged")
+    assert torch.get_num_threads() == threads
     base = AutoModelForCausalLM.from_pretrained(small_model_folder, dtype=torch.float32)
     before = base(IDS).logits
     together = PeftModel.from_pretrained(base, run.adapter)(IDS).logits
