@@ -238,7 +238,7 @@ class RunFolder:
 
     def read_status(self) -> dict[str, Any]:
         """Empty where there is none, or a power cut tore it."""
-        with suppress(FileNotFoundError, ValueError):
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
             return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
         return {}
 

@@ -255,7 +255,8 @@ def test_the_keyboard_is_enough(page: Page, runs_dir: Path) -> None:
     seen = []
     for _ in range(40):
         page.keyboard.press("Tab")
-        seen.append(page.evaluate("(document.activeElement.innerText || document.activeElement.ariaLabel || document.activeElement.type).trim()"))
+        focused = page.evaluate("[document.activeElement].map(each => each.innerText || each.ariaLabel || each.type || each.tagName)[0]")
+        seen.append(focused.strip())
         if seen[-1] == "Start":
             break
     assert seen[-1] == "Start", seen
