@@ -34,11 +34,11 @@ def steps_made(run: Path) -> int:
 
 
 def wait_until(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
-    """Looks as often as it can: some moments are short."""
+    """Looks often, for some moments are short; but a loop without a pause would take one of two cores from the run."""
     deadline = time.monotonic() + 120
     while process.is_alive() and not condition():
         assert time.monotonic() < deadline
-        time.sleep(0)
+        time.sleep(0.0003)
 
 
 def kill_at_a_random_moment(run: Path, process: multiprocessing.process.BaseProcess, chance: random.Random, while_writing: bool) -> None:
