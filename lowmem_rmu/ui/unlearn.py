@@ -201,9 +201,21 @@ class UnlearnTab:
 
     def show(self, name: str | None) -> tuple[Any, ...]:
         """What the run shown is doing, the runs there are, and both as they are seen now."""
-        names = jobs.names(self.runs_dir)
+        return self._shown(name, *self._now(name))
+
+    def tick(self, name: str | None, seen: tuple[str, list[str]]) -> tuple[Any, ...]:
+        """Nothing is sent, and no curve is made, where nothing has changed."""
+        told, folder, names = self._now(name)
+        if (told, names) == tuple(seen):
+            return (gr.skip(),) * (len(self.plots) + 3)
+        return self._shown(name, told, folder, names)
+
+    def _now(self, name: str | None) -> tuple[str, RunFolder | None, list[str]]:
+        """The run shown in words, its folder where it is there, and the names of all runs."""
+        return *self._told(name), jobs.names(self.runs_dir)
+
+    def _shown(self, name: str | None, told: str, folder: RunFolder | None, names: list[str]) -> tuple[Any, ...]:
         choices = gr.update(choices=names, value=name or next(iter(names), None))
-        told, folder = self._told(name)
         return told, *live.curves(folder), choices, (told, names)
 
     def _told(self, name: str | None) -> tuple[str, RunFolder | None]:
@@ -214,8 +226,3 @@ class UnlearnTab:
         except UserError:
             return "<p>This run is no longer there.</p>", None
         return live.progress(jobs.state_of(folder), folder), folder
-
-    def tick(self, name: str | None, seen: tuple[str, list[str]]) -> tuple[Any, ...]:
-        """Nothing is sent where nothing has changed."""
-        shown = self.show(name)
-        return shown if shown[-1] != tuple(seen) else tuple(gr.skip() for _ in shown)
