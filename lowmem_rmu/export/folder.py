@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import UserError, is_disk_full
 from lowmem_rmu.model.shards import cut_short
 from lowmem_rmu.runs import folder_replaced
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COPIED_AT_ONCE = 2**26  # bytes in one call to the system, which Ctrl-C does not interrupt
 MOVED_AT_ONCE = 2**16  # bytes in one read or write: Linux looks for large free pages for larger writes, which took it four times as long
 
@@ -31,11 +30,16 @@ def new_folder(to: Path) -> Iterator[Path]:
         with folder_replaced(to) as beside:
             yield beside
     except OSError as error:
-        if error.errno in FULL:
+        if _is_full(error):
             raise UserError(f"The disk that holds {to} is full. Nothing was left there.\nMake room, then give the same command again.") from error
         if error.filename and Path(os.fsdecode(error.filename)) in {*to.parents, to, to.with_name(f".{to.name}.new")}:
             raise UserError(f"{to} cannot be written: {error.strerror}.\nGive another folder with --to.") from error
         raise
+
+
+def _is_full(error: OSError) -> bool:
+    """Also where only a file may not become so large."""
+    return is_disk_full(error) or error.errno == errno.EFBIG
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -81,7 +85,7 @@ def _copied_by_the_system(old: FileIO, new: FileIO, start: int, count: int) -> i
     try:
         return os.copy_file_range(old.fileno(), new.fileno(), count, start)
     except OSError as error:
-        if error.errno in FULL:
+        if _is_full(error):
             raise
         return 0
 

@@ -35,6 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.gguf_tokenizer import add_tokenizer, end_tokens
+from lowmem_rmu.model.changes import BEFORE, CONFIG, FIRST_FACTOR, SECOND_FACTOR, WEIGHTS
 from lowmem_rmu.model.loading import load_config, load_tokenizer, skeleton
 from lowmem_rmu.model.shards import find_files, open_weights
 from lowmem_rmu.presets import ModelSettings
@@ -258,7 +259,7 @@ def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
 
 
 def _plain_lora(adapter: Path) -> LoraConfig:
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter} holds no adapter.\nRun the unlearn stage first.")
     config = LoraConfig.from_pretrained(str(adapter))
     if config.modules_to_save:
@@ -270,6 +271,6 @@ def _plain_lora(adapter: Path) -> LoraConfig:
 
 def _low_rank_pairs(adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """`(rank, in)` and `(out, rank)` in float32 by the weight's name in the checkpoint."""
-    stored = {name.removeprefix("base_model.model."): weight.float() for name, weight in load_file(adapter / "adapter_model.safetensors").items()}
-    modules = [name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")]
-    return {f"{module}.weight": (stored[f"{module}.lora_A.weight"], stored[f"{module}.lora_B.weight"]) for module in modules}
+    stored = {name.removeprefix(BEFORE): weight.float() for name, weight in load_file(adapter / WEIGHTS).items()}
+    modules = [name.removesuffix(FIRST_FACTOR) for name in stored if name.endswith(FIRST_FACTOR)]
+    return {f"{module}.weight": (stored[module + FIRST_FACTOR], stored[module + SECOND_FACTOR]) for module in modules}
