@@ -156,15 +156,17 @@ class ExportTab:
 
     def show(self, name: str | None, format: str, kind: str) -> tuple[str, Any, str]:
         """How far the chosen export is, the file to download once it is there, and what is seen of it now."""
-        nothing = gr.update(value=None, interactive=False)
         if not name:
-            return NOTHING, nothing, NOTHING
+            return NOTHING, gr.update(value=None, interactive=False), NOTHING
         folder = RunFolder.open(self.runs_dir, name)
         place = place_of(folder, format, kind)
-        told = progress(folder, place)
+        return self._shown(folder, place, progress(folder, place))
+
+    def _shown(self, folder: RunFolder, place: Path, told: str) -> tuple[str, Any, str]:
+        nothing = gr.update(value=None, interactive=False)
         if not place.exists() or size_of(place) > LARGEST_DOWNLOAD:
             return told, nothing, told
-        copy = save_bytes_to_cache(packed(place), f"{name}-{place.name}.zip", self.download.GRADIO_CACHE)
+        copy = save_bytes_to_cache(packed(place), f"{folder.path.name}-{place.name}.zip", self.download.GRADIO_CACHE)
         return told, gr.update(value=copy, interactive=True), told
 
     def tick(self, name: str | None, format: str, kind: str, seen: str) -> tuple[Any, ...]:
@@ -173,8 +175,8 @@ class ExportTab:
             folder = RunFolder.open(self.runs_dir, name or "")
         except UserError:  # none is chosen, or it was renamed or deleted meanwhile
             return gr.skip(), gr.skip(), gr.skip()
-        changed = progress(folder, place_of(folder, format, kind)) != seen
-        return self.show(name, format, kind) if changed else (gr.skip(), gr.skip(), gr.skip())
+        told = progress(folder, place := place_of(folder, format, kind))
+        return self._shown(folder, place, told) if told != seen else (gr.skip(), gr.skip(), gr.skip())
 
 
 def packed(place: Path) -> bytes:
