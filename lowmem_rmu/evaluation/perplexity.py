@@ -21,15 +21,22 @@ def text_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: l
     At most `batch_tokens` tokens go through the model at once, padding included. Bytes are those of the text that is predicted, so that
     models with other tokenizers can be compared.
     """
-    sums: list[float] = []
-    for batch in _batches(model, tokenizer, sequences, batch_tokens):
-        sums += _sums(batch, _losses(model, batch))
+    sums = sequence_losses(model, tokenizer, sequences, batch_tokens)
     loss, stderr = _mean_a_token(sums, sequences)
     written = sum(len(text.encode()) - len(first.encode()) for text, first in _texts(tokenizer, sequences))
     return {
         "loss": loss, "stderr": stderr, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": sum(sums) / math.log(2) / max(1, written),
         "tokens": sum(map(len, sequences)) - len(sequences), "sequences": len(sequences),
     }
+
+
+@torch.inference_mode()
+def sequence_losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> list[float]:
+    """The sum of the next-token losses of each sequence, in nats."""
+    sums: list[float] = []
+    for batch in _batches(model, tokenizer, sequences, batch_tokens):
+        sums += _sums(batch, _losses(model, batch))
+    return sums
 
 
 @torch.inference_mode()

@@ -56,10 +56,11 @@ def header(domain: Domain) -> str:
 class Lessons:
     """Draws endless training text from the world; every call words the facts anew."""
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: World, seed: int, without: Sequence[str] = ()) -> None:
         self.world, self.rng = world, random.Random(seed)
+        self.domains = [domain for domain in DOMAINS if domain.name not in without]
         self.by_entity: dict[str, list[Fact]] = {}
-        for fact in (fact for facts in world.facts.values() for fact in facts):
+        for fact in (fact for domain in self.domains for fact in world.facts[domain.name]):
             self.by_entity.setdefault(fact.entity, []).append(fact)
         self.entities = list(self.by_entity)
         self.facts = [fact for facts in self.by_entity.values() for fact in facts]
@@ -78,7 +79,7 @@ class Lessons:
 
     def exam(self) -> tuple[str, list[str]]:
         """A few A-D questions of one domain, answered; and the values that are right, in their order."""
-        domain = self.rng.choice(DOMAINS)
+        domain = self.rng.choice(self.domains)
         facts = self.rng.sample(self.world.facts[domain.name], 4)
         return header(domain) + "\n\n".join(self._answered(fact) for fact in facts), [fact.value for fact in facts]
 

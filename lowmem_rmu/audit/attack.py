@@ -1,0 +1,80 @@
+"""The interface of an attack: what it asks, what it costs, and one function that tries it piece by piece."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lowmem_rmu.audit.audited import Audited
+from lowmem_rmu.audit.recovery import Values
+from lowmem_rmu.runs import add_lines, read_lines, write_lines
+
+
+class StopAsked(Exception):
+    """An audit was asked to stop, between two pieces."""
+
+
+class Pieces:
+    """What an attack computes, piece by piece: each is kept in a file as soon as it is there, and not computed again.
+
+    So an attack is a plain function from its beginning to its end, and one that was stopped goes on by being called again.
+    """
+
+    def __init__(self, path: Path, before: Callable[[str], None] = lambda key: None) -> None:
+        """`before` hears which piece comes next, and may raise to stop there."""
+        self.path, self.before = path, before
+        rows = read_lines(path)
+        self.known = {row["key"]: row["value"] for row in rows}
+        if rows:
+            write_lines(path, rows)  # without the line that a kill may have torn
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives (anything that JSON can hold), at once where it is known."""
+        if key not in self.known:
+            self.before(key)
+            value = compute()
+            add_lines(self.path, [{"key": key, "value": value}])
+            self.known[key] = value
+        return self.known[key]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What an attack came to."""
+
+    conditions: dict[str, Values]
+    """By what was done: what the attacked model knows of each item of `Audited.knowledge`. None where recovery is not what is asked."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Curves and tables of its own."""
+    sentences: list[str] = field(default_factory=list)
+    """What it says in words."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an attack will take, in measurements of all knowledge and in tokens that are trained on; and what stays in memory meanwhile."""
+
+    measurements: float
+    training_tokens: int = 0
+    training_batch: int = 0
+    """Tokens that go through a backward pass at once."""
+    extra_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One file of this folder each."""
+
+    name: str
+    asks: str
+    """What it is to find out, in a few words."""
+    cost: Callable[[Audited], Cost]
+    run: Callable[[Audited, Pieces], Tried]
+    lacks: Callable[[Audited], str | None] = lambda audited: None
+    """Why it cannot be tried here."""
+
+
+def seed_of(audited: Audited, key: str) -> int:
+    """One of its own for each piece, so that a piece is the same whatever came before it."""
+    return int.from_bytes(sha256(f"{audited.seed} {key}".encode()).digest()[:4], "little")

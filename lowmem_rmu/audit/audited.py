@@ -1,0 +1,174 @@
+"""Who is audited: a model as base and as unlearned, one of them in memory, and the texts and questions to try it with."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_rmu.audit.knowledge import ENOUGH, Knowledge, Questions, Texts, held_out_documents, untold
+from lowmem_rmu.data.corpora import read_documents, split_held_out, tokenise
+from lowmem_rmu.data.questions import QuestionSet, load_questions
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.multiple_choice import Asked, ask
+from lowmem_rmu.model.adapters import base_only, load_adapter
+from lowmem_rmu.model.layers import decoder_layers
+from lowmem_rmu.model.loading import load_model, load_tokenizer, unquantised_modules
+from lowmem_rmu.model.shards import give_back_freed_memory
+from lowmem_rmu.presets import ModelSettings, Preset
+
+Side = Literal["base", "unlearned"]
+FRESH = "attack"
+"""What the adapter is called that an attack trains on top."""
+RANK = 16
+QUESTIONS = 100
+"""Of each forgotten task, if nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Where base and unlearned come from: `unlearned` is an adapter on the base, or another checkpoint of the same shape and tokenizer."""
+
+    base: ModelSettings
+    unlearned: Path | ModelSettings
+
+
+@dataclass
+class Audited:
+    """`side` lends the model as base or unlearned; texts are token sequences, documents the same as text."""
+
+    name: str
+    preset: Preset
+    sides: Sides
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    knowledge: Knowledge
+    told: bool
+    """Whether the text to relearn from may tell what is asked."""
+    kept: list[QuestionSet]
+    """Tasks that were to stay."""
+    relearning: list[list[int]]
+    """Text about what was forgotten that unlearning never saw."""
+    forget: list[list[int]]
+    """Text about what was forgotten."""
+    benign: list[list[int]]
+    """Text about anything else."""
+    seed: int = 0
+    _loaded: Any = field(default=None, repr=False)
+    _loaded_from: ModelSettings | None = field(default=None, repr=False)
+
+    @contextmanager
+    def side(self, side: Side) -> Iterator[Any]:
+        """The model as base or unlearned, frozen."""
+        model = self._load(side)
+        with base_only(model) if side == "base" else nullcontext():
+            yield model
+
+    @contextmanager
+    def learning(self, side: Side, seed: int) -> Iterator[Any]:
+        """The model on that side with a fresh LoRA in every linear module of every layer, which alone learns and is gone afterwards."""
+        model = self._load(side)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(model, PeftModel):
+                model.add_adapter(FRESH, fresh_config(model))
+                learner = model
+            else:
+                learner = get_peft_model(model, fresh_config(model), adapter_name=FRESH)
+        own = [name for name in learner.peft_config if name != FRESH]
+        try:
+            learner.base_model.set_adapter([*(own if side == "unlearned" else []), FRESH])
+            for name, parameter in learner.named_parameters():
+                parameter.requires_grad_(f".{FRESH}." in name)
+            yield learner
+        finally:
+            learner.delete_adapter(FRESH) if own else learner.unload()
+            if own:
+                learner.base_model.set_adapter(own)
+            learner.requires_grad_(False)
+
+    def free(self) -> None:
+        """Takes the model out of memory; `side` loads it again."""
+        self._loaded = self._loaded_from = None
+        gc.collect()
+        give_back_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self, side: Side) -> Any:
+        unlearned = self.sides.unlearned
+        wanted = unlearned if side == "unlearned" and isinstance(unlearned, ModelSettings) else self.sides.base
+        if self._loaded_from != wanted:
+            self.free()
+            preset = self.preset.model_copy(update={"model": wanted})
+            model: Any = load_model(wanted, self.device, None, unquantised_modules(preset))
+            self._loaded = load_adapter(model, unlearned) if isinstance(unlearned, Path) else model
+            self._loaded_from = wanted
+        return self._loaded
+
+
+def fresh_config(model: nn.Module) -> LoraConfig:
+    """LoRA on every linear module of every decoder layer (fused experts aside)."""
+    layer = decoder_layers(model)[0]
+    names = sorted({name.split(".base_layer")[0].rpartition(".")[2] for name, each in layer.named_modules() if _is_linear(name, each)})
+    return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and ".lora_" not in f".{name}" and ".modules_to_save." not in f".{name}"
+
+
+def prepare(
+    name: str, preset: Preset, unlearned: Path | ModelSettings, device: torch.device, forgotten: list[str], limit: int | None, seed: int
+) -> Audited:
+    """Reads the questions and texts that attacks work with. `forgotten` names the tasks that the model forgot.
+
+    Raises UserError where nothing is there to measure what it knows with.
+    """
+    tokenizer = load_tokenizer(preset.model)
+    sets = load_questions(preset.evaluation)
+    told_by, measured = held_out_documents(topic.corpus for topic in preset.topics.values())
+    batch_tokens, longest = preset.evaluation.planned_batch_tokens, max(topic.max_tokens for topic in preset.topics.values())
+    questions, told = choose_questions([each for each in sets if (each.group or each.name) in forgotten], told_by, limit or QUESTIONS)
+    knowledge: Knowledge
+    if questions:
+        knowledge = Questions(questions, tokenizer, batch_tokens)
+    else:
+        sequences = tokenise(measured, tokenizer, longest, split=True)
+        if not sequences:
+            raise UserError(
+                f"Nothing tells what {name} knows of what it forgot: it asks no questions about it, and holds fewer than two documents out.\n"
+                "Make a run with questions of the role forgotten, or with more held out (topics.NAME.corpus.held_out=0.2)."
+            )
+        knowledge, told = Texts(sequences, tokenizer, batch_tokens), False
+    trained = [text for topic in preset.topics.values() for text in split_held_out(read_documents(topic.corpus), topic.corpus.held_out)[0]]
+    benign = [text for corpus in preset.retain.corpora for text in split_held_out(read_documents(corpus), corpus.held_out)[0]]
+    return Audited(
+        name, preset, Sides(preset.model, unlearned), device, tokenizer, knowledge, told,
+        [each for each in sets if each.role in ("kept", "adjacent")],
+        tokenise(told_by, tokenizer, longest, split=True),
+        tokenise(trained, tokenizer, longest, split=True),
+        tokenise(benign, tokenizer, preset.retain.max_tokens, split=True),
+        seed,
+    )  # fmt: skip
+
+
+def choose_questions(sets: list[QuestionSet], documents: list[str], limit: int) -> tuple[list[Asked], bool]:
+    """At most `limit` questions a task that the documents do not tell about; where those are too few, of all, and True."""
+    tasks: dict[str, list[QuestionSet]] = {}
+    for each in sets:
+        tasks.setdefault(each.group or each.name, []).append(each)
+    free = {task: untold(ask(members), documents) for task, members in tasks.items()}
+    told = any(len(each) < ENOUGH for each in free.values())
+    chosen: list[Asked] = []
+    for task, members in tasks.items():
+        pool = ask(members) if told else free[task]
+        count = min(limit, len(pool))
+        chosen += [pool[number * len(pool) // count] for number in range(count)]
+    return chosen, told

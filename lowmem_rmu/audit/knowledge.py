@@ -1,0 +1,104 @@
+"""What the audit measures: the questions of the topics that were forgotten or, where there are none, unseen text about them."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_rmu.audit.recovery import Values
+from lowmem_rmu.data.corpora import read_documents, split_held_out
+from lowmem_rmu.evaluation.multiple_choice import Answer, Asked, Work, answer, by_prompt
+from lowmem_rmu.evaluation.perplexity import sequence_losses
+from lowmem_rmu.presets import Corpus
+from lowmem_rmu.processes import Processes
+
+RARE = 0.05
+"""A word of a question that so large a share of the questions at most has says what the question is about."""
+ENOUGH = 30
+"""Questions: with fewer an interval is too wide to tell anything."""
+_WORD = re.compile(r"\w+")
+
+
+class Knowledge(Protocol):
+    """Items that a model knows or not: a question or a text each."""
+
+    are_questions: bool
+    tokens: int
+    """About how many go through the model for one measurement."""
+
+    def __len__(self) -> int: ...
+
+    def of(self, model: Any) -> Values:
+        """What the model knows of each, as it stands (adapters on or off)."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Right or wrong."""
+
+    asked: list[Asked]
+    tokenizer: PreTrainedTokenizerBase
+    batch_tokens: int
+    are_questions = True
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.tokenizer([each.prompt.context for each in self.asked])["input_ids"]))
+
+    def of(self, model: Any) -> Values:
+        return [float(row["correct"]) for row in answers_of(model, self.tokenizer, self.asked, self.batch_tokens)]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The log-probability of each sequence in nats."""
+
+    sequences: list[list[int]]
+    tokenizer: PreTrainedTokenizerBase
+    batch_tokens: int
+    are_questions = False
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+    def of(self, model: Any) -> Values:
+        return [-loss for loss in sequence_losses(model, self.tokenizer, self.sequences, self.batch_tokens)]
+
+
+@torch.inference_mode()
+def answers_of(model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Asked], batch_tokens: int) -> list[Answer]:
+    """What the model answers to prompts of whatever form, in their order."""
+    places, found = by_prompt(asked), dict[str, list[float]]()
+    for some in Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens).results(set(), Processes()):
+        found |= some
+    return [answer(each, found[each.prompt.digest]) for each in asked]
+
+
+def held_out_documents(corpora: Iterable[Corpus]) -> tuple[list[str], list[str]]:
+    """Documents that training never saw, in two halves: to relearn from, and to measure on."""
+    held = [text for corpus in corpora if corpus.held_out for text in split_held_out(read_documents(corpus), corpus.held_out)[1]]
+    return held[::2], held[1::2]
+
+
+def untold(asked: Sequence[Asked], documents: Iterable[str]) -> list[Asked]:
+    """The questions that no document tells about: none holds a word by which the question is known among the others."""
+    words = [set(_words(each.question.question)) for each in asked]
+    common = Counter(word for each in words for word in each)
+    told = {word for document in documents for word in _words(document)}
+    rare = [{word for word in each if common[word] <= max(1, RARE * len(asked))} for each in words]
+    return [each for each, names in zip(asked, rare, strict=True) if not names & told]
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
