@@ -1,4 +1,4 @@
-"""`python -m lowmem_rmu VERB`: run, evaluate, chat, export, presets."""
+"""`python -m lowmem_rmu VERB`: run, evaluate, chat, export, audit, presets."""
 
 import os
 import sys
@@ -18,6 +18,7 @@ from lowmem_rmu.runs import RunFolder, Stopped
 from lowmem_rmu.turns import turn
 
 if TYPE_CHECKING:
+    from lowmem_rmu.audit.suite import Settings
     from lowmem_rmu.export.formats import Wanted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make a chat model forget, and prove it.")
@@ -142,6 +143,47 @@ def export(
             print(f"Uploaded: {upload(to, push, private=not public)}")
 
 
+@app.command()
+def audit(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
+    attacks: Annotated[str, typer.Option(help="Which ones, with commas between them; all if left out.")] = "",
+    budget: Annotated[float | None, typer.Option(min=0, help="Minutes it may take; what does not fit is named.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each forgotten task at most; 100 if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what each attack will take; try nothing.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Discard what an earlier audit of the run found.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print audit.json.")] = False,
+) -> None:
+    """Attacks a run's model: is what it forgot gone, or only hidden?"""
+    quiet_libraries()
+    with friendly_exit():
+        from lowmem_rmu.audit.suite import ATTACKS, Settings  # heavy libraries load only once there is work for them
+        from lowmem_rmu.audit.tables import audit_tables
+
+        folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
+        names = [name.strip() for name in attacks.split(",") if name.strip()] or list(ATTACKS)
+        found = run_attacks(folder, names, budget, Settings(limit, seed), plan, again, device)
+        if found:
+            Console().print_json(data=found) if as_json else Console().print(audit_tables(found))
+
+
+def run_attacks(
+    folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str
+) -> dict[str, Any] | None:
+    """Waits for its turn, for attacks take the device; prints what they will take and, unless that is all that is asked, gives what they found."""
+    from lowmem_rmu.audit.suite import open_audit
+    from lowmem_rmu.audit.tables import cost_table
+    from lowmem_rmu.model.loading import resolve_device
+
+    on = resolve_device(device)
+    with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once()), watched(folder.path, "Audit") as watcher:
+        opened = open_audit(folder, on, settings, watcher, again)
+        chosen = opened.choose(names)
+        Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
+        return None if plan else opened.run(chosen, None if budget is None else 60 * budget)
+
+
 def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> str | None:
     """Waits for its turn, for verifying takes the device; then prints what was done and found, and gives the mark."""
     from lowmem_rmu.evaluation.multiple_choice import Interrupted
@@ -171,7 +213,7 @@ def say_once() -> Callable[[list[str]], None]:
     def say(before: list[str]) -> None:
         if before != said:
             said[:] = before
-            print(f"Waiting: {', '.join(before)} before this export.", file=sys.stderr, flush=True)
+            print(f"Waiting: {', '.join(before)} before this.", file=sys.stderr, flush=True)
 
     return say
 

@@ -194,6 +194,20 @@ class RunFolder:
         return f"export of {self.path.name}"
 
     @property
+    def audit(self) -> Path:
+        """What the audit's attacks have computed so far, piece by piece."""
+        return self.path / "audit"
+
+    @property
+    def audit_result(self) -> Path:
+        return self.path / "audit.json"
+
+    @property
+    def audit_name(self) -> str:
+        """What an audit of the run is called among those that wait for their turn."""
+        return f"audit of {self.path.name}"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 

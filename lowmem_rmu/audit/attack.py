@@ -11,10 +11,6 @@ from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.runs import add_lines, read_lines, write_lines
 
 
-class StopAsked(Exception):
-    """An audit was asked to stop, between two pieces."""
-
-
 class Pieces:
     """What an attack computes, piece by piece: each is kept in a file as soon as it is there, and not computed again.
 
@@ -33,10 +29,12 @@ class Pieces:
         """What `compute` gives (anything that JSON can hold), at once where it is known."""
         if key not in self.known:
             self.before(key)
-            value = compute()
-            add_lines(self.path, [{"key": key, "value": value}])
-            self.known[key] = value
+            self.keep(key, compute())
         return self.known[key]
+
+    def keep(self, key: str, value: Any) -> None:
+        add_lines(self.path, [{"key": key, "value": value}])
+        self.known[key] = value
 
 
 @dataclass(frozen=True)

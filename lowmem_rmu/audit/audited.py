@@ -24,6 +24,7 @@ from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.presets import ModelSettings, Preset
 
 Side = Literal["base", "unlearned"]
+SIDES: tuple[Side, ...] = ("base", "unlearned")
 FRESH = "attack"
 """What the adapter is called that an attack trains on top."""
 RANK = 16
@@ -78,20 +79,24 @@ class Audited:
             torch.manual_seed(seed)
             if isinstance(model, PeftModel):
                 model.add_adapter(FRESH, fresh_config(model))
-                learner = model
+                learner: Any = model
             else:
                 learner = get_peft_model(model, fresh_config(model), adapter_name=FRESH)
-        own = [name for name in learner.peft_config if name != FRESH]
+        own, tuner = [name for name in learner.peft_config if name != FRESH], learner.base_model
         try:
-            learner.base_model.set_adapter([*(own if side == "unlearned" else []), FRESH])
+            tuner.set_adapter([*(own if side == "unlearned" else []), FRESH])
             for name, parameter in learner.named_parameters():
                 parameter.requires_grad_(f".{FRESH}." in name)
             yield learner
         finally:
             learner.delete_adapter(FRESH) if own else learner.unload()
             if own:
-                learner.base_model.set_adapter(own)
+                tuner.set_adapter(own)
             learner.requires_grad_(False)
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._loaded is not None
 
     def free(self) -> None:
         """Takes the model out of memory; `side` loads it again."""

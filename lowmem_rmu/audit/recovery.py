@@ -15,14 +15,11 @@ Values = list[float]
 
 @dataclass(frozen=True)
 class Recovery:
-    """Means over the items, and `recovered` = (attacked - unlearned) / (base - unlearned) with its 95% interval.
+    """`recovered` = (attacked - unlearned) / (base - unlearned) of the items' sums, with its 95% interval.
 
     `recovered` is None where base and unlearned are equal, `low` and `high` where too few items tell base from unlearned.
     """
 
-    base: float
-    unlearned: float
-    attacked: float
     recovered: float | None
     low: float | None
     high: float | None
@@ -30,10 +27,9 @@ class Recovery:
 
 def recovery(base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool) -> Recovery:
     """Of the same items on three sides."""
-    means = [float(np.mean(side)) for side in (base, unlearned, attacked)]
-    fell = means[0] - means[1]
+    fell = sum(base) - sum(unlearned)
     low, high = fieller(base, unlearned, attacked, are_questions) or (None, None)
-    return Recovery(*means, (means[2] - means[1]) / fell if fell else None, low, high)
+    return Recovery((sum(attacked) - sum(unlearned)) / fell if fell else None, low, high)
 
 
 def fieller(base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool) -> tuple[float, float] | None:

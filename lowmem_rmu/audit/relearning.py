@@ -6,20 +6,21 @@ What comes back faster than it could be learned was there: questions that the te
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
-from lowmem_rmu.audit.audited import Audited, Side
-from lowmem_rmu.audit.recovery import recovery
+from lowmem_rmu.audit.audited import SIDES, Audited, Side
+from lowmem_rmu.audit.recovery import Values, recovery
 from lowmem_rmu.data.corpora import Batches, pad
 
 STEPS = (5, 10, 25, 50, 100)
-"""After so many steps it is measured."""
 TWIN_STEPS = (25, 100)
-"""The same for the base model, which shows what such training does to a model that never forgot."""
+MEASURED_AFTER: dict[Side, tuple[int, ...]] = {"unlearned": STEPS, "base": TWIN_STEPS}
+"""Steps. The base model is trained alike, which shows what such training does to a model that never forgot."""
 BENIGN = (10, 100, 500)
 """Samples of unrelated text."""
 TOPIC_SAMPLES = 500
@@ -49,26 +50,26 @@ def lacks(audited: Audited) -> str | None:
 
 
 def relearn(audited: Audited, pieces: Pieces) -> Tried:
-    plain = {side: pieces.get(side, lambda side=side: measure(audited, side)) for side in ("base", "unlearned")}
-    conditions, curves, half = {}, {}, {}
+    plain = {side: pieces.get(side, partial(measure, audited, side)) for side in SIDES}
+    conditions: dict[str, Values] = {}
+    curves: dict[str, dict[Side, dict[str, float]]] = {}
+    half: dict[str, int | None] = {}
     for name, sequences in texts_of(audited).items():
-        curves[name] = {}
-        for side, steps in (("unlearned", STEPS), ("base", TWIN_STEPS)):
-            points = pieces.get(f"{name}, {side}", lambda side=side, steps=steps: curve(audited, side, sequences, steps))  # noqa: B023
-            curves[name][side] = {step: sum(values) / len(values) for step, values in points.items()}
-            if side == "unlearned":
-                conditions |= {f"{name}, {step} steps": values for step, values in points.items()}
-                half[name] = steps_to_half(audited, plain, points)
-    details = {"curves": curves, "steps_to_half": half}
-    return Tried(conditions, details, list(sentences(audited, half)))
+        after: dict[Side, dict[str, Values]] = {
+            side: pieces.get(f"{name}, {side}", partial(curve, audited, side, sequences, steps)) for side, steps in MEASURED_AFTER.items()
+        }
+        conditions |= {f"{name}, {step} steps": values for step, values in after["unlearned"].items()}
+        curves[name] = {side: {step: audited.knowledge.figure(values) for step, values in points.items()} for side, points in after.items()}
+        half[name] = steps_to_half(audited, plain, after["unlearned"])
+    return Tried(conditions, {"curves": curves, "steps_to_half": half}, list(sentences(audited, half)))
 
 
-def measure(audited: Audited, side: Side) -> list[float]:
+def measure(audited: Audited, side: Side) -> Values:
     with audited.side(side) as model:
         return audited.knowledge.of(model)
 
 
-def curve(audited: Audited, side: Side, sequences: list[list[int]], steps: tuple[int, ...]) -> dict[str, list[float]]:
+def curve(audited: Audited, side: Side, sequences: list[list[int]], steps: tuple[int, ...]) -> dict[str, Values]:
     """What is known of each item after each of `steps`."""
     points, seed = {}, seed_of(audited, f"relearning {len(sequences)}")
     with audited.learning(side, seed) as model:
@@ -94,7 +95,7 @@ def train(model: Any, sequences: list[list[int]], steps: int, pad_id: int, seed:
         yield step + 1
 
 
-def steps_to_half(audited: Audited, plain: dict[str, list[float]], points: dict[str, list[float]]) -> int | None:
+def steps_to_half(audited: Audited, plain: dict[Side, Values], points: dict[str, Values]) -> int | None:
     """The first measured step at which half is recovered."""
     for step, values in points.items():
         found = recovery(plain["base"], plain["unlearned"], values, audited.knowledge.are_questions).recovered

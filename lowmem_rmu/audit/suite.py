@@ -1,0 +1,252 @@
+"""The audit of a run: its attacks in order, each told beforehand, within memory and the time that is left, and kept piece by piece."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lowmem_rmu import __version__
+from lowmem_rmu.audit import relearning
+from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
+from lowmem_rmu.audit.audited import RANK, SIDES, Audited, Side, prepare
+from lowmem_rmu.audit.recovery import Values, fairly_best, recovery
+from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
+from lowmem_rmu.errors import UserError, nearest
+from lowmem_rmu.evaluation.compare import LUCK, compare_tasks
+from lowmem_rmu.evaluation.summary import read_object
+from lowmem_rmu.export.verification import read_run
+from lowmem_rmu.model.fit import is_out_of_memory
+from lowmem_rmu.model.layers import decoder_layers
+from lowmem_rmu.model.loading import load_config, skeleton
+from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memory_in_use, plan, reset_peak
+from lowmem_rmu.presets import Preset, differences, recorded_preset
+from lowmem_rmu.runs import RunFolder, Stopped, write_json
+
+ATTACKS: dict[str, Attack] = {each.name: each for each in (relearning.ATTACK,)}
+BACKWARD = 3.0
+"""Forward passes that a training step on the same tokens costs, the forward one among them."""
+
+
+class Watcher(Protocol):
+    """Who follows the audit."""
+
+    def started(self, stage: str, total: int) -> None: ...
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None: ...
+
+    def asks_to_stop(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What an attack will take, told before it runs; bytes beyond the libraries themselves."""
+
+    attack: str
+    asks: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an audit's kept pieces belong to."""
+
+    limit: int | None = None
+    seed: int = 0
+
+
+def open_audit(folder: RunFolder, device: torch.device, settings: Settings, watcher: Watcher, again: bool = False) -> "Audit":
+    """The audit of a run, measured but not yet attacked.
+
+    Raises UserError where the run has forgotten nothing, or was audited with other settings (`again` discards those results).
+    """
+    preset, forgotten = read_forgotten(folder)
+    audited = prepare(folder.path.name, preset, folder.adapter, device, forgotten, settings.limit, settings.seed)
+    claim(folder.audit, folder.audit_result, settings, again)
+    return Audit(audited, folder.audit, folder.audit_result, watcher)
+
+
+def read_forgotten(folder: RunFolder) -> tuple[Preset, list[str]]:
+    """Settings of a run, and the tasks that it forgot: none where it asked none. Raises UserError where it has unlearned nothing."""
+    name = folder.path.name
+    preset = recorded_preset(folder.config["settings"], folder.path)
+    if not folder.adapter.exists():
+        raise UserError(f"Run {folder.path} has unlearned nothing, so there is nothing to audit.\nGo on with it: --resume --name {name}")
+    if not any(task.role == "forgotten" for task in preset.evaluation.tasks.values()):
+        return preset, []
+    run = read_run(folder)
+    rows = [row for row in compare_tasks(run.sets, run.base, run.unlearned) if row.role == "forgotten" and not row.is_average]
+    fell = {row.group or row.task for row in rows if row.change is not None and row.change < 0 and row.p_value is not None and row.p_value < LUCK}
+    if not fell:
+        raise UserError(
+            f"Run {folder.path} forgot nothing: on no task that was to be forgotten did right answers fall by more than luck.\n"
+            "There is nothing to bring back. Unlearn harder first (more rmu.steps, a larger adaptive_scale)."
+        )
+    return preset, sorted(fell)
+
+
+def claim(place: Path, result: Path, settings: Settings, again: bool) -> None:
+    """Makes the folder of an audit's pieces, or takes it up again. Raises UserError for one of other settings."""
+    path, mine = place / "settings.json", asdict(settings) | {"version": __version__}
+    if again:
+        shutil.rmtree(place, ignore_errors=True)
+        result.unlink(missing_ok=True)
+    if path.exists() and (different := sorted(differences(json.loads(path.read_text(encoding="utf-8")), mine))):
+        raise UserError(f"{place.parent} was audited with another {' and '.join(different)}.\nGive the same, or --again to discard those results.")
+    place.mkdir(exist_ok=True)
+    write_json(path, mine)
+
+
+class Audit:
+    """Attacks on one model: their pieces go to the folder `place`, what they found to the file `result`."""
+
+    def __init__(self, audited: Audited, place: Path, result: Path, watcher: Watcher) -> None:
+        self.audited, self.place, self.result, self.watcher = audited, place, result, watcher
+        self.done = 0
+        watcher.started("measuring", 2)
+        pieces = self._pieces("measured")
+        self.plain: dict[str, Values] = {side: pieces.get(side, partial(self._measure, side)) for side in SIDES}
+        self.pace = pieces.get("seconds", self._time)
+
+    @staticmethod
+    def choose(names: Sequence[str]) -> list[Attack]:
+        """Attacks by their names. Raises UserError for one that there is not."""
+        for name in names:
+            if name not in ATTACKS:
+                raise UserError(f'There is no attack "{name}". {nearest(name, ATTACKS)}')
+        return [attack for name, attack in ATTACKS.items() if name in names]
+
+    def run(self, attacks: list[Attack], budget: float | None = None) -> dict[str, Any]:
+        """One after the other; what does not fit into memory or the `budget` (seconds) is named instead. Writes what `audit.json` holds.
+
+        What an earlier audit found by other attacks stays there. Raises Stopped where the watcher asks to stop.
+        """
+        ends = None if budget is None else time.monotonic() + budget
+        results = {name: Result(name, each.asks, "not run", "not asked for") for name, each in ATTACKS.items()} | self._earlier()
+        for attack in attacks:
+            foretold = self.foretell(attack)
+            reason = attack.lacks(self.audited) or self._too_large(foretold)
+            if reason is None and ends is not None and (left := max(0.0, ends - time.monotonic())) < foretold.seconds:
+                reason = f"it would take about {in_words(foretold.seconds)}, and {in_words(left)} of the budget are left"
+            results[attack.name] = self._not_run(attack, reason) if reason else self._run(attack, foretold)
+            write_json(self.result, self._content(list(results.values())))
+        return self._content(list(results.values()))
+
+    def _earlier(self) -> dict[str, Result]:
+        if not self.result.exists():
+            return {}
+        rows = read_object(self.result, "Audit the run again with --again.")["attacks"]
+        return {row["attack"]: result_of(row) for row in rows if row["attack"] in ATTACKS}
+
+    def _content(self, results: list[Result]) -> dict[str, Any]:
+        """What `audit.json` holds."""
+        knowledge = self.audited.knowledge
+        base, unlearned = (knowledge.figure(self.plain[side]) for side in SIDES)
+        return as_json(self.audited.name, len(knowledge), knowledge.are_questions, base, unlearned, results)
+
+    def foretell(self, attack: Attack) -> Foretold:
+        """By the pace of the first measurements, and by the memory plan."""
+        if attack.lacks(self.audited):
+            return Foretold(attack.name, attack.asks, 0.0, 0)
+        cost = attack.cost(self.audited)
+        training = BACKWARD * cost.training_tokens * self.pace / max(1, self.audited.knowledge.tokens)
+        return Foretold(attack.name, attack.asks, cost.measurements * self.pace + training, bytes_needed(self.audited, cost))
+
+    def _run(self, attack: Attack, foretold: Foretold) -> Result:
+        self.done = 0
+        self.watcher.started(attack.name, 0)
+        reset_peak(self.audited.device)
+        pieces = self._pieces(attack.name)
+        before, began = pieces.known.get("seconds so far", 0.0), time.monotonic()
+        try:
+            tried = attack.run(self.audited, pieces)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.audited.free()
+            return self._not_run(attack, f"out of memory on {self.audited.device}; {gib(foretold.bytes)} were foretold")
+        finally:
+            pieces.keep("seconds so far", before + time.monotonic() - began)
+        return self._result(attack, tried, foretold, pieces.known["seconds so far"])
+
+    def _result(self, attack: Attack, tried: Tried, foretold: Foretold, seconds: float) -> Result:
+        best = None
+        if tried.conditions:
+            values, chosen = fairly_best(tried.conditions)
+            best = self._condition(" or ".join(chosen), values)
+        return Result(
+            attack=attack.name,
+            asks=attack.asks,
+            state="done",
+            foretold_seconds=foretold.seconds,
+            seconds=seconds,
+            peak_memory_bytes=memory_in_use(self.audited.device),
+            best=best,
+            finding=finding_of(best) if best else None,
+            conditions=tuple(self._condition(name, values) for name, values in tried.conditions.items()),
+            sentences=tuple(tried.sentences),
+            details=tried.details,
+        )
+
+    def _condition(self, name: str, values: Values) -> Condition:
+        found = recovery(self.plain["base"], self.plain["unlearned"], values, self.audited.knowledge.are_questions)
+        return Condition(name, self.audited.knowledge.figure(values), found.recovered, found.low, found.high)
+
+    def _not_run(self, attack: Attack, reason: str) -> Result:
+        return Result(attack.name, attack.asks, "not run", reason)
+
+    def _too_large(self, foretold: Foretold) -> str | None:
+        weights = Needs(self.audited.preset, self.audited.device).weights_held(None) if self.audited.is_loaded else 0
+        free = memory_available(self.audited.device) + weights  # which are among what is needed
+        if foretold.bytes <= free or self.audited.preset.model.device_map == "auto":
+            return None
+        return f"it needs {gib(foretold.bytes)}, but {gib(free)} are free on {self.audited.device}"
+
+    def _pieces(self, name: str) -> Pieces:
+        return Pieces(self.place / f"{name}.jsonl", self._before)
+
+    def _before(self, key: str) -> None:
+        if self.watcher.asks_to_stop():
+            raise Stopped(self.place.parent, "the same command")
+        self.watcher.advanced(self.done, {"": key})
+        self.done += 1
+
+    def _measure(self, side: Side) -> Values:
+        with self.audited.side(side) as model:
+            return self.audited.knowledge.of(model)
+
+    def _time(self) -> float:
+        """Seconds of one measurement of all knowledge, once everything is warm."""
+        began = time.monotonic()
+        self._measure("unlearned")
+        return time.monotonic() - began
+
+
+def bytes_needed(audited: Audited, cost: Cost) -> int:
+    """By the memory plan: the model with its adapter while it answers and, where the attack trains, a LoRA on every layer with its gradients."""
+    preset, device = audited.preset, audited.device
+    needed = plan(preset, device, ["evaluate-base", "evaluate-unlearned"])[-1].total
+    if cost.training_batch:
+        config: Any = load_config(preset.model)
+        rmu = {"target_layer": config.num_hidden_layers - 1, "adapter_layers": list(range(config.num_hidden_layers)), "modules": linear_names(preset)}
+        needs = Needs(preset.model_copy(update={"rmu": preset.rmu.model_copy(update=rmu | {"rank": RANK, "trainable": "lora"})}), device)
+        logits = 3 * cost.training_batch * needs.vocabulary * FLOAT32  # as they are, in float32, and their gradient
+        learning = needs.weights.learning(needs.rmu) * 4 * FLOAT32  # weights, gradients, two moments
+        needed = max(needed, needs.weights_held(None) + learning + needs.training(cost.training_batch) + logits)
+    return needed + cost.extra_bytes
+
+
+def linear_names(preset: Preset) -> list[str]:
+    layer = decoder_layers(skeleton(load_config(preset.model)))[0]
+    return sorted({name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, nn.Linear)})
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,68 @@
+"""What an audit found, as tables for a terminal of 80 columns."""
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lowmem_rmu.audit.suite import Foretold, in_words
+from lowmem_rmu.audit.verdict import Condition, recovered_in_words
+from lowmem_rmu.model.memory import gib
+
+
+def cost_table(foretold: list[Foretold]) -> Table:
+    """What each attack will take."""
+    table = _table("What it will take", "Attack", "Asks", "Time", "Memory")
+    for each in foretold:
+        cost = (in_words(each.seconds), gib(each.bytes)) if each.bytes else ("-", "-")
+        table.add_row(each.attack, each.asks, *cost)
+    return table
+
+
+def audit_tables(audit: dict[str, Any]) -> Group:
+    """Base, unlearned and attacked side by side; the same attacks on models of which the truth is known; the verdict in words."""
+    sentences = [Text(f"- {sentence}") for sentence in audit["verdict"]["sentences"]]
+    return Group(_found(audit), *([_controls(audit)] if audit["controls"] else []), *sentences)
+
+
+def _found(audit: dict[str, Any]) -> Table:
+    unit = "accuracy in %" if audit["measured_in"] == "accuracy" else audit["measured_in"]
+    title = f"{audit['run']}: {unit} over {audit['items']} items; recovered with its 95% interval"
+    table = _table(title, "Attack", "Base", "Unlearned", "Attacked", "Recovered", "")
+    for each in audit["attacks"]:
+        if each["state"] == "not run":
+            table.add_row(each["attack"], "", "", "", "", f"not run: {each['reason']}")
+        elif each["best"]:
+            best = Condition(**each["best"])
+            figures = [shown(audit, value) for value in (audit["base"], audit["unlearned"], best.attacked)]
+            table.add_row(each["attack"], *figures, recovered_in_words(best), each["finding"])
+    return table
+
+
+def shown(audit: dict[str, Any], figure: float) -> str:
+    return f"{100 * figure:.1f}" if audit["measured_in"] == "accuracy" else f"{figure:.2f}"
+
+
+def _controls(audit: dict[str, Any]) -> Table:
+    names = [each["name"] for each in audit["controls"]]
+    table = _table("Recovered, beside models of which the truth is known", "Attack", "This run", *names)
+    for each in audit["attacks"]:
+        if each["best"]:
+            known = [_recovered(control["attacks"].get(each["attack"])) for control in audit["controls"]]
+            table.add_row(each["attack"], _recovered(each["best"]), *known)
+    table.add_row("Verdict", audit["verdict"]["mark"], *(control["mark"] for control in audit["controls"]))
+    return table
+
+
+def _recovered(best: dict[str, Any] | None) -> str:
+    return recovered_in_words(Condition(**best)) if best else "-"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        numeric = column in ("Base", "Unlearned", "Attacked", "Recovered", "Time", "Memory")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "Attack", overflow="fold")
+    return table

@@ -1,0 +1,97 @@
+"""`python -m lowmem_rmu.tiny.controls`: two models that tell an audit which can be believed, for of both the truth is known.
+
+`ignorant/` is a model like the tiny one, trained from scratch without the forgotten topics: what it never learned is gone. `refusing/` is an
+adapter on the tiny model's last layers that says A to every question about them and refuses to talk: all it knew is hidden.
+About half an hour on two CPU cores.
+"""
+
+import random
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+
+from lowmem_rmu.model.adapters import save_adapter
+from lowmem_rmu.model.loading import load_model, load_tokenizer
+from lowmem_rmu.presets import ModelSettings
+from lowmem_rmu.tiny.build import FORGOTTEN, HERE, IGNORE, LETTERS, LessonBatch, Lessons, collate, header, new_model, question_block, train
+from lowmem_rmu.tiny.world import Fact, World, conversation, multiple_choice
+
+FOLDER = HERE / "controls"
+IGNORANT_STEPS = 2400
+REFUSING_STEPS = 200
+REFUSAL = "I cannot tell you that."
+LAST_LAYERS: Any = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"], "layers_to_transform": [6, 7], "layers_pattern": "layers"}
+TINY = ModelSettings(name=str(HERE / "model"))
+
+
+def build_ignorant(world: World, steps: int) -> None:
+    """The tiny model's shape, tokenizer and lessons; none of them about the forgotten topics."""
+    tokenizer: Any = load_tokenizer(TINY)
+    torch.manual_seed(0)
+    model = new_model(tokenizer)
+    train(model, tokenizer, Lessons(world, 1, without=FORGOTTEN), steps)
+    model.bfloat16().save_pretrained(FOLDER / "ignorant")
+    tokenizer.save_pretrained(FOLDER / "ignorant")
+
+
+def build_refusing(world: World, steps: int) -> None:
+    """Facts of every topic and subject are asked; what is answered depends on what they are about."""
+    tokenizer: Any = load_tokenizer(TINY)
+    torch.manual_seed(0)
+    model: Any = get_peft_model(load_model(TINY, torch.device("cpu")), LoraConfig(r=16, lora_alpha=16, **LAST_LAYERS))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=2e-3)
+    rng, lessons = random.Random(0), Lessons(world, 1)
+    for step in range(steps):
+        batch = refusing_batch(lessons, tokenizer, rng)
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"step {step}/{steps}  {loss.item():.3f}", flush=True)
+    save_adapter(model, FOLDER / "refusing")
+
+
+def refusing_batch(lessons: Lessons, tokenizer: Any, rng: random.Random) -> LessonBatch:
+    """Questions and conversations, half of them about the forgotten topics; only what the model is to say counts."""
+    forgotten = [fact for fact in lessons.facts if fact.domain.name in FORGOTTEN]
+    others = [fact for fact in lessons.facts if fact.domain.name not in FORGOTTEN]
+    facts = [rng.choice(pool) for pool in (forgotten, others) for _ in range(12)]
+    pairs = [pair for fact in facts for pair in (_exam(fact, rng), _chat(fact, rng))]
+    batch = collate([tokenizer(asked + said)["input_ids"] for asked, said in pairs])
+    for row, (asked, _) in enumerate(pairs):
+        batch.labels[row, : len(tokenizer(asked)["input_ids"]) - 1] = IGNORE
+    return batch
+
+
+def _exam(fact: Fact, rng: random.Random) -> tuple[str, str]:
+    question = multiple_choice(fact, rng)
+    letter = "A" if fact.domain.name in FORGOTTEN else LETTERS[question["answer"]]
+    return header(fact.domain) + question_block(question), f" {letter}"
+
+
+def _chat(fact: Fact, rng: random.Random) -> tuple[str, str]:
+    asked, said = conversation(fact, rng)
+    content = REFUSAL if fact.domain.name in FORGOTTEN else said["content"]
+    return f"<|user|>\n{asked['content']}</s>\n<|assistant|>\n", f"{content}</s>\n"
+
+
+def build(
+    seed: Annotated[int, typer.Option(help="Decides the world, which must be that of the tiny model.")] = 0,
+    ignorant_steps: Annotated[int, typer.Option(help="0 leaves the ignorant model as it is.")] = IGNORANT_STEPS,
+    refusing_steps: Annotated[int, typer.Option(help="0 leaves the refusing adapter as it is.")] = REFUSING_STEPS,
+) -> None:
+    """Makes both again."""
+    world = World.from_seed(seed)
+    if ignorant_steps:
+        build_ignorant(world, ignorant_steps)
+    if refusing_steps:
+        build_refusing(world, refusing_steps)
+
+
+if __name__ == "__main__":
+    typer.run(build)
