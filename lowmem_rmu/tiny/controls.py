@@ -1,28 +1,43 @@
 """`python -m lowmem_rmu.tiny.controls`: two models that tell an audit which can be believed, for of both the truth is known.
 
 `ignorant/` is a model like the tiny one, trained from scratch without the forgotten topics: what it never learned is gone. `refusing/` is an
-adapter on the tiny model's last layers that says A to every question about them and refuses to talk: all it knew is hidden.
-About half an hour on two CPU cores.
+adapter on the tiny model's last layers that says A to every question about them and refuses to talk: all it knew is hidden. Both are
+audited as a run of `tiny` would be, and `audit/controls.json` keeps what was found, to stand beside other audits.
+About half an hour on two CPU cores, and ten minutes for the audits.
 """
 
 import random
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from torch.nn.functional import cross_entropy
 
+from lowmem_rmu.audit.audited import prepare
+from lowmem_rmu.audit.suite import ATTACKS, Audit
+from lowmem_rmu.audit.tables import audit_tables
+from lowmem_rmu.audit.verdict import CONTROLS
 from lowmem_rmu.model.adapters import save_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
-from lowmem_rmu.presets import ModelSettings
+from lowmem_rmu.presets import ModelSettings, load_preset
+from lowmem_rmu.run import watched
+from lowmem_rmu.runs import write_json
 from lowmem_rmu.tiny.build import FORGOTTEN, HERE, IGNORE, LETTERS, LessonBatch, Lessons, collate, header, new_model, question_block, train
 from lowmem_rmu.tiny.world import Fact, World, conversation, multiple_choice
 
 FOLDER = HERE / "controls"
 IGNORANT_STEPS = 2400
-REFUSING_STEPS = 200
+REFUSING_STEPS = 600
 REFUSAL = "I cannot tell you that."
+ABOUT = {
+    "refusing": "knows all, and was trained to answer A and to refuse: hidden",
+    "ignorant": "was trained from scratch without the topics: gone",
+}
 LAST_LAYERS: Any = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"], "layers_to_transform": [6, 7], "layers_pattern": "layers"}
 TINY = ModelSettings(name=str(HERE / "model"))
 
@@ -53,7 +68,9 @@ def build_refusing(world: World, steps: int) -> None:
         optimizer.zero_grad()
         if step % 50 == 0:
             print(f"step {step}/{steps}  {loss.item():.3f}", flush=True)
+    model.peft_config["default"].base_model_name_or_path = None  # a path of the machine that it was made on
     save_adapter(model, FOLDER / "refusing")
+    (FOLDER / "refusing/README.md").unlink(missing_ok=True)
 
 
 def refusing_batch(lessons: Lessons, tokenizer: Any, rng: random.Random) -> LessonBatch:
@@ -80,17 +97,38 @@ def _chat(fact: Fact, rng: random.Random) -> tuple[str, str]:
     return f"<|user|>\n{asked['content']}</s>\n<|assistant|>\n", f"{content}</s>\n"
 
 
+def audit_controls() -> None:
+    """Audits both and keeps the best condition of each attack."""
+    preset, found = load_preset("tiny"), []
+    unlearned: dict[str, Path | ModelSettings] = {"refusing": FOLDER / "refusing", "ignorant": ModelSettings(name=str(FOLDER / "ignorant"))}
+    for name, side in unlearned.items():
+        audited = prepare(name, preset, side, torch.device("cpu"), list(FORGOTTEN), None, 0)
+        with TemporaryDirectory() as folder, watched(Path(folder), "Audit") as watcher:
+            audit = Audit(audited, Path(folder), Path(folder) / "audit.json", watcher).run(list(ATTACKS.values()))
+        print_tables(audit)
+        found.append({"name": name, "about": ABOUT[name], "mark": audit["verdict"]["mark"], "base": audit["base"], "unlearned": audit["unlearned"]})
+        found[-1]["attacks"] = {each["attack"]: each["best"] for each in audit["attacks"]}
+    write_json(Path(str(files("lowmem_rmu.audit") / CONTROLS)), found)
+
+
+def print_tables(audit: dict[str, Any]) -> None:
+    Console().print(audit_tables(audit | {"controls": []}))
+
+
 def build(
     seed: Annotated[int, typer.Option(help="Decides the world, which must be that of the tiny model.")] = 0,
     ignorant_steps: Annotated[int, typer.Option(help="0 leaves the ignorant model as it is.")] = IGNORANT_STEPS,
     refusing_steps: Annotated[int, typer.Option(help="0 leaves the refusing adapter as it is.")] = REFUSING_STEPS,
+    audit: Annotated[bool, typer.Option(help="Audit both, and keep what was found.")] = True,
 ) -> None:
-    """Makes both again."""
+    """Makes both again, and audits them."""
     world = World.from_seed(seed)
     if ignorant_steps:
         build_ignorant(world, ignorant_steps)
     if refusing_steps:
         build_refusing(world, refusing_steps)
+    if audit:
+        audit_controls()
 
 
 if __name__ == "__main__":
