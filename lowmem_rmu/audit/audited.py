@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -119,10 +120,12 @@ class Audited:
 
 
 def fresh_config(model: nn.Module) -> LoraConfig:
-    """LoRA on every linear module of every decoder layer (fused experts aside)."""
+    """LoRA on every linear module of every decoder layer, but fused experts and matrices that unlearning trained themselves."""
     layer = decoder_layers(model)[0]
     names = sorted({name.split(".base_layer")[0].rpartition(".")[2] for name, each in layer.named_modules() if _is_linear(name, each)})
-    return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
+    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    trained = [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, exclude_modules=trained or None, task_type="CAUSAL_LM")
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:
