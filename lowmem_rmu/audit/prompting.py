@@ -73,7 +73,7 @@ def ask_otherwise(audited: Audited, pieces: Pieces) -> Tried:
             apart = pieces.get("next token", partial(divergence, audited))
     surprise = pieces.get("as base reads it", partial(surprises, audited, put, said))
     for side in SIDES if asked else ():
-        known[side][FREELY] = named(audited, said[side]["forget"])
+        known[side][FREELY] = named(audited.tokenizer, asked[USUAL], said[side]["forget"])
     table = [row(name, known) for name in known["base"]]
     fluency: Fluency = {
         kind: {side: {"perplexity": surprise[side][kind], "repetition": repetition(said[side][kind])} for side in reversed(SIDES)} for kind in put
@@ -100,11 +100,10 @@ def surprises(audited: Audited, put: dict[str, list[Ids]], said: dict[Side, Said
         return {side: {kind: perplexity(model, audited.tokenizer, put[kind], words[kind], tokens) for kind in put} for side, words in said.items()}
 
 
-def named(audited: Audited, said: list[Ids]) -> Values:
+def named(tokenizer: PreTrainedTokenizerBase, asked: list[Asked], said: list[Ids]) -> Values:
     """Whether each answer in words is right."""
-    texts = audited.tokenizer.batch_decode(said, skip_special_tokens=True)
-    assert isinstance(audited.knowledge, Questions)
-    return [float(names_the_right_one(each.question, text)) for each, text in zip(audited.knowledge.asked, texts, strict=True)]
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [float(names_the_right_one(each.question, text)) for each, text in zip(asked, texts, strict=True)]
 
 
 def row(way: str, known: dict[Side, Known]) -> dict[str, Any]:
