@@ -1,6 +1,6 @@
 """Collateral damage: what else went? Tasks that were to stay, how sure the model is of its answers, and text by its nearness to the topic.
 
-Unlearning spills over to what lies near (Li et al. 2024, arXiv 2403.03218, section 5: virology and computer security in MMLU).
+Unlearning spills over to what lies near (Li et al. 2024, arXiv 2403.03218: virology and computer security in MMLU).
 """
 
 from collections.abc import Iterator

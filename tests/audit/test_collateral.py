@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem_rmu.audit.answering import evenly
 from lowmem_rmu.audit.attack import Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, prepare
 from lowmem_rmu.audit.collateral import ATTACK, about_texts, by_nearness, calibration, mean_activations, nearness, tasks
@@ -21,7 +22,7 @@ from lowmem_rmu.runs import RunFolder
 def around(forgetful: RunFolder) -> Audited:
     preset = recorded_preset(forgetful.config["settings"], forgetful.path)
     audited = prepare("forgetful", preset, forgetful.adapter, torch.device("cpu"), ["compounds", "locks"], 10, 0)
-    return replace(audited, benign=audited.benign[:: len(audited.benign) // 40])
+    return replace(audited, benign=evenly(audited.benign, 40))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_unlearned_is_off_where_it_forgot_and_not_elsewhere(tried: Tried) -> Non
     assert found["kept"]["unlearned"]["error"] < 0.2
 
 
-def test_the_change_of_all_texts_is_that_of_the_quarters(tried: Tried) -> None:
+def test_texts_are_told_in_quarters_from_the_nearest_on(tried: Tried) -> None:
     quarters = tried.details["texts"]
     assert [each["texts"] for each in quarters] == [10, 10, 10, 10]
     assert sorted((each["nearness"] for each in quarters), reverse=True) == [each["nearness"] for each in quarters]
@@ -99,17 +100,12 @@ def test_quarters_begin_with_what_is_nearest() -> None:
     ]
 
 
-def test_large_tasks_are_sampled_evenly() -> None:
+def test_large_tasks_are_sampled_evenly(around: Audited) -> None:
     questions = tuple(Question(f"What is {number}?", ("a", "b", "c", "d"), 0) for number in range(150))
     sets = [QuestionSet(f"big_{name}", name, "kept", "big", questions) for name in ("one", "two")]
-    found = tasks(replace_kept(sets))
+    found = tasks(replace(around, kept=sets))
     assert list(found) == ["big"]
     assert [sum(each.asked.name == member.name for each in found["big"]) for member in sets] == [50, 50]
-
-
-def replace_kept(sets: list[QuestionSet]) -> Any:
-    """What `tasks` reads of an Audited."""
-    return type("Kept", (), {"kept": sets})
 
 
 def test_without_questions_there_is_text(around: Audited, tmp_path: Path) -> None:
