@@ -22,7 +22,7 @@ def text_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: l
     models with other tokenizers can be compared.
     """
     sums = sequence_losses(model, tokenizer, sequences, batch_tokens)
-    loss, stderr = _mean_a_token(sums, sequences)
+    loss, stderr = mean_a_token(sums, sequences)
     written = sum(len(text.encode()) - len(first.encode()) for text, first in _texts(tokenizer, sequences))
     return {
         "loss": loss, "stderr": stderr, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": sum(sums) / math.log(2) / max(1, written),
@@ -45,7 +45,7 @@ def divergence(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: 
     sums: list[float] = []
     for batch in _batches(model, tokenizer, sequences, batch_tokens):
         sums += _sums(batch, _divergences(model, batch))
-    kl, stderr = _mean_a_token(sums, sequences)
+    kl, stderr = mean_a_token(sums, sequences)
     return {"kl": kl, "kl_stderr": stderr}
 
 
@@ -63,8 +63,8 @@ def _sums(batch: Batch, values: Iterator[Tensor]) -> list[float]:
     return placed.sum(1).tolist()
 
 
-def _mean_a_token(sums: list[float], sequences: list[list[int]]) -> tuple[float, float]:
-    """Sequences weigh by their length; the standard error is that of the ratio of two means."""
+def mean_a_token(sums: list[float], sequences: list[list[int]]) -> tuple[float, float]:
+    """Mean a predicted token of sums a sequence, which weigh by their length; the standard error is that of the ratio of two means."""
     counts = [len(each) - 1 for each in sequences]
     tokens, n = sum(counts), len(counts)
     mean = sum(sums) / tokens

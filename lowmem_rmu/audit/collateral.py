@@ -1,0 +1,183 @@
+"""Collateral damage: what else went? Tasks that were to stay, how sure the model is of its answers, and text by its nearness to the topic.
+
+Unlearning spills over to what lies near (Li et al. 2024, arXiv 2403.03218: virology and computer security in MMLU).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowmem_rmu.audit.answering import evenly
+from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
+from lowmem_rmu.audit.audited import Audited, Side
+from lowmem_rmu.audit.knowledge import Questions, answers_of
+from lowmem_rmu.data.corpora import pad
+from lowmem_rmu.evaluation.compare import change_interval
+from lowmem_rmu.evaluation.multiple_choice import Answer, Asked, ask
+from lowmem_rmu.evaluation.perplexity import mean_a_token, sequence_losses
+from lowmem_rmu.model.layers import run_layers, run_trunk
+
+QUESTIONS = 100
+"""Of each task, and of its adjacent subjects, at most."""
+TEXTS = 200
+SHARES = 4
+"""Of the texts, from the nearest to the farthest."""
+BINS = 10
+SIDES: tuple[Side, Side] = ("base", "unlearned")
+
+
+def tasks(audited: Audited) -> dict[str, list[Asked]]:
+    """A sample of the questions that were to be kept, by task; subjects of a task that are adjacent to the topic for themselves."""
+    found: dict[str, list[Asked]] = {}
+    for each in audited.kept:
+        name = each.group or each.name
+        found.setdefault(f"{name}, adjacent" if each.role == "adjacent" else name, []).extend(ask([each]))
+    return {name: evenly(asked, QUESTIONS) for name, asked in found.items()}
+
+
+def forgotten(audited: Audited) -> list[Asked]:
+    return audited.knowledge.asked if isinstance(audited.knowledge, Questions) else []
+
+
+def cost(audited: Audited) -> Cost:
+    asked = [*forgotten(audited), *(each for same in tasks(audited).values() for each in same)]
+    tokens = Questions(asked, audited.tokenizer, 0).tokens if asked else 0
+    return Cost(2 * (tokens + sum(map(len, evenly(audited.benign, TEXTS)))) / max(1, audited.knowledge.tokens))
+
+
+def lacks(audited: Audited) -> str | None:
+    return None if audited.kept or len(audited.benign) >= SHARES else "it needs tasks that were to be kept, or text to retain"
+
+
+def look_around(audited: Audited, pieces: Pieces) -> Tried:
+    kept, texts = tasks(audited), evenly(audited.benign, TEXTS)
+    questions = {"kept": [each for same in kept.values() for each in same], "forgotten": forgotten(audited)}
+    near = pieces.get("nearness", partial(nearness, audited, texts)) if len(texts) >= SHARES else []
+    found: dict[str, dict[Side, list[Answer]]] = {kind: {} for kind in questions}
+    losses: dict[Side, list[float]] = {}
+    for side in SIDES:
+        for kind, asked in questions.items():
+            found[kind][side] = pieces.get(f"{kind} questions, {side}", partial(answers, audited, side, asked))
+        losses[side] = pieces.get(f"texts, {side}", partial(text_losses, audited, side, texts)) if near else []
+    table, quarters = compared(kept, found["kept"]), by_nearness(texts, near, losses) if near else []
+    sure = {kind: {side: calibration(questions[kind], rows) for side, rows in each.items()} for kind, each in found.items()}
+    details = {"tasks": table, "calibration": sure, "texts": quarters}
+    return Tried({}, details, [*about_tasks(table), *about_calibration(sure), *about_texts(quarters)])
+
+
+def answers(audited: Audited, side: Side, asked: list[Asked]) -> list[Answer]:
+    with audited.side(side) as model:
+        return answers_of(model, audited.tokenizer, asked, audited.preset.evaluation.planned_batch_tokens)
+
+
+@torch.inference_mode()
+def text_losses(audited: Audited, side: Side, texts: list[list[int]]) -> list[float]:
+    """The sum of each text's next-token losses in nats."""
+    with audited.side(side) as model:
+        return sequence_losses(model, audited.tokenizer, texts, audited.preset.evaluation.planned_batch_tokens)
+
+
+def nearness(audited: Audited, texts: list[list[int]]) -> list[float]:
+    """How near each text is to the topic: the cosine between its mean activation in base and that of forget text.
+
+    Both are seen from the mean of all texts: what they have in common tells nothing about the topic.
+    """
+    about = evenly(audited.forget or audited.relearning, TEXTS)
+    with audited.side("base") as model:
+        topic, each = (mean_activations(audited, model, some) for some in (about, texts))
+    middle = each.mean(0)
+    return torch.cosine_similarity(each - middle, (topic.mean(0) - middle)[None]).tolist()
+
+
+@torch.inference_mode()
+def mean_activations(audited: Audited, model: Any, texts: list[list[int]]) -> torch.Tensor:
+    """What leaves the target layer, `(texts, hidden)` in float32 on the CPU; the mean over all tokens but the first, which is like no other."""
+    layer = audited.preset.rmu.target_layer
+    size, means = max(1, audited.preset.evaluation.planned_batch_tokens // max(map(len, texts))), list[torch.Tensor]()
+    for start in range(0, len(texts), size):
+        batch = pad(texts[start : start + size], audited.tokenizer.pad_token_id, "right", next(model.parameters()).device)
+        trunk = run_trunk(model, batch.input_ids, None, slice(layer, layer + 1))
+        counted = batch.is_token.clone()
+        counted[:, 0] = False
+        sums = (run_layers(model, trunk, slice(layer, layer + 1)).float() * counted[..., None]).sum(1)
+        means.append((sums / counted.sum(1, keepdim=True)).cpu())
+    return torch.cat(means)
+
+
+def compared(kept: dict[str, list[Asked]], found: dict[Side, list[Answer]]) -> list[dict[str, Any]]:
+    """A row a task: what is right on both sides, and between which changes the true one lies."""
+    pairs = iter(zip(found["base"], found["unlearned"], strict=True))
+    table = []
+    for task, asked in kept.items():
+        marks = [(base["correct"], unlearned["correct"]) for base, unlearned in islice(pairs, len(asked))]
+        low, high = change_interval(marks.count((True, False)), marks.count((False, True)), len(marks))
+        base, unlearned = (sum(side) / len(marks) for side in zip(*marks, strict=True))
+        table.append({
+            "task": task, "role": asked[0].asked.role, "questions": len(marks), "base": base, "unlearned": unlearned,
+            "change": unlearned - base, "low": low, "high": high,
+        })  # fmt: skip
+    return table
+
+
+def calibration(asked: list[Asked], rows: list[Answer]) -> dict[str, float] | None:
+    """How sure the model is of the letters it answers: their mean probability among the four, and the expected calibration error.
+
+    The error is the mean distance between how sure and how often right, over ten bins (Guo et al. 2017, arXiv 1706.04599). None where
+    no question has letters.
+    """
+    rows = [row for each, row in zip(asked, rows, strict=True) if each.asked.scoring == "letters"]
+    if not rows:
+        return None
+    logprobs = np.array([row["logprobs"] for row in rows])
+    shares = np.exp(logprobs - logprobs.max(1, keepdims=True))
+    sure = shares.max(1) / shares.sum(1)
+    off = sure - np.array([row["answer"] == row["gold"] for row in rows])
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    error = sum(abs(off[bins == number].sum()) for number in range(BINS)) / len(rows)
+    return {"confidence": float(sure.mean()), "error": float(error), "questions": len(rows)}
+
+
+def by_nearness(texts: list[list[int]], near: list[float], losses: dict[Side, list[float]]) -> list[dict[str, float]]:
+    """Nats a token on both sides and their paired change, with standard errors; the nearest quarter of the texts first."""
+    table = []
+    for chosen in np.array_split(np.argsort(near)[::-1], SHARES):
+        members = [texts[number] for number in chosen]
+        base, unlearned = ([losses[side][number] for number in chosen] for side in SIDES)
+        figures = {"nearness": float(np.mean([near[number] for number in chosen])), "texts": len(members)}
+        sides = {"base": base, "unlearned": unlearned, "change": [after - before for before, after in zip(base, unlearned, strict=True)]}
+        for name, sums in sides.items():
+            figures[name], figures[f"{name}_stderr"] = mean_a_token(sums, members)
+        table.append(figures)
+    return table
+
+
+def about_tasks(table: list[dict[str, Any]]) -> Iterator[str]:
+    for row in table:
+        beyond = "within noise" if row["low"] <= 0 <= row["high"] else "beyond noise"
+        yield f"{row['task']}: {row['base']:.0%} right as base, {row['unlearned']:.0%} unlearned ({row['questions']} questions; {beyond})."
+
+
+def about_calibration(found: dict[str, dict[Side, dict[str, float] | None]]) -> Iterator[str]:
+    for kind, sides in found.items():
+        base, unlearned = (sides[side] for side in SIDES)
+        if base and unlearned:
+            yield (
+                f"Of its answers to {kind} questions base is {base['confidence']:.0%} sure on average, unlearned {unlearned['confidence']:.0%}; "
+                f"that is off by {base['error']:.0%} and {unlearned['error']:.0%}."
+            )
+
+
+def about_texts(table: list[dict[str, float]]) -> Iterator[str]:
+    if table:
+        near, far = table[0], table[-1]
+        yield (
+            f"Text nearest to the topic lost {near['change']:.2f} nats a token (standard error {near['change_stderr']:.2f}), "
+            f"the farthest {far['change']:.2f} ({far['change_stderr']:.2f})."
+        )
+
+
+ATTACK = Attack("collateral", "what else went?", cost, look_around, lacks)
