@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowmem_rmu import __version__
-from lowmem_rmu.audit import relearning
+from lowmem_rmu.audit import collateral, prompting, relearning
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import RANK, SIDES, Audited, Side, prepare
 from lowmem_rmu.audit.recovery import Values, fairly_best, recovery
@@ -29,7 +29,7 @@ from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memor
 from lowmem_rmu.presets import Preset, differences, recorded_preset
 from lowmem_rmu.runs import RunFolder, Stopped, write_json
 
-ATTACKS: dict[str, Attack] = {each.name: each for each in (relearning.ATTACK,)}
+ATTACKS: dict[str, Attack] = {each.name: each for each in (relearning.ATTACK, prompting.ATTACK, collateral.ATTACK)}
 BACKWARD = 3.0
 """Forward passes that a training step on the same tokens costs, the forward one among them."""
 

@@ -1,0 +1,192 @@
+"""An audit as a whole: costs told, time and memory kept to, stopped and gone on with, and what it says where it cannot work."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_rmu.audit import suite
+from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
+from lowmem_rmu.audit.audited import Audited
+from lowmem_rmu.audit.suite import ATTACKS, Audit, Settings, bytes_needed, open_audit
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
+
+CPU = torch.device("cpu")
+FEW = Settings(limit=20)
+
+
+class Patient:
+    """Follows an audit, and asks to stop before a piece."""
+
+    def __init__(self, stop_before: str | None = None) -> None:
+        self.stop_before, self.pieces, self.stages = stop_before, list[str](), list[str]()
+        self.next = ""
+
+    def started(self, stage: str, total: int) -> None:
+        self.stages.append(stage)
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        self.pieces.append(str(figures[""]))
+
+    def asks_to_stop(self) -> bool:
+        return len(self.pieces) == (int(self.stop_before) if self.stop_before else -1)
+
+
+def half_back(audited: Audited, pieces: Pieces) -> Tried:
+    """Knows every second question again."""
+    first = pieces.get("first", lambda: [1.0] * len(audited.knowledge))
+    second = pieces.get("second", lambda: [0.0] * len(audited.knowledge))
+    return Tried({"odd": [(first if index % 4 < 2 else second)[index] for index in range(len(audited.knowledge))]}, {"seen": 2}, ["So it is."])
+
+
+def knows_nothing(audited: Audited, pieces: Pieces) -> Tried:
+    return Tried({"nothing": [0.0] * len(audited.knowledge)})
+
+
+def runs_out(audited: Audited, pieces: Pieces) -> Tried:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+HALF = Attack("half", "does half come back?", lambda audited: Cost(2), half_back)
+NOTHING = Attack("nothing", "does nothing come back?", lambda audited: Cost(1), knows_nothing)
+LONG = Attack("long", "does it take a year?", lambda audited: Cost(1e9), half_back)
+LARGE = Attack("large", "is it too large?", lambda audited: Cost(1, extra_bytes=2**50), half_back)
+GREEDY = Attack("greedy", "does memory run out?", lambda audited: Cost(1), runs_out)
+LACKING = Attack("lacking", "is the text there?", lambda audited: Cost(1), half_back, lambda audited: "it needs text that is not there")
+
+
+@pytest.fixture
+def run(forgetful: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(forgetful.path, tmp_path / "forgetful")))
+
+
+@pytest.fixture
+def attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "ATTACKS", {each.name: each for each in (HALF, NOTHING, LONG, LARGE, GREEDY, LACKING)})
+
+
+def opened(run: RunFolder, watcher: Patient | None = None, settings: Settings = FEW, again: bool = False) -> Audit:
+    return open_audit(run, CPU, settings, watcher or Patient(), again)
+
+
+def attack(content: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(each for each in content["attacks"] if each["attack"] == name)
+
+
+@pytest.mark.usefixtures("attacks")
+def test_base_unlearned_and_attacked_side_by_side(run: RunFolder) -> None:
+    audit = opened(run)
+    content = audit.run([HALF, NOTHING])
+    assert content == json.loads(run.audit_result.read_text(encoding="utf-8"))
+    assert (content["items"], content["measured_in"], content["base"]) == (40, "accuracy", 1.0)
+    best = attack(content, "half")["best"]
+    assert best["attacked"] == 0.5
+    assert best["recovered"] == pytest.approx((0.5 - content["unlearned"]) / (1 - content["unlearned"]))
+    assert attack(content, "half")["details"] == {"seen": 2}
+    assert content["verdict"]["mark"] == ("hidden" if best["low"] > 0.25 else "cannot be told")
+    assert attack(content, "long")["reason"] == "not asked for"
+
+
+@pytest.mark.usefixtures("attacks")
+def test_what_does_not_fit_is_named_and_the_rest_is_run(run: RunFolder) -> None:
+    content = opened(run).run([LONG, LARGE, GREEDY, LACKING, NOTHING], budget=60.0)
+    reasons = {each["attack"]: each["reason"] for each in content["attacks"]}
+    assert "min, and 1.0 min of the budget are left" in reasons["long"] or "and 60 s of the budget are left" in reasons["long"]
+    assert "it needs 1048576" in reasons["large"].replace(",", "")
+    assert reasons["greedy"].startswith("out of memory on cpu; ")
+    assert reasons["lacking"] == "it needs text that is not there"
+    assert attack(content, "nothing")["finding"] == "found nothing"
+    assert content["verdict"]["mark"] == "cannot be told"
+
+
+@pytest.mark.usefixtures("attacks")
+def test_a_budget_of_nothing_runs_nothing_and_says_so(run: RunFolder) -> None:
+    content = opened(run).run([HALF, NOTHING], budget=0.0)
+    assert {each["state"] for each in content["attacks"]} == {"not run"}
+    assert "Not run: half, nothing, long, large, greedy, lacking." in content["verdict"]["sentences"]
+
+
+@pytest.mark.usefixtures("attacks")
+def test_a_stopped_audit_goes_on_where_it_was(run: RunFolder) -> None:
+    stopping = Patient(stop_before="4")  # base, unlearned, seconds, first
+    with pytest.raises(Stopped):
+        opened(run, stopping).run([HALF])
+    assert [row["key"] for row in read_lines(run.audit / "half.jsonl")] == ["first", "seconds so far"]
+    again = Patient()
+    content = opened(run, again).run([HALF])
+    assert again.pieces == ["second"]
+    assert attack(content, "half")["best"]["attacked"] == 0.5
+
+
+@pytest.mark.usefixtures("attacks")
+def test_what_an_earlier_audit_found_stays(run: RunFolder) -> None:
+    opened(run).run([HALF])
+    content = opened(run).run([NOTHING])
+    assert [each["attack"] for each in content["attacks"] if each["state"] == "done"] == ["half", "nothing"]
+
+
+@pytest.mark.usefixtures("attacks")
+def test_other_settings_are_refused_until_the_old_results_are_discarded(run: RunFolder) -> None:
+    opened(run).run([NOTHING])
+    with pytest.raises(UserError, match=r"was audited with another limit\.\nGive the same, or --again to discard those results\."):
+        opened(run, settings=Settings(10))
+    content = opened(run, settings=Settings(10), again=True).run([])
+    assert (content["items"], attack(content, "nothing")["state"]) == (20, "not run")
+
+
+def test_too_few_questions_are_told_by_a_wide_interval(run: RunFolder) -> None:
+    audit = opened(run, settings=Settings(2))
+    assert len(audit.audited.knowledge) == 4
+    found = audit._condition("half", [1.0, 0.0, 1.0, 0.0])
+    assert found.low is None or found.high is None or found.high - found.low > 0.5
+
+
+def test_a_run_that_has_not_unlearned_is_refused(run: RunFolder) -> None:
+    shutil.rmtree(run.adapter)
+    with pytest.raises(UserError, match=r"has unlearned nothing, so there is nothing to audit\.\nGo on with it: --resume --name forgetful"):
+        opened(run)
+
+
+def test_a_run_that_forgot_nothing_is_refused(run: RunFolder) -> None:
+    shutil.copy(run.answers("base"), run.answers("unlearned"))
+    with pytest.raises(UserError, match=r"forgot nothing: on no task .*\nThere is nothing to bring back\. Unlearn harder first"):
+        opened(run)
+
+
+def test_a_run_that_has_not_been_measured_is_refused(run: RunFolder) -> None:
+    run.evaluation("unlearned").unlink()
+    with pytest.raises(UserError, match=r"has not measured unlearned"):
+        opened(run)
+
+
+def test_a_damaged_result_is_told(run: RunFolder) -> None:
+    write_json(run.audit_result, ["no object"])
+    with pytest.raises(UserError, match=r"audit\.json is damaged.*\nAudit the run again with --again\."):
+        opened(run).run([])
+
+
+def test_an_unknown_attack_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r'There is no attack "relearnin"\..*relearning'):
+        Audit.choose(["relearnin"])
+
+
+def test_attacks_come_in_their_own_order() -> None:
+    names = list(ATTACKS)
+    assert [each.name for each in Audit.choose(names[::-1])] == names
+
+
+def test_every_attack_foretells_time_and_memory(run: RunFolder) -> None:
+    audit = opened(run)
+    for each in ATTACKS.values():
+        foretold = audit.foretell(each)
+        assert each.lacks(audit.audited) or (foretold.seconds > 0 and foretold.bytes > 2**20), each.name
+
+
+def test_training_takes_more_memory_than_answering_and_grows_with_the_batch(run: RunFolder) -> None:
+    audited = opened(run).audited
+    answering, small, large = (bytes_needed(audited, Cost(1, 1, batch)) for batch in (0, 512, 4096))
+    assert answering <= small < large
