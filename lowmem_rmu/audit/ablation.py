@@ -8,12 +8,12 @@ principal directions of the differences of single tokens.
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
+from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, in_words, seed_of
 from lowmem_rmu.audit.audited import Audited, Side
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.audit.residual import layer_count, leaving, spread
@@ -51,14 +51,11 @@ def lacks(audited: Audited) -> str | None:
 def ablate(audited: Audited, pieces: Pieces) -> Tried:
     directions: Directions = pieces.get("directions", lambda: find_directions(audited))
     twins = [list(directions)[number] for number in spread(0, len(directions) - 1, TWINS)]
-    conditions = {name: pieces.get(f"{name}, unlearned", lambda rows=rows: measure(audited, "unlearned", rows)) for name, rows in directions.items()}
-    base = {name: pieces.get(f"{name}, base", lambda name=name: measure(audited, "base", directions[name])) for name in twins}
-    table = {name: {"unlearned": mean(values), "base": mean(base[name]) if name in base else None} for name, values in conditions.items()}
-    return Tried(conditions, {"ablated": table}, list(sentences(audited, table)))
-
-
-def mean(values: Values) -> float:
-    return sum(values) / len(values)
+    conditions = {name: pieces.get(f"{name}, unlearned", partial(measure, audited, "unlearned", rows)) for name, rows in directions.items()}
+    base = {name: pieces.get(f"{name}, base", partial(measure, audited, "base", directions[name])) for name in twins}
+    sides = {name: {"unlearned": values, "base": base.get(name)} for name, values in conditions.items()}
+    table = {name: {side: audited.knowledge.figure(values) if values else None for side, values in row.items()} for name, row in sides.items()}
+    return Tried(conditions, {"ablated": table}, list(sentences(audited, conditions, base)))
 
 
 def find_directions(audited: Audited) -> Directions:
@@ -116,13 +113,11 @@ def without(hidden: Tensor, directions: Tensor) -> Tensor:
     return (exact - exact @ along.T @ along).to(hidden.dtype)
 
 
-def sentences(audited: Audited, table: dict[str, dict[str, Any]]) -> Iterator[str]:
-    what = "of the answers right" if audited.knowledge.are_questions else "nats of log-probability a text"
-    shown = (lambda value: f"{100 * value:.1f}%") if audited.knowledge.are_questions else (lambda value: f"{value:.1f}")
-    name = max(table, key=lambda name: table[name]["unlearned"])
-    yield f"Without {name} the unlearned model gets {shown(table[name]['unlearned'])} {what}."
-    name, least = min(((name, row["base"]) for name, row in table.items() if row["base"] is not None), key=lambda pair: pair[1])
-    yield f"The base model gets at least {shown(least)} without the same directions: the least without {name}."
+def sentences(audited: Audited, conditions: dict[str, Values], base: dict[str, Values]) -> Iterator[str]:
+    name = max(conditions, key=lambda name: sum(conditions[name]))
+    yield f"With {name} taken out, the unlearned model gives {in_words(audited, conditions[name])}."
+    name = min(base, key=lambda name: sum(base[name]))
+    yield f"The base model loses most with {name} taken out: it then gives {in_words(audited, base[name])}."
 
 
 ATTACK = Attack("direction ablation", "is it hidden behind a direction of the residual stream?", cost, ablate, lacks)

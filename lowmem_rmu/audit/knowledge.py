@@ -26,14 +26,20 @@ _WORD = re.compile(r"\w+")
 class Knowledge(Protocol):
     """Items that a model knows or not: a question or a text each."""
 
-    are_questions: bool
-    tokens: int
-    """About how many go through the model for one measurement."""
+    @property
+    def are_questions(self) -> bool: ...
+
+    @property
+    def tokens(self) -> int:
+        """How many go through the model for one measurement."""
 
     def __len__(self) -> int: ...
 
     def of(self, model: Any) -> Values:
         """What the model knows of each, as it stands (adapters on or off)."""
+
+    def figure(self, values: Values) -> float:
+        """All of it in one number for people: accuracy as a share, or the loss in nats a token."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,10 @@ class Questions:
     asked: list[Asked]
     tokenizer: PreTrainedTokenizerBase
     batch_tokens: int
-    are_questions = True
+
+    @property
+    def are_questions(self) -> bool:
+        return True
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -55,6 +64,9 @@ class Questions:
     def of(self, model: Any) -> Values:
         return [float(row["correct"]) for row in answers_of(model, self.tokenizer, self.asked, self.batch_tokens)]
 
+    def figure(self, values: Values) -> float:
+        return sum(values) / len(values)
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -63,7 +75,10 @@ class Texts:
     sequences: list[list[int]]
     tokenizer: PreTrainedTokenizerBase
     batch_tokens: int
-    are_questions = False
+
+    @property
+    def are_questions(self) -> bool:
+        return False
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -74,6 +89,9 @@ class Texts:
 
     def of(self, model: Any) -> Values:
         return [-loss for loss in sequence_losses(model, self.tokenizer, self.sequences, self.batch_tokens)]
+
+    def figure(self, values: Values) -> float:
+        return -sum(values) / (self.tokens - len(self))
 
 
 @torch.inference_mode()
