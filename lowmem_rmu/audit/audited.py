@@ -24,6 +24,7 @@ from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.presets import ModelSettings, Preset
 
 Side = Literal["base", "unlearned"]
+SIDES: tuple[Side, ...] = ("base", "unlearned")
 FRESH = "attack"
 """What the adapter is called that an attack trains on top."""
 RANK = 16

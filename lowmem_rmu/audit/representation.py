@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
-from lowmem_rmu.audit.audited import Audited, Side
+from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.knowledge import ENOUGH, RARE, Questions
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.audit.residual import layer_count, leaving
@@ -30,9 +30,9 @@ from lowmem_rmu.data.questions import LETTERS, QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import Asked, encode
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.layers import decoder_layers, lent_forward
+from lowmem_rmu.model.loading import load_config
 from lowmem_rmu.model.logits import POSITIONS, hidden_at
 
-SIDES: tuple[Side, ...] = ("base", "unlearned")
 FOLDS = 4
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 """Strengths of regularisation to choose from, in mean eigenvalues of the features' covariance (those that are not 0)."""
@@ -48,7 +48,9 @@ measured with the right answers dealt out anew, which is what a probe reads out 
 
 def cost(audited: Audited) -> Cost:
     topics = sum(len(questions) for _, questions in topics_of(audited)) / max(1, len(audited.knowledge))
-    return Cost(2 * (1 + len(LETTERS) + topics))
+    hidden, items = load_config(audited.sides.base).get_text_config().hidden_size, len(LETTERS) * len(audited.knowledge)
+    held = 2 * items * layer_count(audited) * hidden * torch.float32.itemsize  # as they come, and in their places
+    return Cost(2 * (2 + len(LETTERS) + topics), extra_bytes=held if audited.device.type == "cpu" else 0)
 
 
 def lacks(audited: Audited) -> str | None:
@@ -214,7 +216,7 @@ def cross_fitted(states: Tensor, gold: Tensor, columns: int, folds: Tensor, devi
     best = choosing.flatten(0, 1).argmax(0)[folds]
     values = counted.flatten(0, 1)[best, torch.arange(len(gold))]
     ridge = choosing.argmax(1)[:, folds]
-    return values.tolist(), counted.gather(1, ridge[:, None])[:, 0].mean(1).tolist()
+    return values.tolist(), counted.gather(1, ridge[:, None])[:, 0].double().mean(1).tolist()
 
 
 def try_layer(states: Tensor, gold: Tensor, columns: int, folds: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +258,8 @@ def sentences(probes: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     said = []
     for name, sides in probes.items():
         base, unlearned = (f"{100 * sides[side]['held_out']:.1f}%" for side in SIDES)
-        chance = f"{100 * sides['unlearned']['shuffled']:.1f}%"
-        said.append(f"A linear probe tells the right {name} of {unlearned} unseen questions, of {base} in base, and of {chance} learning from chance.")
+        nothing = f"{100 * sides['unlearned']['shuffled']:.1f}%"
+        said.append(f"A linear probe tells the {name} of {unlearned} of unseen questions ({base} in base, {nothing} where answers are shuffled).")
     return said
 
 
