@@ -107,7 +107,7 @@ def alone(audited: Audited, way: Way, merged: Callable[[], ModelSettings]) -> di
     other model in memory. Raises NotAsked where it does not fit."""
     audited.free()
     try:
-        return answers(audited, way, merged() if way.merged else subject_of(audited))
+        return answers(audited, way, merged)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -116,9 +116,10 @@ def alone(audited: Audited, way: Way, merged: Callable[[], ModelSettings]) -> di
     raise NotAsked(f"out of memory on {audited.device}")
 
 
-def answers(audited: Audited, way: Way, settings: ModelSettings) -> dict[str, Values | None]:
-    settings, unlearned = settings.model_copy(update={"dtype": way.dtype}), audited.sides.unlearned
-    check_room(audited.preset, settings, way.quantisation, audited.device)
+def answers(audited: Audited, way: Way, merged: Callable[[], ModelSettings]) -> dict[str, Values | None]:
+    unlearned, precision = audited.sides.unlearned, {"dtype": way.dtype}
+    check_room(audited.preset, subject_of(audited).model_copy(update=precision), way.quantisation, audited.device)  # a merged model takes as much
+    settings = (merged() if way.merged else subject_of(audited)).model_copy(update=precision)
     unquantised = [] if way.merged else unquantised_modules(audited.preset.model_copy(update={"model": settings}))
     model: Any = load_model(settings, audited.device, unquantised=unquantised, quantisation=way.quantisation)
     if way.merged or isinstance(unlearned, ModelSettings):
