@@ -76,3 +76,9 @@ class Attack:
 def seed_of(audited: Audited, key: str) -> int:
     """One of its own for each piece, so that a piece is the same whatever came before it."""
     return int.from_bytes(sha256(f"{audited.seed} {key}".encode()).digest()[:4], "little")
+
+
+def in_words(audited: Audited, values: Values) -> str:
+    """What is known of all items, for a sentence."""
+    figure = audited.knowledge.figure(values)
+    return f"{100 * figure:.1f}% right" if audited.knowledge.are_questions else f"{figure:.2f} nats a token"
