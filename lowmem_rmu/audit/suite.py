@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowmem_rmu import __version__
-from lowmem_rmu.audit import collateral, prompting, relearning
+from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import RANK, SIDES, Audited, Side, prepare
 from lowmem_rmu.audit.recovery import Values, fairly_best, recovery
@@ -29,7 +29,9 @@ from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memor
 from lowmem_rmu.presets import Preset, differences, recorded_preset
 from lowmem_rmu.runs import RunFolder, Stopped, write_json
 
-ATTACKS: dict[str, Attack] = {each.name: each for each in (relearning.ATTACK, prompting.ATTACK, collateral.ATTACK)}
+ATTACKS: dict[str, Attack] = {
+    module.ATTACK.name: module.ATTACK for module in (relearning, ablation, requantisation, representation, prompting, collateral)
+}
 BACKWARD = 3.0
 """Forward passes that a training step on the same tokens costs, the forward one among them."""
 
@@ -134,7 +136,7 @@ class Audit:
             foretold = self.foretell(attack)
             reason = attack.lacks(self.audited) or self._too_large(foretold)
             if reason is None and ends is not None and (left := max(0.0, ends - time.monotonic())) < foretold.seconds:
-                reason = f"it would take about {in_words(foretold.seconds)}, and {in_words(left)} of the budget are left"
+                reason = f"it would take about {duration(foretold.seconds)}, and {duration(left)} of the budget are left"
             results[attack.name] = self._not_run(attack, reason) if reason else self._run(attack, foretold)
             write_json(self.result, self._content(list(results.values())))
         return self._content(list(results.values()))
@@ -248,5 +250,5 @@ def linear_names(preset: Preset) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, nn.Linear)})
 
 
-def in_words(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"

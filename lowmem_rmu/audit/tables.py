@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_rmu.audit.suite import Foretold, in_words
+from lowmem_rmu.audit.suite import Foretold, duration
 from lowmem_rmu.audit.verdict import Condition, recovered_in_words
 from lowmem_rmu.model.memory import gib
 
@@ -16,7 +16,7 @@ def cost_table(foretold: list[Foretold]) -> Table:
     """What each attack will take."""
     table = _table("What it will take", "Attack", "Asks", "Time", "Memory")
     for each in foretold:
-        cost = (in_words(each.seconds), gib(each.bytes)) if each.bytes else ("-", "-")
+        cost = (duration(each.seconds), gib(each.bytes)) if each.bytes else ("-", "-")
         table.add_row(each.attack, each.asks, *cost)
     return table
 
