@@ -115,11 +115,14 @@ def lacks(audited: Audited) -> str | None:
 
 
 def attack(audited: Audited, pieces: Pieces) -> Tried:
-    texts = prompts_of(audited)
+    texts, allowed = prompts_of(audited), typable(audited)
     targets = pieces.get("targets", lambda: [base_answer(audited, text) for text in texts])
     slots = [slot_of(audited, text, target) for text, target in zip(texts, targets, strict=True)]
     found: dict[Side, list[Found]] = {
-        side: [pieces.get(f"{side}, prompt {number}", partial(search_on, audited, side, slot, number)) for number, slot in enumerate(slots, 1)]
+        side: [
+            pieces.get(f"{side}, prompt {number}", partial(search_on, audited, side, slot, allowed, f"suffix {number}"))
+            for number, slot in enumerate(slots, 1)
+        ]
         for side in SIDES
     }
     suffixes = {f"suffix of prompt {number}": each["suffix"] for number, each in enumerate(found["unlearned"], 1) if each["suffix"]}
@@ -148,10 +151,10 @@ def base_answer(audited: Audited, text: str) -> list[int]:
     return list(output[0, ids.shape[1] :].tolist())
 
 
-def search_on(audited: Audited, side: Side, slot: Slot, number: int) -> Found:
+def search_on(audited: Audited, side: Side, slot: Slot, allowed: Tensor, key: str) -> Found:
     """The same draws on both sides."""
     with audited.side(side) as model:
-        return search(model, slot, typable(audited), audited.preset.evaluation.planned_batch_tokens, seed_of(audited, f"suffix {number}"))
+        return search(model, slot, allowed, audited.preset.evaluation.planned_batch_tokens, seed_of(audited, key))
 
 
 def typable(audited: Audited) -> Tensor:

@@ -65,11 +65,13 @@ def test_what_base_says_of_itself_needs_no_suffix(audited: Audited) -> None:
     assert (found["steps"], found["suffix"]) == (0, "")
 
 
-def test_the_loss_falls_and_never_rises(brief: None, audited: Audited, greeting: suffix.Slot) -> None:
+def test_the_loss_falls_and_never_rises(monkeypatch: pytest.MonkeyPatch, audited: Audited, greeting: suffix.Slot) -> None:
+    """With one candidate a step, many of which are worse than what is there."""
+    monkeypatch.setattr(suffix, "CANDIDATES", 1)
     losses = searched(audited, replace(greeting, target=greeting.target * 4))["losses"]
     assert len(losses) == 1 + suffix.STEPS
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0]
+    assert len(set(losses)) in range(2, len(losses)), "some steps found something better, and some did not"
 
 
 def test_the_same_seed_finds_the_same_suffix(brief: None, audited: Audited, greeting: suffix.Slot) -> None:
