@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowmem_rmu import __version__
-from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation
+from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation, suffix
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import RANK, SIDES, Audited, Side, prepare
 from lowmem_rmu.audit.recovery import Values, fairly_best, recovery
@@ -30,7 +30,7 @@ from lowmem_rmu.presets import Preset, differences, recorded_preset
 from lowmem_rmu.runs import RunFolder, Stopped, write_json
 
 ATTACKS: dict[str, Attack] = {
-    module.ATTACK.name: module.ATTACK for module in (relearning, ablation, requantisation, representation, prompting, collateral)
+    module.ATTACK.name: module.ATTACK for module in (relearning, ablation, requantisation, representation, prompting, suffix, collateral)
 }
 BACKWARD = 3.0
 """Forward passes that a training step on the same tokens costs, the forward one among them."""
