@@ -13,7 +13,7 @@ import torch
 
 from lowmem_rmu.audit.answering import evenly
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
-from lowmem_rmu.audit.audited import Audited, Side
+from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.knowledge import Questions, answers_of
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.evaluation.compare import change_interval
@@ -27,7 +27,6 @@ TEXTS = 200
 SHARES = 4
 """Of the texts, from the nearest to the farthest."""
 BINS = 10
-SIDES: tuple[Side, Side] = ("base", "unlearned")
 
 
 def tasks(audited: Audited) -> dict[str, list[Asked]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
-from lowmem_rmu.audit.audited import Audited, Side
+from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.knowledge import Questions
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.chat import encode_prompt
@@ -27,7 +27,6 @@ from lowmem_rmu.evaluation.multiple_choice import Asked
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.logits import head_of, hidden_at, logits_at
 
-SIDES: tuple[Side, ...] = ("base", "unlearned")
 PROMPTS = 4
 STEPS = 40
 CANDIDATES = 64
