@@ -27,6 +27,13 @@ def ask_both(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
+def audit(page: Page) -> None:
+    """With all attacks, unless one was run before."""
+    if not page.get_by_text("Is it gone?").last.is_visible():
+        page.get_by_role("button", name="Audit", exact=True).click()
+    page.get_by_text("Is it gone?").last.wait_for(timeout=3_600_000)
+
+
 def export(page: Page) -> None:
     """The smallest format, unless it is there from before."""
     if not page.get_by_text("Asked the run's own questions").is_visible():
@@ -34,7 +41,7 @@ def export(page: Page) -> None:
     page.get_by_text("Asked the run's own questions").wait_for(timeout=300_000)
 
 
-BEFORE: dict[str, Callable[[Page], None]] = {"Chat": ask_both, "Export": export}
+BEFORE: dict[str, Callable[[Page], None]] = {"Chat": ask_both, "Audit": audit, "Export": export}
 """What is done in a tab before its picture is taken."""
 
 
@@ -62,7 +69,7 @@ def main(
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
         page.goto(address)
-        for tab in ("Unlearn", "Results", "Chat", "Export", "Runs"):
+        for tab in ("Unlearn", "Results", "Chat", "Audit", "Export", "Runs"):
             open_tab(page, tab)
             BEFORE.get(tab, lambda page: None)(page)
             page.wait_for_timeout(SETTLED_MS)

@@ -166,6 +166,7 @@ def audit(
         found = run_attacks(folder, names, budget, Settings(limit, seed), plan, again, device)
         if found:
             Console().print_json(data=found) if as_json else Console().print(audit_tables(found))
+            print(f"Audited: {folder.audit_result}", file=sys.stderr)
 
 
 def run_attacks(
@@ -175,13 +176,21 @@ def run_attacks(
     from lowmem_rmu.audit.suite import open_audit
     from lowmem_rmu.audit.tables import cost_table
     from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.report import write_report
 
     on = resolve_device(device)
-    with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once()), watched(folder.path, "Audit") as watcher:
-        opened = open_audit(folder, on, settings, watcher, again)
-        chosen = opened.choose(names)
-        Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
-        return None if plan else opened.run(chosen, None if budget is None else 60 * budget)
+    try:
+        with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once()), watched(folder.path, "Audit") as watcher:
+            opened = open_audit(folder, on, settings, watcher, again)
+            chosen = opened.choose(names)
+            Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
+            try:
+                return None if plan else opened.run(chosen, None if budget is None else 60 * budget)
+            finally:  # what was found until a stop is told too
+                if (folder.path / "summary.json").exists():
+                    write_report(folder)
+    except KeyboardInterrupt:
+        raise Stopped(folder.path, "the same command") from None
 
 
 def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> str | None:

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lowmem_rmu.evaluation.compare import LUCK, NOISE, asked_how, counted
-from lowmem_rmu.evaluation.summary import read_object, read_summary
+from lowmem_rmu.evaluation.summary import bounds_in_words, known_in_words, read_audit, read_object, read_summary
 from lowmem_rmu.presets import differences
 from lowmem_rmu.runs import RunFolder, read_lines, write_atomically
 
@@ -34,6 +34,8 @@ ACTIVATIONS = {
     "forget_cosine": "Cosine with base, forget set",
     "retain_cosine": "Cosine with base, retain set",
 }
+RELEARNING = "relearning"
+"""The attack whose `details` have curves: what is known after so many steps, by text and side."""
 MEMBERS_IN_CHART = 12
 """More members of groups than this (MMLU has 57 subjects) are told in the folded table only."""
 
@@ -85,6 +87,12 @@ def render_parts(run: RunFolder) -> str:
     return _render("report_fragment.html.jinja", _content(run))
 
 
+def render_audit(run: RunFolder) -> str:
+    """What attacks on a run found, as HTML for the same page; empty where it was not audited. Raises UserError where that cannot be read."""
+    content = _audit_content(run)
+    return _render("report_audit.html.jinja", content) if content["audit"] else ""
+
+
 def render_comparison(first: RunFolder, second: RunFolder) -> str:
     """Two runs side by side, as HTML for the same page: verdicts, differing settings, and every task. Raises UserError as `render_parts` does."""
     summaries, settings = [read_summary(run) for run in (first, second)], [_config(run)["settings"] for run in (first, second)]
@@ -114,7 +122,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
 
 def _content(run: RunFolder) -> dict[str, Any]:
     """What the templates show of a run."""
-    summary, config, metrics = read_summary(run), _config(run), read_lines(run.metrics)
+    summary, config, metrics, audit = read_summary(run), _config(run), read_lines(run.metrics), _audit_content(run)
     rows = summary["rows"]
     headline, members = _split(rows)
     charted = rows if len(members) <= MEMBERS_IN_CHART else headline
@@ -134,8 +142,19 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "topics_trained": _topics(metrics),
         "headline": headline,
         "members": members,
-        "charts": charts,
+        **audit,
+        "charts": charts | audit["charts"],
     }
+
+
+def _audit_content(run: RunFolder) -> dict[str, Any]:
+    """What the templates show of an audit: None where there was none."""
+    audit = read_audit(run)
+    if audit is None:
+        return {"audit": None, "texts_relearned": [], "charts": {}}
+    curves: dict[str, Row] = next((each["details"].get("curves", {}) for each in audit["attacks"] if each["attack"] == RELEARNING), {})
+    charts = {RELEARNING: _charts(RELEARNING, lambda width: _relearning(audit, curves, width))} if curves else {}
+    return {"audit": audit, "texts_relearned": list(curves), "charts": charts}
 
 
 def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -184,6 +203,8 @@ def _environment() -> jinja2.Environment:
         "p_value": _or_dash(_p_value),
         "letters": _letters,
         "questions": _questions,
+        "bounds": lambda best: bounds_in_words(best).replace("-", "−"),
+        "known": known_in_words,
         "notes": _notes,
         "nats": _or_dash("{:.3f}".format),
         "signed_nats": _or_dash("{:+.3f}".format),
@@ -346,6 +367,24 @@ def _curve(axes: Axes, metrics: list[Row], key: str) -> None:
         axes.set_yscale("log", nonpositive="mask")  # the first retain loss is zero: the adapter has not moved yet
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _relearning(audit: dict[str, Any], curves: dict[str, Row], width: int) -> Figure:
+    """What is known after so many steps of fine-tuning on each text; base, trained alike, in dashes."""
+    figure = Figure(figsize=(width / 72, 240 / 72), layout="constrained")
+    axes, is_share = figure.add_subplot(), audit["measured_in"] == "accuracy"
+    for number, sides in enumerate(curves.values()):
+        colour = COLOURS[TOPIC_COLOURS[number % len(TOPIC_COLOURS)]]
+        for side, points in sides.items():
+            steps, values = [0, *map(int, points)], [audit[side], *points.values()]
+            axes.plot(steps, values, color=colour, linewidth=1.6, linestyle="-" if side == "unlearned" else (0, (3, 2)), marker=".")
+    axes.set_title("Accuracy" if is_share else "Loss in nats a token")
+    axes.set_xlabel("Step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    if is_share:
+        axes.set_ylim(0, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
 
 
 def _topics(metrics: list[Row]) -> list[str]:

@@ -97,7 +97,9 @@ class Lines:
 
     def advanced(self, done: int, figures: dict[str, float | str]) -> None:
         now = time.monotonic()
-        if now - self.last >= PLAIN_SECONDS or done == self.total:
+        if not self.total:  # nobody knows how many there will be: what comes next is told before it begins
+            self._print(f"{self.stage}: {_words(figures)}")
+        elif done and (now - self.last >= PLAIN_SECONDS or done == self.total):
             left = (now - self.began) / done * (self.total - done)
             self._print(f"{self.stage} {done}/{self.total}  {_words(figures)}  about {left:.0f} s left")
             self.last = now

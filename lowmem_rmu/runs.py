@@ -203,6 +203,11 @@ class RunFolder:
         return self.path / "audit.json"
 
     @property
+    def audit_output(self) -> Path:
+        """What the audit's process printed, where the app started it."""
+        return self.path / "audit.txt"
+
+    @property
     def audit_name(self) -> str:
         """What an audit of the run is called among those that wait for their turn."""
         return f"audit of {self.path.name}"

@@ -90,9 +90,11 @@ class Audited:
                 parameter.requires_grad_(f".{FRESH}." in name)
             yield learner
         finally:
-            learner.delete_adapter(FRESH) if own else learner.unload()
             if own:
-                tuner.set_adapter(own)
+                tuner.set_adapter(own)  # first, or PEFT warns that it takes away what is active
+                learner.delete_adapter(FRESH)
+            else:
+                learner.unload()
             learner.requires_grad_(False)
 
     @property

@@ -101,7 +101,7 @@ def claim(place: Path, result: Path, settings: Settings, again: bool) -> None:
         shutil.rmtree(place, ignore_errors=True)
         result.unlink(missing_ok=True)
     if path.exists() and (different := sorted(differences(json.loads(path.read_text(encoding="utf-8")), mine))):
-        raise UserError(f"{place.parent} was audited with another {' and '.join(different)}.\nGive the same, or --again to discard those results.")
+        raise UserError(f"{place.parent} was audited with another {' and '.join(different)}.\nGive the same; or, to discard those results: --again")
     place.mkdir(exist_ok=True)
     write_json(path, mine)
 
@@ -144,7 +144,7 @@ class Audit:
     def _earlier(self) -> dict[str, Result]:
         if not self.result.exists():
             return {}
-        rows = read_object(self.result, "Audit the run again with --again.")["attacks"]
+        rows = read_object(self.result, f"Audit it again: python -m lowmem_rmu audit {self.result.parent} --again")["attacks"]
         return {row["attack"]: result_of(row) for row in rows if row["attack"] in ATTACKS}
 
     def _content(self, results: list[Result]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_rmu.audit.suite import Foretold, duration
-from lowmem_rmu.audit.verdict import Condition, recovered_in_words
+from lowmem_rmu.evaluation.summary import known_in_words, recovered_in_words
 from lowmem_rmu.model.memory import gib
 
 
@@ -35,14 +35,9 @@ def _found(audit: dict[str, Any]) -> Table:
         if each["state"] == "not run":
             table.add_row(each["attack"], "", "", "", "", f"not run: {each['reason']}")
         elif each["best"]:
-            best = Condition(**each["best"])
-            figures = [shown(audit, value) for value in (audit["base"], audit["unlearned"], best.attacked)]
-            table.add_row(each["attack"], *figures, recovered_in_words(best), each["finding"])
+            figures = [known_in_words(audit, value) for value in (audit["base"], audit["unlearned"], each["best"]["attacked"])]
+            table.add_row(each["attack"], *figures, recovered_in_words(each["best"]), each["finding"])
     return table
-
-
-def shown(audit: dict[str, Any], figure: float) -> str:
-    return f"{100 * figure:.1f}" if audit["measured_in"] == "accuracy" else f"{figure:.2f}"
 
 
 def _controls(audit: dict[str, Any]) -> Table:
@@ -50,14 +45,10 @@ def _controls(audit: dict[str, Any]) -> Table:
     table = _table("Recovered, beside models of which the truth is known", "Attack", "This run", *names)
     for each in audit["attacks"]:
         if each["best"]:
-            known = [_recovered(control["attacks"].get(each["attack"])) for control in audit["controls"]]
-            table.add_row(each["attack"], _recovered(each["best"]), *known)
+            known = [recovered_in_words(control["attacks"].get(each["attack"])) for control in audit["controls"]]
+            table.add_row(each["attack"], recovered_in_words(each["best"]), *known)
     table.add_row("Verdict", audit["verdict"]["mark"], *(control["mark"] for control in audit["controls"]))
     return table
-
-
-def _recovered(best: dict[str, Any] | None) -> str:
-    return recovered_in_words(Condition(**best)) if best else "-"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from typing import Any, Literal
 
+from lowmem_rmu.evaluation.summary import recovered_in_words
 from lowmem_rmu.export.verification import TOLERATED
 
 CONTROLS = "controls.json"
@@ -84,7 +85,7 @@ def sentences_of(results: list[Result], items: int, are_questions: bool) -> Iter
     yield MARKS[mark]
     for result in results:
         if result.best and result.finding == "brought back":
-            yield f"{result.attack}: brought back {recovered_in_words(result.best)} of what was lost ({result.best.condition})."
+            yield f"{result.attack}: brought back {recovered_in_words(asdict(result.best))} of what was lost ({result.best.condition})."
     nothing = [result.attack for result in results if result.finding == "found nothing"]
     unclear = [result.attack for result in results if result.finding == "cannot be told"]
     missing = [result.attack for result in results if result.state == "not run"]
@@ -94,14 +95,6 @@ def sentences_of(results: list[Result], items: int, are_questions: bool) -> Iter
         yield f"Cannot be told from {items} {'questions' if are_questions else 'texts'}, the intervals are too wide: {', '.join(unclear)}."
     if missing:
         yield f"Not run: {', '.join(missing)}."
-
-
-def recovered_in_words(condition: Condition) -> str:
-    """`73% (61 to 85)`."""
-    if condition.recovered is None:
-        return "-"
-    bounds = "any share" if condition.low is None or condition.high is None else f"{100 * condition.low:.0f} to {100 * condition.high:.0f}"
-    return f"{condition.recovered:.0%} ({bounds})"
 
 
 def as_json(name: str, items: int, are_questions: bool, base: float, unlearned: float, results: list[Result]) -> dict[str, Any]:

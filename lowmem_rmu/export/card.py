@@ -13,13 +13,13 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lowmem_rmu.evaluation.compare import LUCK, asked_how, counted
 from lowmem_rmu.evaluation.multiple_choice import CHANCE
-from lowmem_rmu.evaluation.summary import read_object, read_summary
+from lowmem_rmu.evaluation.summary import known_in_words, read_audit, read_summary, recovered_in_words
 from lowmem_rmu.export.reproduce import sha256
 from lowmem_rmu.export.verification import Compared, Verification
 from lowmem_rmu.presets import Corpus, ModelSettings, Preset, is_local, recorded_preset, short_name
 from lowmem_rmu.runs import RunFolder, write_atomically
 
-CARD, SUMS, AUDIT = "README.md", "SHA256SUMS", "audit.json"
+CARD, SUMS = "README.md", "SHA256SUMS"
 Row = dict[str, Any]
 Kind = Literal["adapter", "merged", "gguf"]
 
@@ -98,7 +98,7 @@ def model_card(run: RunFolder, kind: Kind, verification: Verification | None, fi
         "device": config["device"],
         "chance": f"{CHANCE:.0%}",
         "verification": verification and _verification(verification),
-        "audit": read_audit(run),
+        "audit": _audit(read_audit(run)),
         "reproduce": "reproduce/preset.yaml" in files,
         "files": files,
     }
@@ -140,16 +140,6 @@ def _both_sides(metric: str, row: Row, of: dict[str, Any], told: tuple[str, ...]
 def headline(rows: list[Row]) -> list[Row]:
     """Every task as a whole, and averages over tasks: no subjects."""
     return [row for row in rows if row["group"] is None]
-
-
-def read_audit(run: RunFolder) -> list[str] | None:
-    """What an audit of the run says in sentences; None where there was none. (Its file has them where `summary.json` has its verdict's.)"""
-    path = run.path / AUDIT
-    if not path.exists():
-        return None
-    verdict = read_object(path, "Audit the run again.").get("verdict")
-    sentences = verdict.get("sentences", []) if isinstance(verdict, dict) else []
-    return [str(sentence) for sentence in sentences] or [f"An audit was run; its results are in {AUDIT} of the run."]
 
 
 def _method(preset: Preset) -> dict[str, Any]:
@@ -228,6 +218,22 @@ def _checked_row(task: Compared) -> dict[str, str]:
         "change": f"{_signed(100 * task.change_from)} to {_signed(100 * task.change_to)}",
         "finding": task.finding,
     }
+
+
+def _audit(audit: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What attacks on the run found; None where there was no audit."""
+    if audit is None:
+        return None
+    attacks = [
+        {"attack": each["attack"], "asks": each["asks"], "reason": each["reason"], "finding": each["finding"], "sentences": each["sentences"]}
+        | {"attacked": known_in_words(audit, each["best"]["attacked"]) if each["best"] else None}
+        | {"recovered": recovered_in_words(each["best"]).replace("-", "−")}
+        for each in audit["attacks"]
+    ]
+    told = {side: known_in_words(audit, audit[side]) for side in ("base", "unlearned")} | {"sentences": audit["verdict"]["sentences"]}
+    is_share = audit["measured_in"] == "accuracy"
+    of = {"items": f"{audit['items']} {'questions' if is_share else 'texts'}", "measured_in": "accuracy in %" if is_share else audit["measured_in"]}
+    return told | of | {"attacks": attacks, "controls": audit["controls"]}
 
 
 def _signed(value: float) -> str:

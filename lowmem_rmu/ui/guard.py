@@ -35,7 +35,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 def on_the_page(message: str) -> str:
     """A message whose options of the command line are said in the page's words."""
     lines = [line for line in message.splitlines() if not line.strip().startswith("--stages")]
-    return re.sub(r"(python -m lowmem_rmu\.run \S+ )?--resume --name \S+", "Resume, under Runs.", "\n".join(lines)).replace("--set ", "")
+    text = re.sub(r"(python -m lowmem_rmu\.run \S+ )?--resume --name \S+", "Resume, under Runs.", "\n".join(lines)).replace("--set ", "")
+    return re.sub(r"(python -m lowmem_rmu audit \S+ )?--again", 'check "Start over" under Audit', text)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -113,7 +114,7 @@ def needed_by(ticket: Ticket, device: torch.device) -> int | None:
     folder = RunFolder(ticket.path.parent.parent / ticket.name)
     try:
         return peak_of(plan(preset_of(folder), device))
-    except (UserError, OSError, ValueError, KeyError):  # an export, a run begun from the command line just now, or a damaged one
+    except (UserError, OSError, ValueError, KeyError):  # an export, an audit, a run begun from the command line just now, or a damaged one
         return None
 
 
@@ -159,7 +160,7 @@ def spawn(runs_dir: Path, name: str, command: list[str], output: Path) -> None:
 
 def stop(folder: RunFolder) -> None:
     """Asks a run to stop after its step; a process that does not is told by signals. Raises UserError where it is not under way."""
-    ticket = _ticket(folder)
+    ticket = _ticket(folder, folder.path.name)
     if ticket is None and not state_of(folder).is_live:
         raise UserError(f"Run {folder.path.name} is not under way.")
     (folder.path / "stop").touch()
@@ -228,11 +229,27 @@ def _check_rests(folder: RunFolder, what: str) -> None:
         raise UserError(f"Run {folder.path.name} is under way: stop it before it is {what}.")
     if is_exported_now(folder):
         raise UserError(f"Run {folder.path.name} is being exported: wait until that is done before it is {what}.")
+    if is_audited_now(folder):
+        raise UserError(f"Run {folder.path.name} is being audited: stop that before it is {what}.")
 
 
 def is_exported_now(folder: RunFolder) -> bool:
     """Whether a process exports it, or waits for its turn to."""
-    return any(ticket.name == folder.export_name for ticket in tickets(folder.path.parent))
+    return _ticket(folder, folder.export_name) is not None
+
+
+def is_audited_now(folder: RunFolder) -> bool:
+    """Whether a process audits it, or waits for its turn to."""
+    return _ticket(folder, folder.audit_name) is not None
+
+
+def stop_audit(folder: RunFolder) -> None:
+    """Asks the audit of a run to stop after its step; asked again it stops at once. Raises UserError where none is under way."""
+    ticket = _ticket(folder, folder.audit_name)
+    if ticket is None:
+        raise UserError(f"Run {folder.path.name} is not being audited.")
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(ticket.pid).terminate()
 
 
 def find(runs_dir: Path, name: str | None) -> RunFolder:
@@ -289,5 +306,5 @@ def _seconds_left(folder: RunFolder, status: dict[str, float]) -> float | None:
     return rest * (status["heartbeat"] - began) / status["step"] if began and status["step"] else None
 
 
-def _ticket(folder: RunFolder) -> Ticket | None:
-    return next((ticket for ticket in tickets(folder.path.parent) if ticket.name == folder.path.name), None)
+def _ticket(folder: RunFolder, name: str) -> Ticket | None:
+    return next((ticket for ticket in tickets(folder.path.parent) if ticket.name == name), None)

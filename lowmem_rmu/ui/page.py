@@ -8,6 +8,7 @@ import torch
 
 from lowmem_rmu.report import app_stylesheet
 from lowmem_rmu.ui import chat, jobs, offers, results, unlearn
+from lowmem_rmu.ui.audit import AuditTab
 from lowmem_rmu.ui.export import ExportTab
 from lowmem_rmu.ui.guard import guarded
 from lowmem_rmu.ui.runs import RunsTab
@@ -51,6 +52,8 @@ def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) ->
                 results_tab = results.build(runs_dir)
             with gr.Tab("Chat", id="chat") as chat_item:
                 chat_tab = chat.build(runs_dir, device, model)
+            with gr.Tab("Audit", id="audit") as audit_item:
+                audit_tab = AuditTab(runs_dir, device)
             with gr.Tab("Export", id="export") as export_item:
                 export_tab = ExportTab(runs_dir, device)
             with gr.Tab("Runs", id="runs") as runs_item:
@@ -58,6 +61,7 @@ def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) ->
         unlearn_tab.wire(page.load)
         results_tab.refresh_on(results_item.select, page.load)
         gr.on([chat_item.select, page.load], guarded(chat_tab.refresh), [chat_tab.run], chat_tab.refreshed, api_visibility="private")
+        audit_tab.wire(audit_item.select, page.load)
         export_tab.wire(export_item.select, page.load)
         runs_tab.wire(runs_item.select, page.load)
         opened = results_tab.open_on(runs_tab.open_button.click, runs_tab.run)

@@ -1,0 +1,168 @@
+"""The tab to ask whether what a run forgot is gone or only hidden: attacks in a process of its own, and what they found."""
+
+import html
+import json
+import math
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from lowmem_rmu.audit.suite import ATTACKS
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.report import render_audit
+from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.turns import one_at_a_time
+from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.guard import guarded, on_the_page
+
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+REFRESH_SECONDS = 2.0
+NOTHING = "<p>Not audited yet.</p>"
+STOPPED = "<p><strong>Stopped</strong>; nothing is lost. Audit goes on with it.</p>"
+LINES = 3
+"""Of what the process printed, shown where it ended in a mistake."""
+
+
+def minutes(budget: str) -> float | None:
+    """What was typed; None for nothing. Raises UserError for what is no number of minutes."""
+    try:
+        found = float(budget.strip().replace(",", ".")) if budget.strip() else None
+    except ValueError:
+        found = math.nan
+    if found is not None and not (math.isfinite(found) and found > 0):
+        raise UserError(f'"{budget.strip()}" is no budget: give minutes, such as 30, or leave the field empty.')
+    return found
+
+
+def start(folder: RunFolder, attacks: list[str], budget: float | None, over: bool, device: str) -> None:
+    """Starts the audit's process, which goes on with an earlier audit unless it is to start over.
+
+    Raises UserError where the run has no adapter, or is being audited already.
+    """
+    if not folder.adapter.exists():
+        raise UserError(f"Run {folder.path.name} has no adapter yet.\nResume it, and wait until it has unlearned.")
+    command = [sys.executable, "-m", "lowmem_rmu", "audit", str(folder.path.resolve()), "--attacks", ",".join(attacks), "--device", device]
+    command += [] if budget is None else ["--budget", f"{budget:g}"]
+    command += ["--again"] if over else earlier_settings(folder)
+    with one_at_a_time(folder.path.parent):
+        if jobs.is_audited_now(folder):
+            raise UserError(f"Run {folder.path.name} is being audited already: wait until that is done, or stop it.")
+        folder.audit_output.unlink(missing_ok=True)
+        jobs.spawn(folder.path.parent.resolve(), folder.audit_name, command, folder.audit_output)
+
+
+def earlier_settings(folder: RunFolder) -> list[str]:
+    """Options that an audit from the command line was begun with, so that this one can go on with it."""
+    with suppress(OSError, ValueError, AttributeError):
+        settings = json.loads((folder.audit / "settings.json").read_text(encoding="utf-8"))
+        given = [(f"--{key}", settings.get(key)) for key in ("limit", "seed")]
+        return [part for option, value in given if value is not None for part in (option, str(value))]
+    return []
+
+
+def progress(folder: RunFolder) -> str:
+    """What has become of an audit, as HTML."""
+    printed = _lines(folder.audit_output)
+    last = printed[-1] if printed else ""
+    if jobs.is_audited_now(folder):
+        return f"<p><strong>At work</strong>: {html.escape(last or 'starting')} …</p>"
+    if printed is None:
+        return "" if folder.audit_result.exists() else NOTHING
+    if last.startswith("Audited: "):
+        return "<p><strong>Done</strong></p>"
+    if last.startswith(("Stopped", "Stopping", "Waiting: ")):  # a process that waits ends at once
+        return STOPPED
+    told = "\n".join(printed[-LINES:])
+    told = "Its process ended before it was done. Audit goes on where it was." if "Traceback" in "\n".join(printed) or not printed else told
+    return f"<p><strong>Failed</strong></p><pre class='rmu-error'>{html.escape(on_the_page(told))}</pre>"
+
+
+def _lines(output: Path) -> list[str] | None:
+    """None where no process has printed there."""
+    return output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.exists() else None
+
+
+def found(folder: RunFolder) -> str:
+    """What the attacks found so far, as HTML."""
+    try:
+        return render_audit(folder)
+    except UserError as error:
+        return f"<pre class='rmu-error'>{html.escape(on_the_page(str(error)))}</pre>"
+
+
+def seen_of(folder: RunFolder) -> str:
+    """Changes when what was found does."""
+    with suppress(OSError):
+        return f"{folder.path.name} {folder.audit_result.stat().st_mtime_ns}"
+    return folder.path.name
+
+
+class AuditTab:
+    """The tab's widgets, and what its events do."""
+
+    def __init__(self, runs_dir: Path, device: torch.device) -> None:
+        self.runs_dir, self.device = runs_dir, device
+        self.run = gr.Dropdown([], label="Run", info="Runs that have finished unlearning.")
+        offered = [(f"{name}: {attack.asks}", name) for name, attack in ATTACKS.items()]
+        self.attacks = gr.CheckboxGroup(offered, value=list(ATTACKS), label="Attacks", elem_classes="rmu-presets")
+        with gr.Row():
+            told = "What does not fit is named instead. Empty: as long as it takes."
+            self.budget = gr.Textbox("", label="Budget in minutes", info=told, max_length=20, min_width=220)
+            told = "Discard what an earlier audit of the run found."
+            self.over = gr.Checkbox(False, label="Start over", info=told, min_width=220)
+        with gr.Row():
+            self.audit_button = gr.Button("Audit", variant="primary", min_width=120)
+            self.stop_button = gr.Button("Stop", min_width=120)
+        self.told, self.found = gr.HTML(NOTHING), gr.HTML("", apply_default_css=False)
+        self.seen, self.timer = gr.State(("", "")), gr.Timer(REFRESH_SECONDS)
+
+    def wire(self, *triggers: Callable[..., Any]) -> None:
+        """Connects the events; the runs are read anew at `triggers`."""
+        shown = [self.told, self.found, self.seen]
+        gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
+        self.run.change(guarded(self.show), [self.run], shown, **QUIET)
+        self.audit_button.click(guarded(self.start), [self.run, self.attacks, self.budget, self.over], [*shown, self.over], **QUIET)
+        self.stop_button.click(guarded(self.stop), [self.run], shown, **QUIET)
+        self.timer.tick(guarded(self.tick), [self.run, self.seen], shown, queue=False, **QUIET)
+
+    def refresh(self, name: str | None) -> Any:
+        names = [run.path.name for run in RunFolder.all(self.runs_dir) if run.adapter.exists()]
+        return gr.update(choices=names, value=name if name in names else next(iter(names), None))
+
+    def start(self, name: str | None, attacks: list[str], budget: str, over: bool) -> tuple[Any, ...]:
+        """Shows how far it is, and takes the mark from "start over": the next click is to go on."""
+        if not name:
+            raise UserError("Choose a run first.\nThere is none yet? Start one in the Unlearn tab.")
+        if not attacks:
+            raise UserError("Choose an attack first.")
+        start(RunFolder.open(self.runs_dir, name), attacks, minutes(budget), over, self.device.type)
+        return *self.show(name), False
+
+    def stop(self, name: str | None) -> tuple[str, str, tuple[str, str]]:
+        if not name:
+            raise UserError("Choose a run first.")
+        jobs.stop_audit(RunFolder.open(self.runs_dir, name))
+        return self.show(name)
+
+    def show(self, name: str | None) -> tuple[str, str, tuple[str, str]]:
+        """How far the run's audit is, what it found, and what is seen of both now."""
+        if not name:
+            return NOTHING, "", ("", "")
+        folder = RunFolder.open(self.runs_dir, name)
+        told, seen = progress(folder), seen_of(folder)
+        return told, found(folder), (told, seen)
+
+    def tick(self, name: str | None, seen: tuple[str, str]) -> tuple[Any, ...]:
+        """Nothing is sent where nothing has changed, so that what is unfolded stays so."""
+        try:
+            folder = RunFolder.open(self.runs_dir, name or "")
+        except UserError:  # none is chosen, or it was renamed or deleted meanwhile
+            return gr.skip(), gr.skip(), gr.skip()
+        now = progress(folder), seen_of(folder)
+        told, changed = now[0] != seen[0], now[1] != seen[1]
+        return now[0] if told else gr.skip(), found(folder) if changed else gr.skip(), now if told or changed else gr.skip()
