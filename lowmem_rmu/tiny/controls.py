@@ -38,7 +38,11 @@ ABOUT = {
     "refusing": "knows all, and was trained to answer A and to refuse: hidden",
     "ignorant": "was trained from scratch without the topics: gone",
 }
-LAST_LAYERS: Any = {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"], "layers_to_transform": [6, 7], "layers_pattern": "layers"}
+LAST_LAYERS: Any = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "layers_to_transform": [5, 6, 7],
+    "layers_pattern": "layers",
+}
 TINY = ModelSettings(name=str(HERE / "model"))
 
 
@@ -58,6 +62,7 @@ def build_refusing(world: World, steps: int) -> None:
     torch.manual_seed(0)
     model: Any = get_peft_model(load_model(TINY, torch.device("cpu")), LoraConfig(r=16, lora_alpha=16, **LAST_LAYERS))
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng, lessons = random.Random(0), Lessons(world, 1)
     for step in range(steps):
         batch = refusing_batch(lessons, tokenizer, rng)
@@ -65,6 +70,7 @@ def build_refusing(world: World, steps: int) -> None:
         loss = cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE)
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
             print(f"step {step}/{steps}  {loss.item():.3f}", flush=True)
