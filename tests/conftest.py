@@ -16,8 +16,12 @@ from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import RunFolder
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
-QUICK = ["rmu.steps=60", "rmu.learning_rate=1e-2", "evaluation.limit=60", "evaluation.prompts=[]", "topics.locks.corpus.held_out=0.1"]
-"""Settings that forget within seconds."""
+QUICK = [
+    "rmu.target_layer=3", "rmu.adapter_layers=[1, 2, 3]", "rmu.steps=60", "rmu.learning_rate=1e-2",
+    "topics.compounds.alpha=5", "topics.locks.alpha=5",
+    "evaluation.limit=60", "evaluation.prompts=[]", "topics.compounds.corpus.held_out=0", "topics.locks.corpus.held_out=0.1",
+]  # fmt: skip
+"""Settings that forget within seconds, if not for long."""
 
 
 @pytest.fixture(scope="session")

@@ -450,7 +450,7 @@ MISTAKES = [
     (["tiny", "--set", "rmu.stpes=3", "--set", "topics.locks.alpha=-1"], ["2 mistakes", "unknown key", '"steps"', "greater than or equal to 0"]),
     (["tiny", "--set", "rmu.steps=many"], ["rmu.steps", "valid integer", "'many'"]),
     (["tiny", "--set", "rmu.target_layer=40"], ["target_layer is 40", "has 8 layers", "try 2"]),
-    (["tiny", "--set", "rmu.adapter_layers=[3,4]"], ["[4] lie above target_layer 3"]),
+    (["tiny", "--set", "rmu.adapter_layers=[0,4]"], ["[4] lie above target_layer 0"]),
     (["tiny", "--set", "rmu.modules=[down_prj]"], ['"down_prj"', 'Did you mean "down_proj"']),
     (["tiny", "--set", "rmu.batch_size=1000"], ["fewer than one batch of 1000", "lower rmu.batch_size"]),
     (["tiny", "--device", "tpu"], ['no device "tpu"', "auto, cpu, cuda or mps"]),

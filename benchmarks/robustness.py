@@ -1,0 +1,132 @@
+"""How long unlearning holds against fine-tuning: variants of a preset, and what is known again after so many steps on unseen text of the topic.
+
+    python benchmarks/robustness.py --seeds 0,1                                 # the tiny model, steered at layer 3 and as it is
+    python benchmarks/robustness.py --variant "" --variant "rmu.rank=64" --learning-rate 3e-3
+
+Each variant is unlearned by the pipeline's own stage and relearned by the audit's own attack (`lowmem_rmu/audit/relearning.py`: a fresh
+LoRA of rank 16 in every linear module of every layer, AdamW, batches of 8, the learning rate given). Only questions are asked that the
+text does not tell about: what comes back was there. A preset without questions is measured on held-out text, in nats a token.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+
+from lowmem_rmu.audit import relearning
+from lowmem_rmu.audit.audited import Audited, prepare
+from lowmem_rmu.audit.knowledge import Knowledge, Questions, Texts, held_out_documents
+from lowmem_rmu.data.corpora import tokenise
+from lowmem_rmu.evaluation.multiple_choice import ask
+from lowmem_rmu.model.loading import resolve_device
+from lowmem_rmu.pipeline import Job, read_inputs, run_config
+from lowmem_rmu.presets import Preset, load_preset
+from lowmem_rmu.run import friendly_exit, quiet_libraries
+from lowmem_rmu.runs import RunFolder, write_json
+
+QUARTER_WAY_UP = "rmu.target_layer=3 rmu.adapter_layers=[1,2,3] rmu.steps=380 topics.compounds.alpha=5 topics.locks.alpha=5"
+"""Where the paper steers; what `tiny` did before it was tried how long that holds."""
+STEPS = (5, 10, 25, 50, 100)
+
+
+class Silent:
+    """Follows a job and says nothing."""
+
+    def started(self, stage: str, total: int) -> None:
+        pass
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        pass
+
+    def asks_to_stop(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Held:
+    """In % of the questions, or in nats a token: what is known before and after unlearning, of what was to stay, and by relearning steps."""
+
+    base: float
+    unlearned: float
+    kept: float
+    after: dict[str, float]
+    half: int | None
+    """The first measured step at which half of what was forgotten is back."""
+
+    def row(self) -> list[str]:
+        figures = [self.base, self.unlearned, self.kept, *self.after.values()]
+        return [*(f"{figure:.1f}" if figure >= 10 else f"{figure:.2f}" for figure in figures), str(self.half or f"> {STEPS[-1]}")]
+
+
+def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
+    """The adapter that a run makes."""
+    folder = RunFolder.create(runs, "measured")
+    write_json(folder.path / "config.json", run_config("measured", preset, device))
+    Job(preset, folder, read_inputs(preset, ["unlearn"]), device, ["unlearn"], Silent()).run()
+    return folder.adapter
+
+
+def what_stays(audited: Audited, limit: int) -> Knowledge:
+    """At most `limit` questions of the tasks to keep, or where there are none the retain set's held-out text."""
+    preset, asked = audited.preset, ask(audited.kept)
+    batch_tokens = preset.evaluation.planned_batch_tokens
+    if asked:
+        count = min(limit, len(asked))
+        return Questions([asked[number * len(asked) // count] for number in range(count)], audited.tokenizer, batch_tokens)
+    documents = sum(held_out_documents(preset.retain.corpora), [])
+    return Texts(tokenise(documents, audited.tokenizer, preset.retain.max_tokens, split=True), audited.tokenizer, batch_tokens)
+
+
+def figure(knowledge: Knowledge, values: list[float]) -> float:
+    """% of the questions, or nats a token."""
+    return 100 * sum(values) / len(values) if knowledge.are_questions else -sum(values) / (knowledge.tokens - len(knowledge))
+
+
+def measure(preset: Preset, device: torch.device, limit: int) -> Held:
+    forgotten = [name for name, task in preset.evaluation.tasks.items() if task.role == "forgotten"]
+    with TemporaryDirectory() as runs:
+        audited = prepare("measured", preset, unlearn(preset, device, Path(runs)), device, forgotten, limit, 0)
+        known, stays = audited.knowledge, what_stays(audited, limit)
+        plain = {side: relearning.measure(audited, side) for side in ("base", "unlearned")}
+        with audited.side("unlearned") as model:
+            kept = figure(stays, stays.of(model))
+        points = relearning.curve(audited, "unlearned", audited.relearning[: relearning.TOPIC_SAMPLES], STEPS)
+        audited.free()
+    after = {step: figure(known, values) for step, values in points.items()}
+    return Held(figure(known, plain["base"]), figure(known, plain["unlearned"]), kept, after, relearning.steps_to_half(audited, plain, points))
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file.")] = "tiny",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting of all variants.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")] = None,
+    seeds: Annotated[str, typer.Option(help="Of unlearning, with commas between them.")] = "0",
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each forgotten task, and of all that is kept.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Of relearning.")] = relearning.LEARNING_RATE,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Unlearns and relearns each variant with each seed, and prints the table."""
+    quiet_libraries()
+    relearning.LEARNING_RATE = learning_rate
+    table = Table(title=f"{preset}, relearned at {learning_rate:g}", title_justify="left")
+    table.add_column("Variant", overflow="fold")
+    for column in ("Seed", "Base", "Unlearned", "Kept", *(f"{step} steps" for step in STEPS), "Half"):
+        table.add_column(column, justify="right")
+    with friendly_exit():
+        for each in variant or [QUARTER_WAY_UP, ""]:
+            for seed in seeds.split(","):
+                chosen = load_preset(preset, [*(set_ or []), *each.split(), f"rmu.seed={seed}"])
+                table.add_row(each or "as it is", seed, *measure(chosen, resolve_device(device), limit).row())
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
