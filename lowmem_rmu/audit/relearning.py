@@ -24,7 +24,8 @@ MEASURED_AFTER: dict[Side, tuple[int, ...]] = {"unlearned": STEPS, "base": TWIN_
 BENIGN = (10, 100, 500)
 """Samples of unrelated text."""
 TOPIC_SAMPLES = 500
-BATCH = 8
+BATCH, BATCH_TOKENS = 8, 1024
+"""Samples of a step, fewer where they are long: a step stays within what a small card can do in seconds."""
 LEARNING_RATE = 1e-3
 HALF = 0.5
 
@@ -41,8 +42,13 @@ def sample(sequences: list[list[int]], count: int, seed: int) -> list[list[int]]
 
 def cost(audited: Audited) -> Cost:
     texts = texts_of(audited).values()
-    tokens = sum(2 * STEPS[-1] * BATCH * sum(map(len, each)) // len(each) for each in texts)
-    return Cost(len(texts) * (len(STEPS) + len(TWIN_STEPS)), tokens, BATCH * max((len(ids) for each in texts for ids in each), default=0))
+    tokens = sum(2 * STEPS[-1] * batch_size(each) * sum(map(len, each)) // len(each) for each in texts)
+    batch = max(batch_size(each) * max(map(len, each)) for each in texts)
+    return Cost(len(texts) * (len(STEPS) + len(TWIN_STEPS)), tokens, batch)
+
+
+def batch_size(sequences: list[list[int]]) -> int:
+    return max(1, min(BATCH, len(sequences), BATCH_TOKENS // max(map(len, sequences))))
 
 
 def lacks(audited: Audited) -> str | None:
@@ -83,7 +89,7 @@ def train(model: Any, sequences: list[list[int]], steps: int, pad_id: int, seed:
     """Next-token loss over all tokens, AdamW, a batch a step; gives the number of each step done."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    batches, device = Batches(sequences, min(BATCH, len(sequences)), seed), parameters[0].device
+    batches, device = Batches(sequences, batch_size(sequences), seed), parameters[0].device
     for step in range(steps):
         batch = pad(batches[batches.at(step)], pad_id, "right", device)
         logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
