@@ -14,12 +14,12 @@ from lowmem_rmu.runs import RunFolder
 
 CPU = torch.device("cpu")
 IGNORANT = ModelSettings(name=str(Path(__file__).parents[2] / "lowmem_rmu/tiny/controls/ignorant"))
-HELD_OUT = ["topics.compounds.corpus.held_out=0.25", "topics.locks.corpus.held_out=0.25"]
+NOTHING_HELD_OUT = ["topics.compounds.corpus.held_out=0", "topics.locks.corpus.held_out=0"]
 
 
 @pytest.fixture(scope="module")
 def preset() -> Preset:
-    return load_preset("tiny", HELD_OUT)
+    return load_preset("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_whole_matrices_can_be_relearned_on_top_of(tmp_path: Path, preset: Prese
     from lowmem_rmu.model.adapters import add_adapter, save_adapter
     from lowmem_rmu.model.loading import load_model, unquantised_modules
 
-    whole = load_preset("tiny", [*HELD_OUT, "rmu.trainable=weights", "rmu.modules=[down_proj]"])
+    whole = load_preset("tiny", ["rmu.trainable=weights", "rmu.target_layer=3", "rmu.adapter_layers=[1, 2, 3]"])
     model = add_adapter(load_model(whole.model, CPU, None, unquantised_modules(whole)), whole.rmu, whole.model)
     with torch.no_grad():
         for parameter in (each for each in model.parameters() if each.requires_grad):
@@ -113,4 +113,4 @@ def test_without_questions_unseen_text_is_measured(preset: Preset, forgetful: Ru
 
 def test_without_questions_and_text_nothing_can_be_told(forgetful: RunFolder) -> None:
     with pytest.raises(UserError, match=r"Nothing tells what forgetful knows.*\n.*topics\.NAME\.corpus\.held_out"):
-        prepare("forgetful", load_preset("tiny"), forgetful.adapter, CPU, [], None, 0)
+        prepare("forgetful", load_preset("tiny", NOTHING_HELD_OUT), forgetful.adapter, CPU, [], None, 0)

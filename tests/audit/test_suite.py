@@ -81,7 +81,7 @@ def attack(content: dict[str, Any], name: str) -> dict[str, Any]:
 def test_base_unlearned_and_attacked_side_by_side(run: RunFolder) -> None:
     audit = opened(run)
     content = audit.run([HALF, NOTHING])
-    assert content == json.loads(run.audit_result.read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(content)) == json.loads(run.audit_result.read_text(encoding="utf-8"))
     assert (content["items"], content["measured_in"], content["base"]) == (40, "accuracy", 1.0)
     best = attack(content, "half")["best"]
     assert best["attacked"] == 0.5
@@ -132,7 +132,7 @@ def test_what_an_earlier_audit_found_stays(run: RunFolder) -> None:
 @pytest.mark.usefixtures("attacks")
 def test_other_settings_are_refused_until_the_old_results_are_discarded(run: RunFolder) -> None:
     opened(run).run([NOTHING])
-    with pytest.raises(UserError, match=r"was audited with another limit\.\nGive the same, or --again to discard those results\."):
+    with pytest.raises(UserError, match=r"was audited with another limit\.\nGive the same; or, to discard those results: --again"):
         opened(run, settings=Settings(10))
     content = opened(run, settings=Settings(10), again=True).run([])
     assert (content["items"], attack(content, "nothing")["state"]) == (20, "not run")
@@ -165,7 +165,7 @@ def test_a_run_that_has_not_been_measured_is_refused(run: RunFolder) -> None:
 
 def test_a_damaged_result_is_told(run: RunFolder) -> None:
     write_json(run.audit_result, ["no object"])
-    with pytest.raises(UserError, match=r"audit\.json is damaged.*\nAudit the run again with --again\."):
+    with pytest.raises(UserError, match=r"audit\.json is damaged.*\nAudit it again: python -m lowmem_rmu audit .* --again"):
         opened(run).run([])
 
 
