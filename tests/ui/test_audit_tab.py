@@ -73,8 +73,8 @@ def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_r
         with pytest.raises(UserError, match=r"^Run mine is being audited: stop that before it is (deleted|renamed)\.$"):
             change(own_run)
     assert [jobs.needed_by(ticket, CPU) for ticket in tickets(tab.runs_dir)] == [None]
-    until(lambda: "relearning: unseen text" in own_run.audit_output.read_text(), own_run.audit_output.read_text)
-    assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning: unseen text about the topic, unlearned")
+    until(lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(), own_run.audit_output.read_text)
+    assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning: 10 unrelated samples, unlearned")
     tab.stop("mine")
     until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text)
     assert progress(own_run) == STOPPED
