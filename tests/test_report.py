@@ -1,13 +1,15 @@
 import re
 from collections import Counter
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lowmem_rmu.audit.verdict import Condition, Result, as_json
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.report import MEMBERS_IN_CHART, write_report
+from lowmem_rmu.report import MEMBERS_IN_CHART, render_audit, render_parts, write_report
 from lowmem_rmu.runs import RunFolder, write_json, write_lines
 
 HOSTILE = "</dd><script>alert('--> \"1\"')</script><img src=http://evil.example/x onerror=alert(1)> & $\\frac$ ]]>"
@@ -305,3 +307,73 @@ def test_unfinished_run_is_an_error_to_act_on(tmp_path: Path) -> None:
     (tmp_path / "summary.json").unlink()
     with pytest.raises(UserError, match="--resume"):
         write_report(run)
+
+
+def audited(are_questions: bool = True) -> dict[str, Any]:
+    """An audit with every state of an attack, and one control."""
+    best, unclear = Condition("unseen text, 25 steps", 0.9, 0.886, 0.8, 0.97), Condition(f"as {HOSTILE}", 0.5, -0.04, None, None)
+    curves = {text: {"unlearned": {"5": 0.5, "25": 0.9}, "base": {"25": 0.95}} for text in ("unseen text", HOSTILE)}
+    done: dict[str, Any] = {"state": "done", "foretold_seconds": 30.0, "seconds": 61.0, "peak_memory_bytes": 900_000_000}
+    results = [
+        Result("relearning", "does it come back?", **done, best=best, finding="brought back", conditions=(best,), details={"curves": curves}),
+        Result("wording", "is it the words?", **done, best=unclear, finding="cannot be told", conditions=(unclear,), sentences=(HOSTILE,)),
+        Result("harm", "what else changed?", **done, sentences=("Next to nothing.",)),
+        Result("suffix", "do odd words do it?", "not run", "it would take about 3.0 min, and 0 s of the budget are left"),
+    ]
+    audit = as_json("mine", 60, are_questions, 1.0, 0.3, results)
+    known = {"name": "refuses", "about": "It was taught to refuse.", "mark": "hidden", "attacks": {"relearning": asdict(best)}}
+    return audit | {"controls": [known]}
+
+
+def audited_report(folder: Path, audit: dict[str, Any]) -> tuple[Page, str]:
+    write_json(folder / "audit.json", audit)
+    return report(folder, summary(), steps(4))
+
+
+def test_an_audit_is_told_beside_models_of_which_the_truth_is_known(tmp_path: Path) -> None:
+    page, html = audited_report(tmp_path, audited())
+    assert "the same 60 questions about what was forgotten" in html
+    headings = [data for path, data in page.texts if path.endswith("/h2")]
+    assert headings[2:4] == ["Gone, or only hidden?", "The same prompt to both"]
+    assert [data for path, data in page.texts if path.endswith("section/div/dl/div/dd")] == ["Hidden"]
+    assert page.rows_of("relearningdoes it come back?brought back") == [
+        ["relearningdoes it come back?brought back", "100.0", "30.0", "90.0", "89% 80 to 97", "brought back"]
+    ]
+    assert page.rows_of("wordingis it the words?cannot be told")[0][3:] == ["50.0", "−4% any share", "cannot be told"]
+    assert page.rows_of("suffixdo odd words do it?")[0][1] == "not run: it would take about 3.0 min, and 0 s of the budget are left"
+    assert page.rows_of("harmwhat else changed?")[0][1] == "asks something else than what comes back; see below"
+    assert page.rows_of("relearning") == [["relearning", "89% 80 to 97", "89% 80 to 97"]]
+    assert page.rows_of("wording") == [["wording", "−4% any share", "–"]]
+    assert page.rows_of("Verdict") == [["Verdict", "hidden", "hidden"]]
+    assert "It was taught to refuse." in html
+    assert "relearning: brought back 89% (80 to 97) of what was lost (unseen text, 25 steps)." in html
+
+
+def test_the_ways_of_an_attack_are_folded_and_its_text_stays_text(tmp_path: Path) -> None:
+    page, html = audited_report(tmp_path, audited())
+    folded = page.text_within("details")
+    assert "Next to nothing." in folded
+    assert page.rows_of("unseen text, 25 steps") == [["unseen text, 25 steps", "90.0", "89% 80 to 97"]]
+    assert "It took 1 min 01 s (30.0 s were foretold) and 0.90 GB at its peak." in folded
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert "were not tried" not in html
+
+
+@pytest.mark.parametrize(("are_questions", "title"), [(True, "Accuracy"), (False, "Loss in nats a token")])
+def test_relearning_is_drawn_from_no_step_on(tmp_path: Path, are_questions: bool, title: str) -> None:
+    audit = audited(are_questions)
+    page, html = audited_report(tmp_path, audit)
+    drawn = sum(tag == "svg" for tag, _ in page.tags)
+    assert title in page.text_within("svg")
+    audit["attacks"][0]["details"] = {}
+    assert sum(tag == "svg" for tag, _ in audited_report(tmp_path, audit)[0].tags) == drawn - 2, "for wide and for narrow windows"
+
+
+def test_the_page_of_the_app_has_the_same_section(tmp_path: Path) -> None:
+    run = make_run(tmp_path, summary(), steps(4))
+    assert render_audit(run) == ""
+    assert "Gone, or only hidden?" not in render_parts(run)
+    write_json(run.audit_result, audited())
+    section = Page(render_audit(run))
+    assert section.tags[0] == ("div", {"class": "rmu-results"})
+    assert section.rows_of("Verdict") == Page(render_parts(run)).rows_of("Verdict") == [["Verdict", "hidden", "hidden"]]

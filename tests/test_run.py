@@ -655,3 +655,12 @@ def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_column
     alone = printed(command_line.text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
     assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]
     assert not any("KL" in line for line in alone)
+
+
+def test_work_of_unknown_length_is_told_piece_by_piece() -> None:
+    told = io.StringIO()
+    lines = command_line.Lines(Console(file=told), command_line.Interrupts())
+    lines.started("relearning", 0)
+    for done, piece in enumerate(("base", "unlearned")):
+        lines.advanced(done, {"": piece})
+    assert told.getvalue().splitlines() == ["relearning ...", "relearning: base", "relearning: unlearned"]

@@ -232,7 +232,7 @@ def _audit(audit: dict[str, Any] | None) -> dict[str, Any] | None:
     ]
     told = {side: known_in_words(audit, audit[side]) for side in ("base", "unlearned")} | {"sentences": audit["verdict"]["sentences"]}
     is_share = audit["measured_in"] == "accuracy"
-    of = {"items": f"{audit['items']} {'questions' if is_share else 'texts'}", "measured_in": "accuracy in %" if is_share else audit["measured_in"]}
+    of = {"asked": f"{audit['items']} {'questions' if is_share else 'texts'}", "measured_in": "accuracy in %" if is_share else audit["measured_in"]}
     return told | of | {"attacks": attacks, "controls": audit["controls"]}
 
 

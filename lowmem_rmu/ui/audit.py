@@ -110,11 +110,9 @@ class AuditTab:
         self.run = gr.Dropdown([], label="Run", info="Runs that have finished unlearning.")
         offered = [(f"{name}: {attack.asks}", name) for name, attack in ATTACKS.items()]
         self.attacks = gr.CheckboxGroup(offered, value=list(ATTACKS), label="Attacks", elem_classes="rmu-presets")
-        with gr.Row():
-            told = "What does not fit is named instead. Empty: as long as it takes."
-            self.budget = gr.Textbox("", label="Budget in minutes", info=told, max_length=20, min_width=220)
-            told = "Discard what an earlier audit of the run found."
-            self.over = gr.Checkbox(False, label="Start over", info=told, min_width=220)
+        told = "What does not fit is named instead. Empty: as long as it takes."
+        self.budget = gr.Textbox("", label="Budget in minutes", info=told, max_length=20)
+        self.over = gr.Checkbox(False, label="Start over", info="Discard what an earlier audit of the run found.")
         with gr.Row():
             self.audit_button = gr.Button("Audit", variant="primary", min_width=120)
             self.stop_button = gr.Button("Stop", min_width=120)

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from markdown_it import MarkdownIt
 
+from lowmem_rmu.audit.verdict import Condition, Result, as_json
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export import card
 from lowmem_rmu.export.card import base_terms, escaped, sum_line, write_card
@@ -280,16 +281,32 @@ def test_without_the_hub_the_licence_is_unknown(own_run: RunFolder, adapter: Pat
     assert "Licence of the base model: not known here; ask whoever published it." in Page(body(adapter)).text
 
 
-@pytest.mark.parametrize(
-    ("audit", "words"),
-    [
-        ({"verdict": {"sentences": ["Relearning *brings* it back in 5 steps."]}}, "Relearning *brings* it back in 5 steps."),
-        ({"attacks": []}, "An audit was run; its results are in audit.json of the run."),
-    ],
-)
-def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path, audit: dict[str, Any], words: str) -> None:
-    write_json(own_run.path / "audit.json", audit)
+def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) -> None:
+    best = Condition("unseen text, *25* steps", 0.9, 0.886, 0.8, 0.97)
+    results = [
+        Result("relearning", "does it come back?", "done", best=best, finding="brought back", sentences=(NASTY[0],)),
+        Result("wording", "is it the words?", "done", best=Condition("x", 0.5, -0.04, None, None), finding="cannot be told"),
+        Result("harm", "what else changed?", "done", sentences=("Next to nothing.",)),
+        Result("suffix", "do odd words do it?", "not run", "not asked for"),
+    ]
+    known = {"name": "refuses", "about": "taught to refuse", "mark": "hidden", "attacks": {}}
+    write_json(own_run.audit_result, as_json("mine", 60, True, 1.0, 0.3, results) | {"controls": [known]})
     write_card(own_run, adapter, "adapter", None)
-    text = Page(body(adapter)).text
-    assert words in text
-    assert "None was run" not in text
+    page = Page(body(adapter))
+    assert "None was run" not in page.text
+    assert "(60 questions about it, accuracy in %; recovered is the" in page.text
+    assert "relearning: brought back 89% (80 to 97) of what was lost (unseen text, *25* steps)." in page.text
+    rows = [line.split(" | ")[:7] for line in body(adapter).splitlines() if line.startswith(("| relearning", "| wording", "| suffix"))]
+    assert rows[0] == ["| relearning", "does it come back?", "100.0", "30.0", "90.0", "89% (80 to 97)", "brought back |"]
+    assert rows[1][4:] == ["50.0", "−4% (any share)", "cannot be told |"]
+    assert rows[2][-1] == "not run: not asked for |"
+    assert f"relearning: {NASTY[0]}" in page.text
+    assert "harm: Next to nothing." in page.text
+    assert "refuses (taught to refuse): hidden" in page.text
+    assert "script" not in page.tags
+
+
+def test_a_damaged_audit_is_no_card(own_run: RunFolder, adapter: Path) -> None:
+    own_run.audit_result.write_text("{")
+    with pytest.raises(UserError, match=r"audit\.json is damaged: it does not hold a JSON object\.\nAudit it again: python -m lowmem_rmu audit "):
+        write_card(own_run, adapter, "adapter", None)

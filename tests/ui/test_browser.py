@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -15,7 +16,9 @@ import pytest
 from gradio_client import Client
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from lowmem_rmu.runs import RunFolder, read_lines
+from lowmem_rmu import __version__
+from lowmem_rmu.audit.suite import Settings
+from lowmem_rmu.runs import RunFolder, read_lines, write_json
 from lowmem_rmu.ui import jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -23,7 +26,7 @@ CHROMIUM = shutil.which("chromium")
 SHORT = "rmu.steps=12\nevaluation.limit=8\nevaluation.max_new_tokens=8"
 LONG = "rmu.steps=3000\nevaluation.limit=8\nevaluation.max_new_tokens=8"
 SLOW = 60_000
-TABS = ("Unlearn", "Results", "Chat", "Export", "Runs")
+TABS = ("Unlearn", "Results", "Chat", "Audit", "Export", "Runs")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
@@ -125,6 +128,21 @@ def test_the_adapter_is_exported_verified_and_downloaded(page: Page, runs_dir: P
     shutil.unpack_archive(tmp_path / "adapter.zip", tmp_path / "adapter")
     kept = runs_dir / "mine/adapter/adapter_model.safetensors"
     assert (tmp_path / "adapter" / kept.name).read_bytes() == kept.read_bytes()
+
+
+def test_an_audit_names_what_it_had_no_time_for(page: Page, runs_dir: Path, forgetful: RunFolder) -> None:
+    run = RunFolder(Path(shutil.copytree(forgetful.path, runs_dir / "audited")))
+    os.utime(run.path / "config.json")  # the newest, which is offered first
+    run.audit.mkdir()
+    write_json(run.audit / "settings.json", asdict(Settings(limit=5)) | {"version": __version__})
+    page.reload()
+    page.get_by_role("tab", name="Audit").click()
+    expect(page.locator('input[aria-label="Run"]:visible')).to_have_value("audited", timeout=SLOW)
+    fill(page.get_by_label("Budget in minutes"), "0.001")
+    page.get_by_role("button", name="Audit", exact=True).click()
+    expect(page.locator(".attacks:visible tr", has_text="relearning")).to_contain_text("not run: it would take about", timeout=2 * SLOW)
+    until(lambda: not jobs.is_audited_now(run))
+    shutil.rmtree(run.path)
 
 
 def test_a_run_stops_and_goes_on(page: Page, runs_dir: Path) -> None:

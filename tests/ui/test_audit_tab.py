@@ -1,0 +1,187 @@
+"""The tab that attacks a run: a real audit by a process of its own, and what the page says of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import gradio as gr
+import pytest
+import torch
+
+from lowmem_rmu import __version__
+from lowmem_rmu.audit.suite import ATTACKS, Settings
+from lowmem_rmu.audit.verdict import Result, as_json
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.presets import load_preset
+from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
+from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.audit import NOTHING, STOPPED, AuditTab, minutes, progress
+
+CPU = torch.device("cpu")
+ALL = list(ATTACKS)
+AT_WORK = "<p><strong>At work</strong>: "
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    """Two runs of which the page asks no more than that they have an adapter, and one that has none yet."""
+    for age, name in enumerate(("newest", "older", "unfinished")):
+        run = RunFolder.create(tmp_path, name)
+        write_json(run.path / "config.json", {"settings": load_preset("tiny").model_dump()})
+        os.utime(run.path / "config.json", (1e9 - age, 1e9 - age))
+        if name != "unfinished":
+            run.adapter.mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def tab(runs_dir: Path) -> AuditTab:
+    with gr.Blocks():
+        return AuditTab(runs_dir, CPU)
+
+
+@pytest.fixture
+def own_run(forgetful: RunFolder, tmp_path: Path) -> RunFolder:
+    """A run that forgot, whose audit was begun with few questions."""
+    run = RunFolder(Path(shutil.copytree(forgetful.path, tmp_path / "own" / "mine", ignore=shutil.ignore_patterns("exports"))))
+    run.audit.mkdir()
+    write_json(run.audit / "settings.json", asdict(Settings(limit=5)) | {"version": __version__})
+    return run
+
+
+def until(holds: Callable[[], bool], told: Callable[[], str]) -> None:
+    end = time.monotonic() + 240
+    while not holds():
+        assert time.monotonic() < end, told()
+        time.sleep(0.2)
+
+
+def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_run: RunFolder) -> None:
+    tab.runs_dir = own_run.path.parent
+    told, found, seen = tab.show("mine")
+    assert (told, found) == (NOTHING, "")
+    assert tab.start("mine", ["relearning"], "", False)[0].startswith(AT_WORK)
+    with pytest.raises(UserError, match=r"^Run mine is being audited already: wait until that is done, or stop it\.$"):
+        tab.start("mine", ["relearning"], "", False)
+    for change in (jobs.delete, lambda folder: jobs.rename(folder, "other")):
+        with pytest.raises(UserError, match=r"^Run mine is being audited: stop that before it is (deleted|renamed)\.$"):
+            change(own_run)
+    assert [jobs.needed_by(ticket, CPU) for ticket in tickets(tab.runs_dir)] == [None]
+    until(lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(), own_run.audit_output.read_text)
+    assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning: 10 unrelated samples, unlearned")
+    tab.stop("mine")
+    until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text)
+    assert progress(own_run) == STOPPED
+
+    assert tab.start("mine", ["relearning"], "0.001", False)[0].startswith(AT_WORK)
+    until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text)
+    told, found, seen = tab.tick("mine", seen)
+    assert told == "<p><strong>Done</strong></p>", own_run.audit_output.read_text()
+    assert "on the same 10 questions about what was forgotten" in found
+    assert "not run: it would take about" in found
+    assert tab.tick("mine", seen) == (gr.skip(), gr.skip(), gr.skip())
+    assert "Gone, or only hidden?" in (own_run.path / "report.html").read_text()
+
+
+def test_all_attacks_are_offered_in_words_and_chosen(tab: AuditTab) -> None:
+    assert tab.attacks.choices == [(f"{name}: {ATTACKS[name].asks}", name) for name in ALL]
+    assert tab.attacks.value == ALL
+
+
+def test_runs_with_an_adapter_are_offered_newest_first(tab: AuditTab) -> None:
+    update = tab.refresh(None)
+    assert (update["choices"], update["value"]) == (["newest", "older"], "newest")
+    assert tab.refresh("older")["value"] == "older"
+    assert tab.refresh("unfinished")["value"] == "newest"
+
+
+@pytest.mark.parametrize(("typed", "found"), [("", None), (" ", None), ("30", 30.0), (" 0.5 ", 0.5), ("0,5", 0.5)])
+def test_a_budget_is_minutes_or_nothing(typed: str, found: float | None) -> None:
+    assert minutes(typed) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "attacks", "budget", "said"),
+    [
+        (None, ALL, "", "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
+        ("newest", [], "", "Choose an attack first."),
+        ("newest", ALL, "soon", '"soon" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ("newest", ALL, "-1", '"-1" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ("newest", ALL, "0", '"0" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ("newest", ALL, "nan", '"nan" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ("unfinished", ALL, "", "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned."),
+    ],
+)
+def test_what_cannot_be_audited_is_told(tab: AuditTab, name: str | None, attacks: list[str], budget: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tab.start(name, attacks, budget, False)
+    assert str(caught.value) == said
+    assert not tickets(tab.runs_dir)
+
+
+def test_what_is_not_under_way_is_not_stopped(tab: AuditTab) -> None:
+    with pytest.raises(UserError, match=r"^Run newest is not being audited\.$"):
+        tab.stop("newest")
+    with pytest.raises(UserError, match=r"^Choose a run first\.$"):
+        tab.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        ("Audit: x\nRun x forgot nothing: <b>.\nUnlearn harder first.", "Run x forgot nothing: &lt;b&gt;.\nUnlearn harder first."),
+        ("Traceback (most recent call last):\n  File x\nKeyError: 1", "Its process ended before it was done. Audit goes on where it was."),
+        ("", "Its process ended before it was done. Audit goes on where it was."),
+        ("x was audited with another version.\nGive the same; or, to discard those results: --again", "check &quot;Start over&quot; under Audit"),
+    ],
+)
+def test_why_an_audit_failed_is_told_without_a_stack_trace(runs_dir: Path, printed: str, said: str) -> None:
+    run = RunFolder(runs_dir / "older")
+    run.audit_output.write_text(printed)
+    told = progress(run)
+    assert told.startswith("<p><strong>Failed</strong></p>")
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_an_audit_that_waits_says_for_what_and_is_stopped(tab: AuditTab, runs_dir: Path) -> None:
+    run, process = RunFolder(runs_dir / "older"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with one_at_a_time(runs_dir):
+        take_ticket(runs_dir, run.audit_name, process.pid)
+    run.audit_output.write_text("Waiting: other before this.\n")
+    assert progress(run) == f"{AT_WORK}Waiting: other before this. …</p>"
+    tab.stop("older")
+    process.wait(30)
+    assert progress(run) == STOPPED
+
+
+def test_a_damaged_result_is_told_in_its_place_and_an_older_one_is_shown(tab: AuditTab, runs_dir: Path) -> None:
+    run = RunFolder(runs_dir / "older")
+    write_json(run.audit_result, as_json("older", 60, True, 1.0, 0.3, [Result("relearning", "does it come back?", "not run", "not asked for")]))
+    told, found, seen = tab.show("older")
+    assert told == ""
+    assert "not run: not asked for" in found
+    run.audit_result.write_text("{")
+    told, found, seen = tab.tick("older", seen)
+    assert told == gr.skip()
+    assert "audit.json is damaged: it does not hold a JSON object.\nAudit it again: check &quot;Start over&quot; under Audit" in found
+
+
+@pytest.mark.parametrize("name", ["../newest", "/etc", "gone"])
+def test_only_runs_are_audited(tab: AuditTab, name: str) -> None:
+    with pytest.raises(UserError, match="cannot be the name of a run|There is no run gone in"):
+        tab.start(name, ALL, "", False)
+    assert tab.tick(name, ("", "")) == (gr.skip(), gr.skip(), gr.skip())
+
+
+def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
+    with gr.Blocks() as page:
+        AuditTab(runs_dir, CPU).wire(page.load)
+    assert page.fns
+    assert {event.api_visibility for event in page.fns.values()} == {"private"}
