@@ -120,4 +120,4 @@ def sentences(audited: Audited, conditions: dict[str, Values], base: dict[str, V
     yield f"The base model loses most with {name} taken out: it then gives {in_words(audited, base[name])}."
 
 
-ATTACK = Attack("direction ablation", "is it hidden behind a direction of the residual stream?", cost, ablate, lacks)
+ATTACK = Attack("ablation", "is it hidden behind a direction of the residual stream?", cost, ablate, lacks)
