@@ -81,7 +81,7 @@ def what_stays(audited: Audited, limit: int) -> Knowledge:
     if asked:
         count = min(limit, len(asked))
         return Questions([asked[number * len(asked) // count] for number in range(count)], audited.tokenizer, batch_tokens)
-    documents = sum(held_out_documents(preset.retain.corpora), [])
+    documents = [text for half in held_out_documents(preset.retain.corpora) for text in half]
     return Texts(tokenise(documents, audited.tokenizer, preset.retain.max_tokens, split=True), audited.tokenizer, batch_tokens)
 
 

@@ -330,7 +330,7 @@ def test_an_old_stop_is_forgotten_and_a_new_one_is_not(tmp_path: Path) -> None:
 
 
 TOO_LARGE = "rmu.batch_size=1000"
-REFUSED = "The corpus of topics.compounds gives 132 samples, fewer than one batch of 1000.\nAdd text, or lower rmu.batch_size."
+REFUSED = "The corpus of topics.compounds gives 99 samples, fewer than one batch of 1000.\nAdd text, or lower rmu.batch_size."
 
 
 def test_why_a_run_of_the_app_could_not_begin_stays_in_its_folder(tmp_path: Path) -> None:
