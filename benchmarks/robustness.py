@@ -22,7 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
 from lowmem_rmu.audit import relearning
-from lowmem_rmu.audit.audited import Audited, prepare
+from lowmem_rmu.audit.audited import SIDES, Audited, prepare
 from lowmem_rmu.audit.knowledge import Knowledge, Questions, Texts, held_out_documents
 from lowmem_rmu.data.corpora import tokenise
 from lowmem_rmu.evaluation.multiple_choice import ask
@@ -95,7 +95,7 @@ def measure(preset: Preset, device: torch.device, limit: int) -> Held:
     with TemporaryDirectory() as runs:
         audited = prepare("measured", preset, unlearn(preset, device, Path(runs)), device, forgotten, limit, 0)
         known, stays = audited.knowledge, what_stays(audited, limit)
-        plain = {side: relearning.measure(audited, side) for side in ("base", "unlearned")}
+        plain = {side: relearning.measure(audited, side) for side in SIDES}
         with audited.side("unlearned") as model:
             kept = figure(stays, stays.of(model))
         points = relearning.curve(audited, "unlearned", audited.relearning[: relearning.TOPIC_SAMPLES], STEPS)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem_rmu.audit.attack import Pieces, StopAsked, Tried
+from lowmem_rmu.audit.attack import Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, prepare
 from lowmem_rmu.audit.knowledge import Texts
 from lowmem_rmu.audit.prompting import ATTACK, FREELY, USUAL, about_ways, about_words, row
 from lowmem_rmu.presets import recorded_preset
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs import RunFolder, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_an_attack_that_was_stopped_goes_on(asked_otherwise: Audited, tried: Tri
     assert len(heard) == 2
 
     def stop(key: str) -> None:
-        raise StopAsked
+        raise Stopped(tmp_path)
 
     assert ATTACK.run(asked_otherwise, Pieces(half, stop)) == tried
 
