@@ -1,8 +1,11 @@
 """From intervals to findings, from findings to a verdict, and its words."""
 
+from dataclasses import asdict
+
 import pytest
 
-from lowmem_rmu.audit.verdict import Condition, Finding, Result, finding_of, mark_of, recovered_in_words, result_of, sentences_of
+from lowmem_rmu.audit.verdict import Condition, Finding, Result, finding_of, mark_of, result_of, sentences_of
+from lowmem_rmu.evaluation.summary import recovered_in_words
 
 
 def condition(low: float | None, high: float | None, name: str = "50 steps") -> Condition:
@@ -54,13 +57,11 @@ def test_the_verdict_names_what_brought_it_back_what_is_unclear_and_what_was_not
 
 
 def test_an_interval_without_bounds_is_any_share() -> None:
-    assert recovered_in_words(Condition("x", 0.5, 0.4, None, None)) == "40% (any share)"
-    assert recovered_in_words(condition(None, None)) == "-"
+    assert recovered_in_words(asdict(Condition("x", 0.5, 0.4, None, None))) == "40% (any share)"
+    assert recovered_in_words(asdict(condition(None, None))) == "-"
 
 
 def test_a_result_is_the_same_after_json() -> None:
-    from dataclasses import asdict
-
     before = Result("a", "?", "done", best=BACK, finding="brought back", conditions=(BACK, NOTHING), sentences=("so",), details={"x": [1]})
     assert result_of(asdict(before)) == before
     assert result_of(asdict(NOT_RUN)) == NOT_RUN
