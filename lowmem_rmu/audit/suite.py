@@ -32,8 +32,8 @@ from lowmem_rmu.runs import RunFolder, Stopped, write_json
 ATTACKS: dict[str, Attack] = {
     module.ATTACK.name: module.ATTACK for module in (relearning, ablation, requantisation, representation, prompting, suffix, collateral)
 }
-BACKWARD = 3.0
-"""Forward passes that a training step on the same tokens costs, the forward one among them."""
+BACKWARD = 6.0
+"""Forward passes that a training step on the same tokens costs, the forward one among them: a LoRA in every module, matrices dequantised twice."""
 
 
 class Watcher(Protocol):
