@@ -173,16 +173,15 @@ def run_attacks(
     folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str
 ) -> dict[str, Any] | None:
     """Waits for its turn, for attacks take the device; prints what they will take and, unless that is all that is asked, gives what they found."""
-    from lowmem_rmu.audit.suite import open_audit
+    from lowmem_rmu.audit.suite import Audit, open_audit
     from lowmem_rmu.audit.tables import cost_table
     from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.report import write_report
 
-    on = resolve_device(device)
+    on, chosen = resolve_device(device), Audit.choose(names)
     try:
         with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once()), watched(folder.path, "Audit") as watcher:
             opened = open_audit(folder, on, settings, watcher, again)
-            chosen = opened.choose(names)
             Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
             try:
                 return None if plan else opened.run(chosen, None if budget is None else 60 * budget)
