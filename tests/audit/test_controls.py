@@ -1,0 +1,59 @@
+"""The audit can be believed: what only refuses is caught as hidden, and what was never learned passes as gone. Real attacks, small budgets."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_rmu.audit import relearning, suffix
+from lowmem_rmu.audit.audited import prepare
+from lowmem_rmu.audit.suite import ATTACKS, Audit
+from lowmem_rmu.audit.verdict import controls
+from lowmem_rmu.presets import ModelSettings, load_preset
+from lowmem_rmu.tiny.build import FORGOTTEN
+from lowmem_rmu.tiny.controls import FOLDER
+
+LIMIT = 60
+
+
+class Silent:
+    def started(self, stage: str, total: int) -> None:
+        pass
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        pass
+
+    def asks_to_stop(self) -> bool:
+        return False
+
+
+def audit(unlearned: Path | ModelSettings, place: Path, *names: str) -> dict[str, Any]:
+    audited = prepare("control", load_preset("tiny"), unlearned, torch.device("cpu"), list(FORGOTTEN), LIMIT, 0)
+    return Audit(audited, place, place / "audit.json", Silent()).run(Audit.choose(names))
+
+
+def test_what_only_refuses_is_caught_as_hidden(tmp_path: Path) -> None:
+    found = audit(FOLDER / "refusing", tmp_path, "ablation", "representation")
+    assert found["base"] == 1.0
+    assert found["unlearned"] < 0.4  # by its answers it has forgotten
+    assert found["verdict"]["mark"] == "hidden"
+    assert {each["attack"] for each in found["attacks"] if each["finding"] == "brought back"} == {"ablation", "representation"}
+
+
+def test_what_was_never_learned_passes_as_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relearning, "MEASURED_AFTER", {"unlearned": (50,), "base": (1,)})
+    monkeypatch.setattr(relearning, "STEPS", (50,))
+    monkeypatch.setattr(relearning, "BENIGN", (10,))
+    monkeypatch.setattr(suffix, "PROMPTS", 1)
+    monkeypatch.setattr(suffix, "STEPS", 2)
+    found = audit(ModelSettings(name=str(FOLDER / "ignorant")), tmp_path, *ATTACKS)
+    assert found["unlearned"] < 0.4
+    assert {each["attack"]: each["finding"] for each in found["attacks"] if each["finding"] != "found nothing"} == {"collateral": None}
+    assert found["verdict"]["mark"] == "gone"
+
+
+def test_what_was_found_of_both_stands_beside_other_audits() -> None:
+    recorded = {each["name"]: each for each in controls()}
+    assert {name: each["mark"] for name, each in recorded.items()} == {"refusing": "hidden", "ignorant": "gone"}
+    assert all(each["attacks"].keys() == ATTACKS.keys() for each in recorded.values())
