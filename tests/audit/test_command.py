@@ -42,8 +42,9 @@ def test_the_plan_tries_nothing(run: RunFolder) -> None:
 def test_a_budget_that_is_too_small_is_said_for_each_attack(run: RunFolder) -> None:
     result = audit(run, "--budget", "0", "--json")
     assert result.exit_code == 0, result.output
-    reasons = [each["reason"] for each in json.loads(result.stdout)["attacks"]]
-    assert all("of the budget are left" in reason for reason in reasons)
+    reasons = {each["attack"]: each["reason"] for each in json.loads(result.stdout)["attacks"]}
+    assert reasons.pop("representation") == "a probe learns from questions, and there are 20: it needs 30"
+    assert all("of the budget are left" in reason for reason in reasons.values())
 
 
 @pytest.mark.parametrize(
