@@ -47,6 +47,8 @@ class Tried:
     """Curves and tables of its own."""
     sentences: list[str] = field(default_factory=list)
     """What it says in words."""
+    base: dict[str, Values] = field(default_factory=dict)
+    """What the base model knows where the same was done to it, of the conditions where that was measured."""
 
 
 @dataclass(frozen=True)

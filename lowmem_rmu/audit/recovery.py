@@ -65,6 +65,16 @@ def student(freedom: float) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
+def less_what_base_gains(attacked: Values, same: Values | None, base: Values) -> Values:
+    """Of texts: without what the same attack adds to a model that never forgot (`same`, where it was measured; beside `base`).
+
+    Text is known better in a finer precision, or once its style is learned, whether or not anything was forgotten.
+    """
+    if same is None or sum(same) <= sum(base):
+        return attacked
+    return [value - (after - before) for value, after, before in zip(attacked, same, base, strict=True)]
+
+
 def fairly_best(conditions: Mapping[str, Values]) -> tuple[Values, list[str]]:
     """What the best condition gives where it is not known beforehand which that is, and what was chosen.
 

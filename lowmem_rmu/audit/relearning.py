@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
 from lowmem_rmu.audit.audited import SIDES, Audited, Side
-from lowmem_rmu.audit.recovery import Values, recovery
+from lowmem_rmu.audit.recovery import Values, less_what_base_gains, recovery
 from lowmem_rmu.data.corpora import Batches, pad
 
 STEPS = (5, 10, 25, 50, 100)
@@ -57,17 +57,23 @@ def lacks(audited: Audited) -> str | None:
 
 def relearn(audited: Audited, pieces: Pieces) -> Tried:
     plain = {side: pieces.get(side, partial(measure, audited, side)) for side in SIDES}
-    conditions: dict[str, Values] = {}
+    conditions, base = dict[str, Values](), dict[str, Values]()
     curves: dict[str, dict[Side, dict[str, float]]] = {}
     half: dict[str, int | None] = {}
     for name, sequences in texts_of(audited).items():
         after: dict[Side, dict[str, Values]] = {
-            side: pieces.get(f"{name}, {side}", partial(curve, audited, side, sequences, steps)) for side, steps in MEASURED_AFTER.items()
+            side: pieces.get(f"{name}, {side}", partial(curve, audited, side, sequences, steps)) for side, steps in measured_after(audited).items()
         }
         conditions |= {f"{name}, {step} steps": values for step, values in after["unlearned"].items()}
+        base |= {f"{name}, {step} steps": values for step, values in after["base"].items()}
         curves[name] = {side: {step: audited.knowledge.figure(values) for step, values in points.items()} for side, points in after.items()}
-        half[name] = steps_to_half(audited, plain, after["unlearned"])
-    return Tried(conditions, {"curves": curves, "steps_to_half": half}, list(sentences(audited, half)))
+        half[name] = steps_to_half(audited, plain, after["unlearned"], after["base"])
+    return Tried(conditions, {"curves": curves, "steps_to_half": half}, list(sentences(audited, half)), base)
+
+
+def measured_after(audited: Audited) -> dict[Side, tuple[int, ...]]:
+    """Where knowledge is text, base learns its style alike: what it gains is taken off at every step."""
+    return MEASURED_AFTER if audited.knowledge.are_questions else dict.fromkeys(SIDES, MEASURED_AFTER["unlearned"])
 
 
 def measure(audited: Audited, side: Side) -> Values:
@@ -101,10 +107,12 @@ def train(model: Any, sequences: list[list[int]], steps: int, pad_id: int, seed:
         yield step + 1
 
 
-def steps_to_half(audited: Audited, plain: dict[Side, Values], points: dict[str, Values]) -> int | None:
-    """The first measured step at which half is recovered."""
+def steps_to_half(audited: Audited, plain: dict[Side, Values], points: dict[str, Values], twin: dict[str, Values] | None = None) -> int | None:
+    """The first measured step at which half is recovered; of text, without what the `twin`, base trained alike, has gained there."""
+    is_text = not audited.knowledge.are_questions
     for step, values in points.items():
-        found = recovery(plain["base"], plain["unlearned"], values, audited.knowledge.are_questions).recovered
+        values = less_what_base_gains(values, (twin or {}).get(step), plain["base"]) if is_text else values
+        found = recovery(plain["base"], plain["unlearned"], values, not is_text).recovered
         if found is not None and found >= HALF:
             return int(step)
     return None

@@ -75,7 +75,8 @@ def requantise(audited: Audited, pieces: Pieces) -> Tried:
                 not_asked[way.name] = str(reason)
     table = {name: {side: audited.knowledge.figure(values) if values else None for side, values in sides.items()} for name, sides in found.items()}
     conditions = {name: sides["unlearned"] or [] for name, sides in found.items()}
-    return Tried(conditions, {"precisions": table, "not_asked": not_asked}, list(sentences(audited, conditions, not_asked)))
+    base = {name: same for name in found if (same := found.get(name.removeprefix(f"{MERGED}, "), {}).get("base"))}
+    return Tried(conditions, {"precisions": table, "not_asked": not_asked}, list(sentences(audited, conditions, not_asked)), base)
 
 
 @contextmanager

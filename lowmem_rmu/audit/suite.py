@@ -16,7 +16,7 @@ from lowmem_rmu import __version__
 from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation, suffix
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import RANK, SIDES, Audited, Side, prepare
-from lowmem_rmu.audit.recovery import Values, fairly_best, recovery
+from lowmem_rmu.audit.recovery import Values, fairly_best, less_what_base_gains, recovery
 from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.evaluation.compare import LUCK, compare_tasks
@@ -179,9 +179,11 @@ class Audit:
         return self._result(attack, tried, foretold, pieces.known["seconds so far"])
 
     def _result(self, attack: Attack, tried: Tried, foretold: Foretold, seconds: float) -> Result:
-        best = None
-        if tried.conditions:
-            values, chosen = fairly_best(tried.conditions)
+        best, known = None, tried.conditions
+        if not self.audited.knowledge.are_questions:
+            known = {name: less_what_base_gains(values, tried.base.get(name), self.plain["base"]) for name, values in known.items()}
+        if known:
+            values, chosen = fairly_best(known)
             best = self._condition(" or ".join(chosen), values)
         return Result(
             attack=attack.name,
@@ -192,7 +194,7 @@ class Audit:
             peak_memory_bytes=memory_in_use(self.audited.device),
             best=best,
             finding=finding_of(best) if best else None,
-            conditions=tuple(self._condition(name, values) for name, values in tried.conditions.items()),
+            conditions=tuple(self._condition(name, values) for name, values in known.items()),
             sentences=tuple(tried.sentences),
             details=tried.details,
         )

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from lowmem_rmu.audit.recovery import fairly_best, fieller, recovery, student
+from lowmem_rmu.audit.recovery import fairly_best, fieller, less_what_base_gains, recovery, student
 
 KNEW, FORGOT = [1.0] * 100, [0.0] * 75 + [1.0] * 25
 
@@ -76,3 +76,10 @@ def test_the_best_condition_is_chosen_by_the_other_half() -> None:
     assert (values, chosen) == ([1.0] * 9 + [0.0], ["good"])
     # What is best among even items only is counted for odd ones, where it is bad.
     assert sum(fairly_best({"even": [1.0, 0.0] * 5, "half": [0.0, 0.0] * 5})[0]) <= 5
+
+
+def test_what_base_gains_alike_is_taken_off_and_what_it_loses_is_not() -> None:
+    base, attacked = [-10.0, -20.0], [-12.0, -24.0]
+    assert less_what_base_gains(attacked, [-8.0, -19.0], base) == [-14.0, -25.0]
+    assert less_what_base_gains(attacked, [-11.0, -21.0], base) == attacked
+    assert less_what_base_gains(attacked, None, base) == attacked
