@@ -180,7 +180,7 @@ def run_attacks(
 
     on, chosen = resolve_device(device), Audit.choose(names)
     try:
-        with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once()), watched(folder.path, "Audit") as watcher:
+        with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once("audit")), watched(folder.path, "Audit") as watcher:
             opened = open_audit(folder, on, settings, watcher, again)
             Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
             try:
@@ -202,7 +202,7 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
 
     on = resolve_device(device)
     try:
-        with turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), say_once()), watched(to, "Export") as watcher:
+        with turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), say_once("export")), watched(to, "Export") as watcher:
             exported = write(folder, wanted, to, on, partial(followed, watcher))
     except (KeyboardInterrupt, Interrupted):
         raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None
@@ -214,14 +214,14 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
     return exported.verification.mark if exported.verification else None
 
 
-def say_once() -> Callable[[list[str]], None]:
-    """Says who comes before, whenever that has changed."""
+def say_once(what: str) -> Callable[[list[str]], None]:
+    """Says who comes before this export or audit, whenever that has changed."""
     said = list[str]()
 
     def say(before: list[str]) -> None:
         if before != said:
             said[:] = before
-            print(f"Waiting: {', '.join(before)} before this.", file=sys.stderr, flush=True)
+            print(f"Waiting: {', '.join(before)} before this {what}.", file=sys.stderr, flush=True)
 
     return say
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    preset = load_preset("tiny")
+    preset = load_preset("tiny", ["rmu.target_layer=3", "rmu.adapter_layers=[1,2,3]"])
     config = config_for_plan(preset)
     make_checkpoint(config, tmp_path / "model", 10**6)
     model = preset.model.model_copy(update={"name": str(tmp_path / "model")})

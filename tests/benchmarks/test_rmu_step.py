@@ -35,7 +35,7 @@ def test_four_bits_and_no_yardstick_where_it_does_not_fit(capsys: pytest.Capture
 
 
 def test_the_limit_lies_below_what_the_engine_computes() -> None:
-    preset = load_preset("tiny", ["model.quantisation=none"])
+    preset = load_preset("tiny", ["model.quantisation=none", "rmu.target_layer=3", "rmu.adapter_layers=[1,2,3]"])
     setup = Setup(preset, config_for_plan(preset), torch.device("cpu"), True, 2, 48, 1)
     unlearning = build_engine(setup, "lora")
     for warm in (False, True):

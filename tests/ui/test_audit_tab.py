@@ -154,8 +154,8 @@ def test_an_audit_that_waits_says_for_what_and_is_stopped(tab: AuditTab, runs_di
     run, process = RunFolder(runs_dir / "older"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     with one_at_a_time(runs_dir):
         take_ticket(runs_dir, run.audit_name, process.pid)
-    run.audit_output.write_text("Waiting: other before this.\n")
-    assert progress(run) == f"{AT_WORK}Waiting: other before this. …</p>"
+    run.audit_output.write_text("Waiting: other before this audit.\n")
+    assert progress(run) == f"{AT_WORK}Waiting: other before this audit. …</p>"
     tab.stop("older")
     process.wait(30)
     assert progress(run) == STOPPED
