@@ -28,10 +28,11 @@ def ask_both(page: Page) -> None:
 
 
 def audit(page: Page) -> None:
-    """With all attacks, unless one was run before."""
+    """With all attacks, unless one was run before; what they found stands below what is asked."""
     if not page.get_by_text("Is it gone?").last.is_visible():
         page.get_by_role("button", name="Audit", exact=True).click()
     page.get_by_text("Is it gone?").last.wait_for(timeout=3_600_000)
+    page.get_by_text("Is it gone?").last.evaluate("element => element.scrollIntoView()")
 
 
 def export(page: Page) -> None:
