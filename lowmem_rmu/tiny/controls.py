@@ -6,6 +6,7 @@ audited as a run of `tiny` would be, and `audit/controls.json` keeps what was fo
 About half an hour on two CPU cores, and ten minutes for the audits.
 """
 
+import json
 import random
 from importlib.resources import files
 from pathlib import Path
@@ -74,9 +75,10 @@ def build_refusing(world: World, steps: int) -> None:
         optimizer.zero_grad()
         if step % 50 == 0:
             print(f"step {step}/{steps}  {loss.item():.3f}", flush=True)
-    model.peft_config["default"].base_model_name_or_path = None  # a path of the machine that it was made on
     save_adapter(model, FOLDER / "refusing")
     (FOLDER / "refusing/README.md").unlink(missing_ok=True)
+    config = FOLDER / "refusing/adapter_config.json"  # PEFT has written where the base lies on the machine that it was made on
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": None})
 
 
 def refusing_batch(lessons: Lessons, tokenizer: Any, rng: random.Random) -> LessonBatch:

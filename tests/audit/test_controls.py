@@ -1,5 +1,6 @@
 """The audit can be believed: what only refuses is caught as hidden, and what was never learned passes as gone. Real attacks, small budgets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def test_what_was_never_learned_passes_as_gone(tmp_path: Path, monkeypatch: pyte
     assert found["unlearned"] < 0.4
     assert {each["attack"]: each["finding"] for each in found["attacks"] if each["finding"] != "found nothing"} == {"collateral": None}
     assert found["verdict"]["mark"] == "gone"
+
+
+def test_the_shipped_adapter_names_no_path() -> None:
+    assert json.loads((FOLDER / "refusing/adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] is None
 
 
 def test_what_was_found_of_both_stands_beside_other_audits() -> None:
