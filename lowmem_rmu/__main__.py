@@ -159,22 +159,21 @@ def audit(
     quiet_libraries()
     with friendly_exit():
         from lowmem_rmu.audit.suite import ATTACKS, Settings  # heavy libraries load only once there is work for them
-        from lowmem_rmu.audit.tables import audit_tables
 
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         names = [name.strip() for name in attacks.split(",") if name.strip()] or list(ATTACKS)
-        found = run_attacks(folder, names, budget, Settings(limit, seed), plan, again, device)
-        if found:
-            Console().print_json(data=found) if as_json else Console().print(audit_tables(found))
-            print(f"Audited: {folder.audit_result}", file=sys.stderr)
+        run_attacks(folder, names, budget, Settings(limit, seed), plan, again, device, as_json)
 
 
 def run_attacks(
-    folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str
-) -> dict[str, Any] | None:
-    """Waits for its turn, for attacks take the device; prints what they will take and, unless that is all that is asked, gives what they found."""
+    folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str, as_json: bool
+) -> None:
+    """Waits for its turn, for attacks take the device; prints what they will take and, unless that is all that is asked, what they found.
+
+    All is printed before the turn ends: who sees that it has ended reads there how.
+    """
     from lowmem_rmu.audit.suite import Audit, open_audit
-    from lowmem_rmu.audit.tables import cost_table
+    from lowmem_rmu.audit.tables import audit_tables, cost_table
     from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.report import write_report
 
@@ -183,11 +182,15 @@ def run_attacks(
         with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once("audit")), watched(folder.path, "Audit") as watcher:
             opened = open_audit(folder, on, settings, watcher, again)
             Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
+            if plan:
+                return
             try:
-                return None if plan else opened.run(chosen, None if budget is None else 60 * budget)
+                found = opened.run(chosen, None if budget is None else 60 * budget)
             finally:  # what was found until a stop is told too
                 if (folder.path / "summary.json").exists():
                     write_report(folder)
+            Console().print_json(data=found) if as_json else Console().print(audit_tables(found))
+            print(f"Audited: {folder.audit_result}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         raise Stopped(folder.path, "the same command") from None
 
