@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from lowmem_rmu.audit import relearning
 from lowmem_rmu.audit.audited import SIDES, Audited, prepare
-from lowmem_rmu.audit.knowledge import Knowledge, Questions, Texts, held_out_documents
+from lowmem_rmu.audit.knowledge import Knowledge, Questions, Texts, evenly, held_out_documents
 from lowmem_rmu.data.corpora import tokenise
 from lowmem_rmu.evaluation.multiple_choice import ask
 from lowmem_rmu.model.loading import resolve_device
@@ -79,15 +79,14 @@ def what_stays(audited: Audited, limit: int) -> Knowledge:
     preset, asked = audited.preset, ask(audited.kept)
     batch_tokens = preset.evaluation.planned_batch_tokens
     if asked:
-        count = min(limit, len(asked))
-        return Questions([asked[number * len(asked) // count] for number in range(count)], audited.tokenizer, batch_tokens)
+        return Questions(evenly(asked, limit), audited.tokenizer, batch_tokens)
     documents = [text for half in held_out_documents(preset.retain.corpora) for text in half]
     return Texts(tokenise(documents, audited.tokenizer, preset.retain.max_tokens, split=True), audited.tokenizer, batch_tokens)
 
 
 def figure(knowledge: Knowledge, values: list[float]) -> float:
     """% of the questions, or nats a token."""
-    return 100 * sum(values) / len(values) if knowledge.are_questions else -sum(values) / (knowledge.tokens - len(knowledge))
+    return knowledge.figure(values) * (100 if knowledge.are_questions else 1)
 
 
 def measure(preset: Preset, device: torch.device, limit: int) -> Held:
@@ -95,7 +94,7 @@ def measure(preset: Preset, device: torch.device, limit: int) -> Held:
     with TemporaryDirectory() as runs:
         audited = prepare("measured", preset, unlearn(preset, device, Path(runs)), device, forgotten, limit, 0)
         known, stays = audited.knowledge, what_stays(audited, limit)
-        plain = {side: relearning.measure(audited, side) for side in SIDES}
+        plain = {side: audited.measure(side) for side in SIDES}
         with audited.side("unlearned") as model:
             kept = figure(stays, stays.of(model))
         points = relearning.curve(audited, "unlearned", audited.relearning[: relearning.TOPIC_SAMPLES], STEPS)

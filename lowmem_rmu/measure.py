@@ -24,10 +24,9 @@ from lowmem_rmu.evaluation.multiple_choice import Interrupted
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.identity import content_digest, model_digest
 from lowmem_rmu.model.loading import load_model, load_tokenizer, unquantised_modules
-from lowmem_rmu.pipeline import Watcher
 from lowmem_rmu.presets import Evaluation, ModelSettings, differences, is_local, known_tasks, override, recorded_preset, resolve_paths, short_name
 from lowmem_rmu.processes import Processes
-from lowmem_rmu.runs import RunFolder, Stopped, add_lines, read_lines, write_json, write_lines
+from lowmem_rmu.runs import RunFolder, Stopped, Watcher, add_lines, read_lines, write_json, write_lines
 
 
 @dataclass(frozen=True)

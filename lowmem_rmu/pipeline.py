@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import machine, processor, python_version
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -38,7 +38,7 @@ from lowmem_rmu.model.shards import commit_of
 from lowmem_rmu.presets import Preset, Role, short_name
 from lowmem_rmu.processes import Processes
 from lowmem_rmu.report import write_report
-from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, read_lines, write_json, write_lines
+from lowmem_rmu.runs import RunFolder, Stopped, Watcher, folder_replaced, read_lines, write_json, write_lines
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
 from lowmem_rmu.unlearning.targets import cues
 
@@ -47,16 +47,6 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 HEARTBEAT_SECONDS = 1.0
 NO_MORE: Any = ()
 """What the first process tells the others when there is nothing left to evaluate."""
-
-
-class Watcher(Protocol):
-    """Who follows a run: told when a stage starts and how far it is."""
-
-    def started(self, stage: str, total: int) -> None: ...
-
-    def advanced(self, done: int, figures: dict[str, float | str]) -> None: ...
-
-    def asks_to_stop(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lowmem_rmu.errors import UserError, nearest
 
@@ -62,6 +62,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+class Watcher(Protocol):
+    """Who follows a run, or other work on it: told when a stage starts and how far it is."""
+
+    def started(self, stage: str, total: int) -> None: ...
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None: ...
+
+    def asks_to_stop(self) -> bool: ...
 
 
 class Stopped(Exception):

@@ -17,7 +17,7 @@ from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, in_words, seed_
 from lowmem_rmu.audit.audited import Audited, Side
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.audit.residual import layer_count, leaving, spread
-from lowmem_rmu.data.corpora import Batch, pad
+from lowmem_rmu.evaluation.perplexity import batches
 from lowmem_rmu.model.logits import hidden_at
 
 LAYERS = 8
@@ -87,16 +87,10 @@ def activations(audited: Audited, side: Side, layers: list[int]) -> tuple[dict[i
             kept.append(at_tokens[-passed % every :: every].cpu())
 
     with audited.side(side) as model, leaving(model, layers, see), torch.inference_mode():
-        for batch in batches(audited, sequences):
+        for batch in batches(model, audited.tokenizer, sequences, audited.preset.evaluation.planned_batch_tokens):
             hidden_at(model, batch.is_token, input_ids=batch.input_ids)
             passed += int(batch.is_token.sum())
     return means, torch.cat(kept)
-
-
-def batches(audited: Audited, sequences: list[list[int]]) -> Iterator[Batch]:
-    size = max(1, audited.preset.evaluation.planned_batch_tokens // max(map(len, sequences)))
-    for start in range(0, len(sequences), size):
-        yield pad(sequences[start : start + size], audited.tokenizer.pad_token_id, "right", audited.device)
 
 
 def measure(audited: Audited, side: Side, directions: list[list[float]]) -> Values:

@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.audit.audited import Audited
+from lowmem_rmu.audit.knowledge import evenly
 from lowmem_rmu.chat import encode_prompt, messages_of
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.data.questions import Question
@@ -27,7 +27,6 @@ TEXTS, PLACES = 64, 4
 """Texts, and places in each, at which the next word is compared: both sides' whole vocabulary is kept of 256 places."""
 
 Ids = list[int]
-Item = TypeVar("Item")
 
 
 def as_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> list[Ids]:
@@ -112,9 +111,3 @@ def predicted(model: Any, ids: Ids) -> Tensor:
 
 def _kl(base: Tensor, unlearned: Tensor) -> float:
     return float(kl_div(unlearned.to(base.device), base, reduction="none", log_target=True).sum(-1).mean())
-
-
-def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """At most so many of them, at even distances."""
-    count = min(count, len(items))
-    return [items[number * len(items) // count] for number in range(count)]

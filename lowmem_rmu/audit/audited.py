@@ -13,7 +13,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.audit.knowledge import ENOUGH, Knowledge, Questions, Texts, held_out_documents, untold
+from lowmem_rmu.audit.knowledge import ENOUGH, Knowledge, Questions, Texts, evenly, held_out_documents, untold
+from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.data.corpora import read_documents, split_held_out, tokenise
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
@@ -72,6 +73,11 @@ class Audited:
         with base_only(model) if side == "base" else nullcontext():
             yield model
 
+    def measure(self, side: Side) -> Values:
+        """What that side knows of each item."""
+        with self.side(side) as model:
+            return self.knowledge.of(model)
+
     @contextmanager
     def learning(self, side: Side, seed: int) -> Iterator[Any]:
         """The model on that side with a fresh LoRA in every linear module of every layer, which alone learns and is gone afterwards."""
@@ -123,11 +129,16 @@ class Audited:
 
 def fresh_config(model: nn.Module) -> LoraConfig:
     """LoRA on every linear module of every decoder layer, but fused experts and matrices that unlearning trained themselves."""
-    layer = decoder_layers(model)[0]
-    names = sorted({name.split(".base_layer")[0].rpartition(".")[2] for name, each in layer.named_modules() if _is_linear(name, each)})
     inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     trained = [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    names = linear_names(model)
     return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, exclude_modules=trained or None, task_type="CAUSAL_LM")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """What the linear modules of a decoder layer are called, with or without adapters on them."""
+    modules = decoder_layers(model)[0].named_modules()
+    return sorted({name.split(".base_layer")[0].rpartition(".")[2] for name, module in modules if _is_linear(name, module)})
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:
@@ -178,7 +189,5 @@ def choose_questions(sets: list[QuestionSet], documents: list[str], limit: int) 
     told = any(len(each) < ENOUGH for each in free.values())
     chosen: list[Asked] = []
     for task, members in tasks.items():
-        pool = ask(members) if told else free[task]
-        count = min(limit, len(pool))
-        chosen += [pool[number * len(pool) // count] for number in range(count)]
+        chosen += evenly(ask(members) if told else free[task], limit)
     return chosen, told

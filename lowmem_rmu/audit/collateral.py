@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowmem_rmu.audit.answering import evenly
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import SIDES, Audited, Side
-from lowmem_rmu.audit.knowledge import Questions, answers_of
-from lowmem_rmu.data.corpora import pad
+from lowmem_rmu.audit.knowledge import Questions, answers_of, evenly
 from lowmem_rmu.evaluation.compare import change_interval
 from lowmem_rmu.evaluation.multiple_choice import Answer, Asked, ask
-from lowmem_rmu.evaluation.perplexity import mean_a_token, sequence_losses
+from lowmem_rmu.evaluation.perplexity import batches, mean_a_token, sequence_losses
 from lowmem_rmu.model.layers import run_layers, run_trunk
 
 QUESTIONS = 100
@@ -96,9 +94,8 @@ def nearness(audited: Audited, texts: list[list[int]]) -> list[float]:
 def mean_activations(audited: Audited, model: Any, texts: list[list[int]]) -> torch.Tensor:
     """What leaves the target layer, `(texts, hidden)` in float32 on the CPU; the mean over all tokens but the first, which is like no other."""
     layer = audited.preset.rmu.target_layer
-    size, means = max(1, audited.preset.evaluation.planned_batch_tokens // max(map(len, texts))), list[torch.Tensor]()
-    for start in range(0, len(texts), size):
-        batch = pad(texts[start : start + size], audited.tokenizer.pad_token_id, "right", next(model.parameters()).device)
+    means = list[torch.Tensor]()
+    for batch in batches(model, audited.tokenizer, texts, audited.preset.evaluation.planned_batch_tokens):
         trunk = run_trunk(model, batch.input_ids, None, slice(layer, layer + 1))
         counted = batch.is_token.clone()
         counted[:, 0] = False

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,8 @@ RARE = 0.05
 ENOUGH = 30
 """Questions: with fewer an interval is too wide to tell anything."""
 _WORD = re.compile(r"\w+")
+
+Item = TypeVar("Item")
 
 
 class Knowledge(Protocol):
@@ -120,3 +122,9 @@ def untold(asked: Sequence[Asked], documents: Iterable[str]) -> list[Asked]:
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """At most so many of them, at even distances."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.audit.answering import Ids, answers, as_prompts, divergence, evenly, names_the_right_one, perplexity, repetition
+from lowmem_rmu.audit.answering import Ids, answers, as_prompts, divergence, names_the_right_one, perplexity, repetition
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, Side
-from lowmem_rmu.audit.knowledge import Questions, answers_of
+from lowmem_rmu.audit.knowledge import Questions, answers_of, evenly
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.audit.ways import ways_of
 from lowmem_rmu.evaluation.compare import by_luck

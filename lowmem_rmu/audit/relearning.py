@@ -56,7 +56,7 @@ def lacks(audited: Audited) -> str | None:
 
 
 def relearn(audited: Audited, pieces: Pieces) -> Tried:
-    plain = {side: pieces.get(side, partial(measure, audited, side)) for side in SIDES}
+    plain = {side: pieces.get(side, partial(audited.measure, side)) for side in SIDES}
     conditions, base = dict[str, Values](), dict[str, Values]()
     curves: dict[str, dict[Side, dict[str, float]]] = {}
     half: dict[str, int | None] = {}
@@ -74,11 +74,6 @@ def relearn(audited: Audited, pieces: Pieces) -> Tried:
 def measured_after(audited: Audited) -> dict[Side, tuple[int, ...]]:
     """Where knowledge is text, base learns its style alike: what it gains is taken off at every step."""
     return MEASURED_AFTER if audited.knowledge.are_questions else dict.fromkeys(SIDES, MEASURED_AFTER["unlearned"])
-
-
-def measure(audited: Audited, side: Side) -> Values:
-    with audited.side(side) as model:
-        return audited.knowledge.of(model)
 
 
 def curve(audited: Audited, side: Side, sequences: list[list[int]], steps: tuple[int, ...]) -> dict[str, Values]:

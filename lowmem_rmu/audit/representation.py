@@ -25,9 +25,9 @@ from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.knowledge import ENOUGH, RARE, Questions
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.audit.residual import layer_count, leaving
-from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.data.questions import LETTERS, QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import Asked, encode
+from lowmem_rmu.evaluation.perplexity import batches
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.layers import decoder_layers, lent_forward
 from lowmem_rmu.model.loading import load_config
@@ -142,12 +142,10 @@ def states_of(audited: Audited, side: Side, sequences: Sequence[Sequence[int]]) 
     def see(layer: int, hidden: Tensor) -> None:
         found[layer].append(hidden[last.to(hidden.device)].float().cpu())
 
-    size = max(1, audited.preset.evaluation.planned_batch_tokens // max(map(len, sequences)))
     with audited.side(side) as model, leaving(model, range(len(found)), see), torch.inference_mode():
         room = getattr(model.config, "max_position_embeddings", None) or 0  # -0 keeps all
-        for start in range(0, len(order), size):
-            rows = [list(sequences[number][-room:]) for number in order[start : start + size]]
-            batch = pad(rows, audited.tokenizer.pad_token_id, "right", audited.device)
+        rows = [list(sequences[number][-room:]) for number in order]
+        for batch in batches(model, audited.tokenizer, rows, audited.preset.evaluation.planned_batch_tokens):
             last = batch.is_token & (batch.is_token.cumsum(1) == batch.is_token.sum(1, keepdim=True))
             hidden_at(model, last, input_ids=batch.input_ids)
     places = torch.tensor(order).argsort()

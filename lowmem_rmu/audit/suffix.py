@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
 from lowmem_rmu.audit.audited import SIDES, Audited, Side
-from lowmem_rmu.audit.knowledge import Questions
+from lowmem_rmu.audit.knowledge import Questions, evenly
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.chat import encode_prompt
 from lowmem_rmu.evaluation.multiple_choice import Asked
@@ -76,9 +76,7 @@ def prompts_of(audited: Audited) -> list[str]:
         texts = [text for text in asked if len(tokenizer(text)["input_ids"]) <= LONGEST]
     else:
         texts = [str(tokenizer.decode(ids[:BEGINNING], skip_special_tokens=True)).strip() for ids in audited.forget if len(ids) > BEGINNING]
-    different = list(dict.fromkeys(filter(None, texts)))
-    count = min(PROMPTS, len(different))
-    return [different[number * len(different) // count] for number in range(count)]
+    return evenly(list(dict.fromkeys(filter(None, texts))), PROMPTS)
 
 
 def slot_of(audited: Audited, text: str, target: list[int]) -> Slot:

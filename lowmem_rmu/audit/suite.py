@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from lowmem_rmu import __version__
 from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation, suffix
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
-from lowmem_rmu.audit.audited import RANK, SIDES, Audited, Side, prepare
+from lowmem_rmu.audit.audited import RANK, SIDES, Audited, linear_names, prepare
 from lowmem_rmu.audit.recovery import Values, fairly_best, less_what_base_gains, recovery
 from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
 from lowmem_rmu.errors import UserError, nearest
@@ -23,27 +22,16 @@ from lowmem_rmu.evaluation.compare import LUCK, compare_tasks
 from lowmem_rmu.evaluation.summary import read_object
 from lowmem_rmu.export.verification import read_run
 from lowmem_rmu.model.fit import is_out_of_memory
-from lowmem_rmu.model.layers import decoder_layers
 from lowmem_rmu.model.loading import load_config, skeleton
 from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memory_in_use, plan, reset_peak
 from lowmem_rmu.presets import Preset, differences, recorded_preset
-from lowmem_rmu.runs import RunFolder, Stopped, write_json
+from lowmem_rmu.runs import RunFolder, Stopped, Watcher, write_json
 
 ATTACKS: dict[str, Attack] = {
     module.ATTACK.name: module.ATTACK for module in (relearning, ablation, requantisation, representation, prompting, suffix, collateral)
 }
 BACKWARD = 6.0
 """Forward passes that a training step on the same tokens costs, the forward one among them: a LoRA in every module, matrices dequantised twice."""
-
-
-class Watcher(Protocol):
-    """Who follows the audit."""
-
-    def started(self, stage: str, total: int) -> None: ...
-
-    def advanced(self, done: int, figures: dict[str, float | str]) -> None: ...
-
-    def asks_to_stop(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ class Audit:
         self.done = 0
         watcher.started("measuring", 2)
         pieces = self._pieces("measured")
-        self.plain: dict[str, Values] = {side: pieces.get(side, partial(self._measure, side)) for side in SIDES}
+        self.plain: dict[str, Values] = {side: pieces.get(side, partial(self.audited.measure, side)) for side in SIDES}
         self.pace = pieces.get("seconds", self._time)
 
     @staticmethod
@@ -222,14 +210,10 @@ class Audit:
         self.watcher.advanced(self.done, {"": key})
         self.done += 1
 
-    def _measure(self, side: Side) -> Values:
-        with self.audited.side(side) as model:
-            return self.audited.knowledge.of(model)
-
     def _time(self) -> float:
         """Seconds of one measurement of all knowledge, once everything is warm."""
         began = time.monotonic()
-        self._measure("unlearned")
+        self.audited.measure("unlearned")
         return time.monotonic() - began
 
 
@@ -239,17 +223,13 @@ def bytes_needed(audited: Audited, cost: Cost) -> int:
     needed = plan(preset, device, ["evaluate-base", "evaluate-unlearned"])[-1].total
     if cost.training_batch:
         config: Any = load_config(preset.model)
-        rmu = {"target_layer": config.num_hidden_layers - 1, "adapter_layers": list(range(config.num_hidden_layers)), "modules": linear_names(preset)}
+        layers, modules = list(range(config.num_hidden_layers)), linear_names(skeleton(config))
+        rmu = {"target_layer": layers[-1], "adapter_layers": layers, "modules": modules}
         needs = Needs(preset.model_copy(update={"rmu": preset.rmu.model_copy(update=rmu | {"rank": RANK, "trainable": "lora"})}), device)
         logits = 3 * cost.training_batch * needs.vocabulary * FLOAT32  # as they are, in float32, and their gradient
         learning = needs.weights.learning(needs.rmu) * 4 * FLOAT32  # weights, gradients, two moments
         needed = max(needed, needs.weights_held(None) + learning + needs.training(cost.training_batch) + logits)
     return needed + cost.extra_bytes
-
-
-def linear_names(preset: Preset) -> list[str]:
-    layer = decoder_layers(skeleton(load_config(preset.model)))[0]
-    return sorted({name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, nn.Linear)})
 
 
 def duration(seconds: float) -> str:

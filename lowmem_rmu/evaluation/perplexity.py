@@ -34,7 +34,7 @@ def text_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: l
 def sequence_losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> list[float]:
     """The sum of the next-token losses of each sequence, in nats."""
     sums: list[float] = []
-    for batch in _batches(model, tokenizer, sequences, batch_tokens):
+    for batch in batches(model, tokenizer, sequences, batch_tokens):
         sums += _sums(batch, _losses(model, batch))
     return sums
 
@@ -43,13 +43,14 @@ def sequence_losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequen
 def divergence(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> dict[str, float]:
     """KL(base || unlearned) of the next token in nats, mean over tokens with its standard error: 0 where both predict the same."""
     sums: list[float] = []
-    for batch in _batches(model, tokenizer, sequences, batch_tokens):
+    for batch in batches(model, tokenizer, sequences, batch_tokens):
         sums += _sums(batch, _divergences(model, batch))
     kl, stderr = mean_a_token(sums, sequences)
     return {"kl": kl, "kl_stderr": stderr}
 
 
-def _batches(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> Iterator[Batch]:
+def batches(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> Iterator[Batch]:
+    """All sequences in their order, padded on the right, at most `batch_tokens` tokens at once."""
     size, device = max(1, batch_tokens // max(map(len, sequences))), next(model.parameters()).device
     for start in range(0, len(sequences), size):
         yield pad(sequences[start : start + size], tokenizer.pad_token_id, "right", device)

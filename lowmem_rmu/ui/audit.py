@@ -18,14 +18,12 @@ from lowmem_rmu.report import render_audit
 from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.turns import one_at_a_time
 from lowmem_rmu.ui import jobs
-from lowmem_rmu.ui.guard import guarded, on_the_page
+from lowmem_rmu.ui.guard import failure, guarded, on_the_page, printed_in
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 REFRESH_SECONDS = 2.0
 NOTHING = "<p>Not audited yet.</p>"
 STOPPED = "<p><strong>Stopped</strong>; nothing is lost. Audit goes on with it.</p>"
-LINES = 3
-"""Of what the process printed, shown where it ended in a mistake."""
 
 
 def minutes(budget: str) -> float | None:
@@ -67,7 +65,7 @@ def earlier_settings(folder: RunFolder) -> list[str]:
 
 def progress(folder: RunFolder) -> str:
     """What has become of an audit, as HTML."""
-    printed = _lines(folder.audit_output)
+    printed = printed_in(folder.audit_output)
     last = printed[-1] if printed else ""
     if jobs.is_audited_now(folder):
         return f"<p><strong>At work</strong>: {html.escape(last or 'starting')} …</p>"
@@ -77,14 +75,7 @@ def progress(folder: RunFolder) -> str:
         return "<p><strong>Done</strong></p>"
     if last.startswith(("Stopped", "Stopping", "Waiting: ")):  # a process that waits ends at once
         return STOPPED
-    told = "\n".join(printed[-LINES:])
-    told = "Its process ended before it was done. Audit goes on where it was." if "Traceback" in "\n".join(printed) or not printed else told
-    return f"<p><strong>Failed</strong></p><pre class='rmu-error'>{html.escape(on_the_page(told))}</pre>"
-
-
-def _lines(output: Path) -> list[str] | None:
-    """None where no process has printed there."""
-    return output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.exists() else None
+    return failure(printed, "Audit goes on where it was.")
 
 
 def found(folder: RunFolder) -> str:

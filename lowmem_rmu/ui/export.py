@@ -19,7 +19,7 @@ from lowmem_rmu.export.verification import FILE
 from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.turns import one_at_a_time
 from lowmem_rmu.ui import jobs
-from lowmem_rmu.ui.guard import guarded, on_the_page
+from lowmem_rmu.ui.guard import failure, guarded, printed_in
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 REFRESH_SECONDS = 2.0
@@ -37,8 +37,6 @@ KIND_WORDS = {
 NOTHING = "<p>Not exported yet.</p>"
 LARGEST_DOWNLOAD = 200 * 2**20
 """Bytes of an export that is offered as a zip file; a larger one is taken from its folder."""
-LINES = 3
-"""Of what the process printed, shown where it ended in a mistake."""
 
 
 def place_of(folder: RunFolder, format: str, kind: str) -> Path:
@@ -75,19 +73,12 @@ def progress(folder: RunFolder, place: Path) -> str:
     if place.exists():
         where = html.escape(str(place.relative_to(folder.path.parent.parent)))
         return f"<p><strong>Done</strong>: {size_of(place) / 1e6:,.1f} MB in {where}</p>{verification_html(place)}"
-    printed = _lines(output_of(place))
+    printed = printed_in(output_of(place))
     if jobs.is_exported_now(folder) and printed is not None:
         return f"<p><strong>At work</strong>: {html.escape(printed[-1] if printed else 'starting')} …</p>"
     if printed is None:
         return NOTHING
-    told = "\n".join(printed[-LINES:])
-    told = "Its process ended before it was done. Do it again." if "Traceback" in "\n".join(printed) or not printed else told
-    return f"<p><strong>Failed</strong></p><pre class='rmu-error'>{html.escape(on_the_page(told))}</pre>"
-
-
-def _lines(output: Path) -> list[str] | None:
-    """None where no process has printed there."""
-    return output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.exists() else None
+    return failure(printed, "Do it again.")
 
 
 def size_of(place: Path) -> int:

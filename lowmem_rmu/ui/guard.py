@@ -1,11 +1,13 @@
 """What every event of the page goes through: a user's mistake becomes a message, anything else a plain apology and a line in the log."""
 
+import html
 import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,6 +16,8 @@ from markupsafe import escape
 from lowmem_rmu.errors import UserError, is_disk_full
 
 LOG = logging.getLogger(__name__)
+LINES = 3
+"""Of what a process printed, shown where it ended in a mistake."""
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +41,18 @@ def on_the_page(message: str) -> str:
     lines = [line for line in message.splitlines() if not line.strip().startswith("--stages")]
     text = re.sub(r"(python -m lowmem_rmu\.run \S+ )?--resume --name \S+", "Resume, under Runs.", "\n".join(lines)).replace("--set ", "")
     return re.sub(r"(python -m lowmem_rmu audit \S+ )?--again", 'check "Start over" under Audit', text)
+
+
+def printed_in(output: Path) -> list[str] | None:
+    """The lines that a process of the page printed; None where none has."""
+    return output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.exists() else None
+
+
+def failure(printed: list[str], what_next: str) -> str:
+    """The end of what a process printed that failed, as HTML: a user's mistake in its words, of anything else only that it ended."""
+    text = "\n".join(printed)
+    told = f"Its process ended before it was done. {what_next}" if "Traceback" in text or not printed else "\n".join(printed[-LINES:])
+    return f"<p><strong>Failed</strong></p><pre class='rmu-error'>{html.escape(on_the_page(told))}</pre>"
 
 
 @contextmanager

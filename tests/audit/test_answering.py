@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lowmem_rmu.audit.answering import LENGTH, answers, as_prompts, divergence, evenly, names_the_right_one, perplexity, repetition
+from lowmem_rmu.audit.answering import LENGTH, answers, as_prompts, divergence, names_the_right_one, perplexity, repetition
 from lowmem_rmu.audit.audited import Audited, Sides, prepare
+from lowmem_rmu.audit.knowledge import evenly
 from lowmem_rmu.chat import Sampling, answer
 from lowmem_rmu.data.questions import Question
 from lowmem_rmu.evaluation.perplexity import divergence as divergence_everywhere

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_rmu.audit.answering import evenly
 from lowmem_rmu.audit.attack import Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, prepare
 from lowmem_rmu.audit.collateral import ATTACK, about_texts, by_nearness, calibration, mean_activations, nearness, tasks
-from lowmem_rmu.audit.knowledge import Texts
+from lowmem_rmu.audit.knowledge import Texts, evenly
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import ask
 from lowmem_rmu.presets import recorded_preset

@@ -22,11 +22,11 @@ def audited(forgetful: RunFolder) -> Audited:
 def test_a_few_steps_bring_back_what_was_hidden(audited: Audited) -> None:
     name, sequences = next(iter(relearning.texts_of(audited).items()))
     assert name == "unseen text about the topic"
-    plain = {side: relearning.measure(audited, side) for side in ("base", "unlearned")}
+    plain = {side: audited.measure(side) for side in ("base", "unlearned")}
     points = relearning.curve(audited, "unlearned", sequences, (5, 25))
     assert audited.knowledge.figure(points["25"]) > audited.knowledge.figure(plain["unlearned"]) + 0.3
     assert relearning.steps_to_half(audited, plain, points) == 25
-    assert relearning.measure(audited, "unlearned") == plain["unlearned"]  # and nothing of it stays
+    assert audited.measure("unlearned") == plain["unlearned"]  # and nothing of it stays
 
 
 def test_the_same_seed_learns_the_same(audited: Audited) -> None:
