@@ -52,18 +52,25 @@ class Silent:
 
 @dataclass(frozen=True)
 class Held:
-    """In % of the questions, or in nats a token: what is known before and after unlearning, of what was to stay, and by relearning steps."""
+    """In % of the questions, or in nats a token: what is known before and after unlearning, and by relearning steps."""
 
     base: float
     unlearned: float
     kept: float
+    """Of what was to stay, once unlearned."""
+    measured: float | None
+    """Of the tasks that were neither to stay nor to go, once unlearned; None where there are none."""
     after: dict[str, float]
     half: int | None
     """The first measured step at which half of what was forgotten is back."""
 
     def row(self) -> list[str]:
-        figures = [self.base, self.unlearned, self.kept, *self.after.values()]
-        return [*(f"{figure:.1f}" if figure >= 10 else f"{figure:.2f}" for figure in figures), str(self.half or f"> {STEPS[-1]}")]
+        figures = [self.base, self.unlearned, self.kept, self.measured, *self.after.values()]
+        return [*map(in_digits, figures), str(self.half or f"> {STEPS[-1]}")]
+
+
+def in_digits(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.1f}" if figure >= 10 else f"{figure:.2f}"
 
 
 def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
@@ -94,13 +101,15 @@ def measure(preset: Preset, device: torch.device, limit: int) -> Held:
     with TemporaryDirectory() as runs:
         audited = prepare("measured", preset, unlearn(preset, device, Path(runs)), device, forgotten, limit, 0)
         known, stays = audited.knowledge, what_stays(audited, limit)
+        others = Questions(evenly(ask(audited.measured), limit), audited.tokenizer, preset.evaluation.planned_batch_tokens)
         plain = {side: audited.measure(side) for side in SIDES}
         with audited.side("unlearned") as model:
-            kept = figure(stays, stays.of(model))
+            kept, measured = figure(stays, stays.of(model)), figure(others, others.of(model)) if others.asked else None
         points = relearning.curve(audited, "unlearned", audited.relearning[: relearning.TOPIC_SAMPLES], STEPS)
         audited.free()
+    base, unlearned = (figure(known, plain[side]) for side in SIDES)
     after = {step: figure(known, values) for step, values in points.items()}
-    return Held(figure(known, plain["base"]), figure(known, plain["unlearned"]), kept, after, relearning.steps_to_half(audited, plain, points))
+    return Held(base, unlearned, kept, measured, after, relearning.steps_to_half(audited, plain, points))
 
 
 def main(
@@ -108,7 +117,7 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting of all variants.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")] = None,
     seeds: Annotated[str, typer.Option(help="Of unlearning, with commas between them.")] = "0",
-    limit: Annotated[int, typer.Option(min=1, help="Questions of each forgotten task, and of all that is kept.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each forgotten task, of all that is kept, and of all that is measured.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Of relearning.")] = relearning.LEARNING_RATE,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -117,7 +126,7 @@ def main(
     relearning.LEARNING_RATE = learning_rate
     table = Table(title=f"{preset}, relearned at {learning_rate:g}", title_justify="left")
     table.add_column("Variant", overflow="fold")
-    for column in ("Seed", "Base", "Unlearned", "Kept", *(f"{step} steps" for step in STEPS), "Half"):
+    for column in ("Seed", "Base", "Unlearned", "Kept", "Measured", *(f"{step} steps" for step in STEPS), "Half"):
         table.add_column(column, justify="right")
     with friendly_exit():
         for each in variant or [QUARTER_WAY_UP, ""]:

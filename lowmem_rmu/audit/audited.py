@@ -56,6 +56,8 @@ class Audited:
     """Whether the text to relearn from may tell what is asked."""
     kept: list[QuestionSet]
     """Tasks that were to stay."""
+    measured: list[QuestionSet]
+    """Tasks that were neither to stay nor to go."""
     relearning: list[list[int]]
     """Text about what was forgotten that unlearning never saw."""
     forget: list[list[int]]
@@ -154,9 +156,10 @@ def prepare(
     """
     tokenizer = load_tokenizer(preset.model)
     sets = load_questions(preset.evaluation)
+    lost = [each for each in sets if (each.group or each.name) in forgotten]
     told_by, measured = held_out_documents(topic.corpus for topic in preset.topics.values())
     batch_tokens, longest = preset.evaluation.planned_batch_tokens, max(topic.max_tokens for topic in preset.topics.values())
-    questions, told = choose_questions([each for each in sets if (each.group or each.name) in forgotten], told_by, limit or QUESTIONS)
+    questions, told = choose_questions(lost, told_by, limit or QUESTIONS)
     knowledge: Knowledge
     if questions:
         knowledge = Questions(questions, tokenizer, batch_tokens)
@@ -173,6 +176,7 @@ def prepare(
     return Audited(
         name, preset, Sides(preset.model, unlearned), device, tokenizer, knowledge, told,
         [each for each in sets if each.role in ("kept", "adjacent")],
+        [each for each in sets if each.role == "measured" and each not in lost],
         tokenise(told_by, tokenizer, longest, split=True),
         tokenise(trained, tokenizer, longest, split=True),
         tokenise(benign, tokenizer, preset.retain.max_tokens, split=True),

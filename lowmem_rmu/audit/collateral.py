@@ -1,4 +1,4 @@
-"""Collateral damage: what else went? Tasks that were to stay, how sure the model is of its answers, and text by its nearness to the topic.
+"""Collateral damage: what else went? The other tasks, how sure the model is of its answers, and text by its nearness to the topic.
 
 Unlearning spills over to what lies near (Li et al. 2024, arXiv 2403.03218: virology and computer security in MMLU).
 """
@@ -28,9 +28,9 @@ BINS = 10
 
 
 def tasks(audited: Audited) -> dict[str, list[Asked]]:
-    """A sample of the questions that were to be kept, by task; subjects of a task that are adjacent to the topic for themselves."""
+    """A sample of the questions about anything else, by task; subjects of a task that are adjacent to the topic for themselves."""
     found: dict[str, list[Asked]] = {}
-    for each in audited.kept:
+    for each in [*audited.kept, *audited.measured]:
         name = each.group or each.name
         found.setdefault(f"{name}, adjacent" if each.role == "adjacent" else name, []).extend(ask([each]))
     return {name: evenly(asked, QUESTIONS) for name, asked in found.items()}
@@ -47,12 +47,13 @@ def cost(audited: Audited) -> Cost:
 
 
 def lacks(audited: Audited) -> str | None:
-    return None if audited.kept or len(audited.benign) >= SHARES else "it needs tasks that were to be kept, or text to retain"
+    enough = audited.kept or audited.measured or len(audited.benign) >= SHARES
+    return None if enough else "it needs tasks that were not to be forgotten, or text to retain"
 
 
 def look_around(audited: Audited, pieces: Pieces) -> Tried:
-    kept, texts = tasks(audited), evenly(audited.benign, TEXTS)
-    questions = {"kept": [each for same in kept.values() for each in same], "forgotten": forgotten(audited)}
+    others, texts = tasks(audited), evenly(audited.benign, TEXTS)
+    questions = {"other": [each for same in others.values() for each in same], "forgotten": forgotten(audited)}
     near = pieces.get("nearness", partial(nearness, audited, texts)) if len(texts) >= SHARES else []
     found: dict[str, dict[Side, list[Answer]]] = {kind: {} for kind in questions}
     losses: dict[Side, list[float]] = {}
@@ -60,7 +61,7 @@ def look_around(audited: Audited, pieces: Pieces) -> Tried:
         for kind, asked in questions.items():
             found[kind][side] = pieces.get(f"{kind} questions, {side}", partial(answers, audited, side, asked))
         losses[side] = pieces.get(f"texts, {side}", partial(text_losses, audited, side, texts)) if near else []
-    table, quarters = compared(kept, found["kept"]), by_nearness(texts, near, losses) if near else []
+    table, quarters = compared(others, found["other"]), by_nearness(texts, near, losses) if near else []
     sure = {kind: {side: calibration(questions[kind], rows) for side, rows in each.items()} for kind, each in found.items()}
     details = {"tasks": table, "calibration": sure, "texts": quarters}
     return Tried({}, details, [*about_tasks(table), *about_calibration(sure), *about_texts(quarters)])
@@ -104,11 +105,11 @@ def mean_activations(audited: Audited, model: Any, texts: list[list[int]]) -> to
     return torch.cat(means)
 
 
-def compared(kept: dict[str, list[Asked]], found: dict[Side, list[Answer]]) -> list[dict[str, Any]]:
+def compared(others: dict[str, list[Asked]], found: dict[Side, list[Answer]]) -> list[dict[str, Any]]:
     """A row a task: what is right on both sides, and between which changes the true one lies."""
     pairs = iter(zip(found["base"], found["unlearned"], strict=True))
     table = []
-    for task, asked in kept.items():
+    for task, asked in others.items():
         marks = [(base["correct"], unlearned["correct"]) for base, unlearned in islice(pairs, len(asked))]
         low, high = change_interval(marks.count((True, False)), marks.count((False, True)), len(marks))
         base, unlearned = (sum(side) / len(marks) for side in zip(*marks, strict=True))

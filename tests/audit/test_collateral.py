@@ -29,10 +29,10 @@ def tried(around: Audited, tmp_path_factory: pytest.TempPathFactory) -> Tried:
     return ATTACK.run(around, Pieces(tmp_path_factory.mktemp("collateral") / "pieces.jsonl"))
 
 
-def test_tasks_that_were_to_stay_are_asked_on_both_sides(tried: Tried) -> None:
+def test_other_tasks_are_asked_on_both_sides(tried: Tried) -> None:
     rows = {each["task"]: each for each in tried.details["tasks"]}
-    assert rows.keys() == {"subjects", "subjects, adjacent", "held_out"}
-    assert rows["subjects, adjacent"]["role"] == "adjacent"
+    assert rows.keys() == {"subjects", "subjects, adjacent", "held_out", "crystals"}
+    assert {rows[name]["role"] for name in ("subjects, adjacent", "crystals")} == {"adjacent", "measured"}
     for each in rows.values():
         assert each["base"] > 0.8
         assert each["low"] <= each["change"] <= each["high"]
@@ -43,7 +43,7 @@ def test_tasks_that_were_to_stay_are_asked_on_both_sides(tried: Tried) -> None:
 def test_unlearned_is_off_where_it_forgot_and_not_elsewhere(tried: Tried) -> None:
     found = tried.details["calibration"]
     assert found["forgotten"]["unlearned"]["error"] > found["forgotten"]["base"]["error"] + 0.1
-    assert found["kept"]["unlearned"]["error"] < 0.2
+    assert found["other"]["unlearned"]["error"] < 0.2
 
 
 def test_texts_are_told_in_quarters_from_the_nearest_on(tried: Tried) -> None:
@@ -102,19 +102,19 @@ def test_quarters_begin_with_what_is_nearest() -> None:
 def test_large_tasks_are_sampled_evenly(around: Audited) -> None:
     questions = tuple(Question(f"What is {number}?", ("a", "b", "c", "d"), 0) for number in range(150))
     sets = [QuestionSet(f"big_{name}", name, "kept", "big", questions) for name in ("one", "two")]
-    found = tasks(replace(around, kept=sets))
+    found = tasks(replace(around, kept=sets, measured=[]))
     assert list(found) == ["big"]
     assert [sum(each.asked.name == member.name for each in found["big"]) for member in sets] == [50, 50]
 
 
 def test_without_questions_there_is_text(around: Audited, tmp_path: Path) -> None:
     texts = Texts(around.forget[:4], around.tokenizer, 4096)
-    found = ATTACK.run(replace(around, knowledge=texts, kept=[]), Pieces(tmp_path / "pieces.jsonl"))
+    found = ATTACK.run(replace(around, knowledge=texts, kept=[], measured=[]), Pieces(tmp_path / "pieces.jsonl"))
     assert found.details["tasks"] == []
-    assert found.details["calibration"] == {kind: {"base": None, "unlearned": None} for kind in ("kept", "forgotten")}
+    assert found.details["calibration"] == {kind: {"base": None, "unlearned": None} for kind in ("other", "forgotten")}
     assert len(found.details["texts"]) == 4
 
 
 def test_with_neither_tasks_nor_text_there_is_nothing_to_look_at(around: Audited) -> None:
     assert ATTACK.lacks(around) is None
-    assert ATTACK.lacks(replace(around, kept=[], benign=[])) == "it needs tasks that were to be kept, or text to retain"
+    assert ATTACK.lacks(replace(around, kept=[], measured=[], benign=[])) == "it needs tasks that were not to be forgotten, or text to retain"

@@ -18,7 +18,7 @@ def test_every_variant_and_seed_has_its_row(capsys: pytest.CaptureFixture[str], 
     assert "tiny, relearned at 0.0005" in said
     for name in ("as it is", r"rmu\.target_layer=1"):
         for seed in (0, 1):
-            assert re.search(rf"{name} +│ +{seed} │ 100\.0 │ +[\d.]+ │ 100\.0 │ +[\d.]+ │ +[\d.]+ │ +(> )?\d │", said)
+            assert re.search(rf"{name} +│ +{seed} │ 100\.0 │ +[\d.]+ │ 100\.0 │ +100\.0 │ +[\d.]+ │ +[\d.]+ │ +(> )?\d │", said)
 
 
 def test_without_questions_it_is_nats_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,4 +27,6 @@ def test_without_questions_it_is_nats_a_token(monkeypatch: pytest.MonkeyPatch) -
     held = robustness.measure(preset, robustness.resolve_device("cpu"), 4)
     assert 0.1 < held.base < held.unlearned < 8
     assert held.base < held.kept < 8
+    assert held.measured is None
+    assert held.row()[3] == "-"
     assert list(held.after) == ["1"]
