@@ -11,9 +11,8 @@ FEW = ["rmu.steps=2", "rmu.batch_size=2", "rmu.retain_batch_size=2"]
 
 
 def test_every_variant_and_seed_has_its_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robustness, "STEPS", (1, 2))
     monkeypatch.setattr(relearning, "LEARNING_RATE", relearning.LEARNING_RATE)  # which the benchmark sets
-    robustness.main("tiny", FEW, ["", "rmu.target_layer=1"], "0,1", limit=4, learning_rate=5e-4, device="cpu")
+    robustness.main("tiny", FEW, ["", "rmu.target_layer=1"], "0,1", limit=4, steps="2,1", learning_rate=5e-4, device="cpu")
     said = capsys.readouterr().out
     assert "tiny, relearned at 0.0005" in said
     for name in ("as it is", r"rmu\.target_layer=1"):
@@ -21,10 +20,9 @@ def test_every_variant_and_seed_has_its_row(capsys: pytest.CaptureFixture[str], 
             assert re.search(rf"{name} +│ +{seed} │ 100\.0 │ +[\d.]+ │ 100\.0 │ +100\.0 │ +[\d.]+ │ +[\d.]+ │ +(> )?\d │", said)
 
 
-def test_without_questions_it_is_nats_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robustness, "STEPS", (1,))
+def test_without_questions_it_is_nats_a_token() -> None:
     preset = robustness.load_preset("tiny", [*FEW, "evaluation.tasks={}", "retain.corpora.0.held_out=0.01"])
-    held = robustness.measure(preset, robustness.resolve_device("cpu"), 4)
+    held = robustness.measure(preset, robustness.resolve_device("cpu"), 4, (1,))
     assert 0.1 < held.base < held.unlearned < 8
     assert held.base < held.kept < 8
     assert held.measured is None
