@@ -100,7 +100,7 @@ class Audit:
     def __init__(self, audited: Audited, place: Path, result: Path, watcher: Watcher) -> None:
         self.audited, self.place, self.result, self.watcher = audited, place, result, watcher
         self.done = 0
-        watcher.started("measuring", 2)
+        watcher.started("measuring", 3)
         pieces = self._pieces("measured")
         self.plain: dict[str, Values] = {side: pieces.get(side, partial(self.audited.measure, side)) for side in SIDES}
         self.pace = pieces.get("seconds", self._time)
