@@ -32,6 +32,7 @@ def audit(page: Page) -> None:
     if not page.get_by_text("Is it gone?").last.is_visible():
         page.get_by_role("button", name="Audit", exact=True).click()
     page.get_by_text("Is it gone?").last.wait_for(timeout=3_600_000)
+    page.get_by_text("not run: not yet").first.wait_for(state="hidden", timeout=3_600_000)
     page.get_by_text("Is it gone?").last.evaluate("element => element.scrollIntoView()")
 
 

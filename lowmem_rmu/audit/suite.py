@@ -32,6 +32,8 @@ ATTACKS: dict[str, Attack] = {
 }
 BACKWARD = 6.0
 """Forward passes that a training step on the same tokens costs, the forward one among them: a LoRA in every module, matrices dequantised twice."""
+NOT_YET = "not yet"
+"""The reason that is told of an attack while those before it run, or where the audit was stopped."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Audit:
         """
         ends = None if budget is None else time.monotonic() + budget
         results = {name: Result(name, each.asks, "not run", "not asked for") for name, each in ATTACKS.items()} | self._earlier()
+        results |= {each.name: self._not_run(each, NOT_YET) for each in attacks if results[each.name].state != "done"}
         for attack in attacks:
             foretold = self.foretell(attack)
             reason = attack.lacks(self.audited) or self._too_large(foretold)

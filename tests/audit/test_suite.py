@@ -123,6 +123,16 @@ def test_a_stopped_audit_goes_on_where_it_was(run: RunFolder) -> None:
 
 
 @pytest.mark.usefixtures("attacks")
+def test_what_is_still_to_come_is_not_run_yet(run: RunFolder) -> None:
+    opened(run).run([LACKING])
+    with pytest.raises(Stopped):
+        opened(run, Patient(stop_before="1")).run([NOTHING, HALF, LACKING])  # what was measured is there: before HALF's second piece
+    reasons = {row["attack"]: row["reason"] for row in json.loads(run.audit_result.read_text(encoding="utf-8"))["attacks"]}
+    later = dict.fromkeys(("half", "lacking"), "not yet")
+    assert reasons == {"nothing": None, **later, **dict.fromkeys(("long", "large", "greedy"), "not asked for")}
+
+
+@pytest.mark.usefixtures("attacks")
 def test_what_an_earlier_audit_found_stays(run: RunFolder) -> None:
     opened(run).run([HALF])
     content = opened(run).run([NOTHING])
