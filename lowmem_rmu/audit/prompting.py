@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.audit.answering import Ids, answers, as_prompts, divergence, names_the_right_one, perplexity, repetition
+from lowmem_rmu.audit.answering import LENGTH, Ids, answers, as_prompts, divergence, names_the_right_one, perplexity, repetition
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, Side
 from lowmem_rmu.audit.knowledge import Questions, answers_of, evenly
@@ -23,6 +23,8 @@ PROMPTS = 40
 """That are answered in words, where they are no questions about what was forgotten."""
 FIRST = 12
 """Tokens of a text that are to be continued."""
+DECODING = 6.0
+"""Tokens that could be read in the time that one takes to write: they come one after the other."""
 SIDES: tuple[Side, Side] = ("unlearned", "base")
 """In this order each is loaded once, should they be two models: base judges what both have said."""
 USUAL, FREELY = "as usual", "answering freely"
@@ -56,9 +58,10 @@ def _questions(tokenizer: PreTrainedTokenizerBase, asked: list[Asked]) -> list[I
 
 
 def cost(audited: Audited) -> Cost:
-    """Letters take one pass over the questions, texts of choices four, answers about two."""
-    passes = sum(4 if same[0].asked.scoring == "cloze" else 1 for same in ways(audited).values()) + 2
-    return Cost(2.0 * passes)
+    """Letters take one pass over the questions, texts of choices four; answers are written, and read once."""
+    passes = sum(4 if same[0].asked.scoring == "cloze" else 1 for same in ways(audited).values())
+    written = LENGTH * sum(map(len, prompts(audited).values()))
+    return Cost(2.0 * (passes + 1 + DECODING * written / audited.knowledge.tokens))
 
 
 def ask_otherwise(audited: Audited, pieces: Pieces) -> Tried:

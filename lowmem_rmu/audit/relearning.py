@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
 from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.recovery import Values, less_what_base_gains, recovery
-from lowmem_rmu.data.corpora import Batches, pad
+from lowmem_rmu.data.corpora import Batch, Batches, pad
 
 STEPS = (5, 10, 25, 50, 100)
 TWIN_STEPS = (25, 100)
@@ -93,13 +93,18 @@ def train(model: Any, sequences: list[list[int]], steps: int, pad_id: int, seed:
     batches, device = Batches(sequences, batch_size(sequences), seed), parameters[0].device
     for step in range(steps):
         batch = pad(batches[batches.at(step)], pad_id, "right", device)
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
-        counted = batch.is_token[:, 1:]
-        cross_entropy(logits[counted], batch.input_ids[:, 1:][counted]).backward()
+        next_token_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         yield step + 1
+
+
+def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """A function of its own, so that no logits are left when the next batch needs their place."""
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
+    counted = batch.is_token[:, 1:]
+    return cross_entropy(logits[counted], batch.input_ids[:, 1:][counted])
 
 
 def steps_to_half(audited: Audited, plain: dict[Side, Values], points: dict[str, Values], twin: dict[str, Values] | None = None) -> int | None:

@@ -87,6 +87,9 @@ def test_an_attack_that_was_stopped_goes_on(asked_otherwise: Audited, tried: Tri
 def test_without_questions_there_are_answers_alone(asked_otherwise: Audited, tmp_path: Path) -> None:
     texts = Texts(asked_otherwise.forget[:4], asked_otherwise.tokenizer, 4096)
     few = replace(asked_otherwise, knowledge=texts, kept=[], forget=asked_otherwise.forget[:6], benign=asked_otherwise.benign[:6])
+    fewer = replace(few, forget=few.forget[:3], benign=few.benign[:3])
+    once_read = ATTACK.cost(fewer).measurements * 2 - ATTACK.cost(few).measurements
+    assert once_read == pytest.approx(2), "all else is for the words that are written, twice as many of twice as many prompts"
     tried = ATTACK.run(few, Pieces(tmp_path / "pieces.jsonl"))
     assert tried.conditions == {}
     assert tried.details["ways"] == []
