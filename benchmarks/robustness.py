@@ -26,6 +26,7 @@ from lowmem_rmu.audit import relearning
 from lowmem_rmu.audit.audited import SIDES, Audited, prepare
 from lowmem_rmu.audit.knowledge import Knowledge, Questions, Texts, evenly, held_out_documents
 from lowmem_rmu.data.corpora import tokenise
+from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import ask
 from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.pipeline import Job, read_inputs, run_config
@@ -81,14 +82,18 @@ def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
     return folder.adapter
 
 
+def questions_of(audited: Audited, sets: list[QuestionSet], limit: int) -> Questions:
+    return Questions(evenly(ask(sets), limit), audited.tokenizer, audited.preset.evaluation.planned_batch_tokens)
+
+
 def what_stays(audited: Audited, limit: int) -> Knowledge:
     """At most `limit` questions of the tasks to keep, or where there are none the retain set's held-out text."""
-    preset, asked = audited.preset, ask(audited.kept)
-    batch_tokens = preset.evaluation.planned_batch_tokens
-    if asked:
-        return Questions(evenly(asked, limit), audited.tokenizer, batch_tokens)
+    if audited.kept:
+        return questions_of(audited, audited.kept, limit)
+    preset = audited.preset
     documents = [text for half in held_out_documents(preset.retain.corpora) for text in half]
-    return Texts(tokenise(documents, audited.tokenizer, preset.retain.max_tokens, split=True), audited.tokenizer, batch_tokens)
+    sequences = tokenise(documents, audited.tokenizer, preset.retain.max_tokens, split=True)
+    return Texts(sequences, audited.tokenizer, preset.evaluation.planned_batch_tokens)
 
 
 def figure(knowledge: Knowledge, values: list[float]) -> float:
@@ -100,8 +105,7 @@ def measure(preset: Preset, device: torch.device, limit: int, steps: tuple[int, 
     forgotten = [name for name, task in preset.evaluation.tasks.items() if task.role == "forgotten"]
     with TemporaryDirectory() as runs:
         audited = prepare("measured", preset, unlearn(preset, device, Path(runs)), device, forgotten, limit, 0)
-        known, stays = audited.knowledge, what_stays(audited, limit)
-        others = Questions(evenly(ask(audited.measured), limit), audited.tokenizer, preset.evaluation.planned_batch_tokens)
+        known, stays, others = audited.knowledge, what_stays(audited, limit), questions_of(audited, audited.measured, limit)
         plain = {side: audited.measure(side) for side in SIDES}
         with audited.side("unlearned") as model:
             kept, measured = figure(stays, stays.of(model)), figure(others, others.of(model)) if others.asked else None

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.audit.recovery import Values
+from lowmem_rmu.audit.recovery import Values, less_what_base_gains
 from lowmem_rmu.data.corpora import read_documents, split_held_out
 from lowmem_rmu.evaluation.multiple_choice import Answer, Asked, Work, answer, by_prompt
 from lowmem_rmu.evaluation.perplexity import sequence_losses
@@ -43,6 +43,9 @@ class Knowledge(Protocol):
     def figure(self, values: Values) -> float:
         """All of it in one number for people: accuracy as a share, or the loss in nats a token."""
 
+    def beyond_base(self, attacked: Values, same: Values | None, base: Values) -> Values:
+        """What counts as come back, where the same attack made `same` of what was `base`, or was not tried on it."""
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -69,6 +72,9 @@ class Questions:
     def figure(self, values: Values) -> float:
         return sum(values) / len(values)
 
+    def beyond_base(self, attacked: Values, same: Values | None, base: Values) -> Values:
+        return attacked  # base answers as well as it can
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -94,6 +100,9 @@ class Texts:
 
     def figure(self, values: Values) -> float:
         return -sum(values) / (self.tokens - len(self))
+
+    def beyond_base(self, attacked: Values, same: Values | None, base: Values) -> Values:
+        return less_what_base_gains(attacked, same, base)
 
 
 @torch.inference_mode()

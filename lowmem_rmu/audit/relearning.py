@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, seed_of
 from lowmem_rmu.audit.audited import SIDES, Audited, Side
-from lowmem_rmu.audit.recovery import Values, less_what_base_gains, recovery
+from lowmem_rmu.audit.recovery import Values, recovery
 from lowmem_rmu.data.corpora import Batch, Batches, pad
 
 STEPS = (5, 10, 25, 50, 100)
@@ -109,10 +109,10 @@ def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 def steps_to_half(audited: Audited, plain: dict[Side, Values], points: dict[str, Values], twin: dict[str, Values] | None = None) -> int | None:
     """The first measured step at which half is recovered; of text, without what the `twin`, base trained alike, has gained there."""
-    is_text = not audited.knowledge.are_questions
+    knowledge = audited.knowledge
     for step, values in points.items():
-        values = less_what_base_gains(values, (twin or {}).get(step), plain["base"]) if is_text else values
-        found = recovery(plain["base"], plain["unlearned"], values, not is_text).recovered
+        back = knowledge.beyond_base(values, (twin or {}).get(step), plain["base"])
+        found = recovery(plain["base"], plain["unlearned"], back, knowledge.are_questions).recovered
         if found is not None and found >= HALF:
             return int(step)
     return None

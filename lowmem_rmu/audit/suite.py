@@ -15,7 +15,7 @@ from lowmem_rmu import __version__
 from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation, suffix
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import RANK, SIDES, Audited, linear_names, prepare
-from lowmem_rmu.audit.recovery import Values, fairly_best, less_what_base_gains, recovery
+from lowmem_rmu.audit.recovery import Values, fairly_best, recovery
 from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.evaluation.compare import LUCK, compare_tasks
@@ -121,7 +121,7 @@ class Audit:
         What an earlier audit found by other attacks stays there. Raises Stopped where the watcher asks to stop.
         """
         ends = None if budget is None else time.monotonic() + budget
-        results = {name: Result(name, each.asks, "not run", "not asked for") for name, each in ATTACKS.items()} | self._earlier()
+        results = {name: self._not_run(each, "not asked for") for name, each in ATTACKS.items()} | self._earlier()
         results |= {each.name: self._not_run(each, NOT_YET) for each in attacks if results[each.name].state != "done"}
         for attack in attacks:
             foretold = self.foretell(attack)
@@ -170,9 +170,8 @@ class Audit:
         return self._result(attack, tried, foretold, pieces.known["seconds so far"])
 
     def _result(self, attack: Attack, tried: Tried, foretold: Foretold, seconds: float) -> Result:
-        best, known = None, tried.conditions
-        if not self.audited.knowledge.are_questions:
-            known = {name: less_what_base_gains(values, tried.base.get(name), self.plain["base"]) for name, values in known.items()}
+        best, knowledge = None, self.audited.knowledge
+        known = {name: knowledge.beyond_base(values, tried.base.get(name), self.plain["base"]) for name, values in tried.conditions.items()}
         if known:
             values, chosen = fairly_best(known)
             best = self._condition(" or ".join(chosen), values)
