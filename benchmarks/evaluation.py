@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from benchmarks.harness import harness_model, mmlu, quiet_harness
 from benchmarks.rmu_step import PeakMemory
+from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import QuestionSet, load_task
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.evaluation.multiple_choice import ask, evaluate
@@ -241,4 +242,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(main)

@@ -32,9 +32,11 @@ from transformers import AutoTokenizer, PretrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
 from benchmarks.shapes import RandomWeight
-from lowmem_rmu.model.changes import BEFORE, FIRST_FACTOR, SECOND_FACTOR, WEIGHTS, adapted_digests
+from lowmem_rmu.console import prepare_streams
+from lowmem_rmu.model.changes import BEFORE, FIRST_FACTOR, SECOND_FACTOR, adapted_digests
 from lowmem_rmu.model.loading import skeleton
 from lowmem_rmu.model.memory import config_for_plan
+from lowmem_rmu.model.saved import WEIGHTS
 from lowmem_rmu.model.shards import INDEX
 from lowmem_rmu.model.stored import checkpoint_tensors
 from lowmem_rmu.pipeline import run_config
@@ -101,7 +103,7 @@ def make_run(preset: Preset, folder: Path) -> RunFolder:
 
 def measure(kind: str, run: RunFolder, model: Path, to: Path, sync: bool) -> Took:
     command = [sys.executable, str(WORK), kind, str(run.path), str(model), str(to), "sync" if sync else ""]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     shutil.rmtree(to)
     subprocess.run(["sync"], check=True)  # nobody pays for what another has left to be written
     return Took(**json.loads(done.stdout))
@@ -162,4 +164,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(main)

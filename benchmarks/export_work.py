@@ -30,7 +30,7 @@ def to_the_disk(folder: Path) -> None:
 
 def resident(what: str) -> int:
     """Bytes of this process in memory: now (`VmRSS`), or at the peak (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 

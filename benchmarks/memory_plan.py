@@ -24,8 +24,9 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
+from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.model import shards
-from lowmem_rmu.model.loading import resolve_device
+from lowmem_rmu.model.loading import keep_layers, resolve_device
 from lowmem_rmu.model.memory import StageNeed, config_for_plan, gib, memory_in_use, plan, reset_peak
 from lowmem_rmu.pipeline import Job, read_inputs, run_config
 from lowmem_rmu.presets import Corpus, Preset, Task, load_preset
@@ -53,6 +54,9 @@ class Meter:
         self.peaks[self.stage] = memory_in_use(self.device) - self.before
 
     def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        pass
+
+    def noted(self, sentence: str) -> None:
         pass
 
     def asks_to_stop(self) -> bool:
@@ -90,7 +94,7 @@ def use_every_library(preset: Preset, device: torch.device) -> None:
 def made_up(preset: Preset, layers: int, folder: Path) -> Preset:
     """The preset with a checkpoint of random weights in its model's shape, cut to `layers`, and with texts that fill every sample."""
     config = config_for_plan(preset)
-    config.num_hidden_layers = layers
+    keep_layers(config, layers)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     config.update({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -146,4 +150,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(main)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from benchmarks.shapes import random_model
 from benchmarks.yardstick import Padded, Yardstick
+from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.loading import load_model, resolve_device, resolve_dtype, skeleton
 from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available
@@ -90,13 +91,13 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated(device)
         else:
             CDLL("libc.so.6").malloc_trim(0)  # what an earlier measurement gave back is not to be counted as there
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
             self.before = psutil.Process().memory_info().rss
 
     def read(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) - self.before
 
 
@@ -187,7 +188,7 @@ def floor_operations(setup: Setup, warm: bool) -> float:
     Adapters and element-wise work are left out.
     """
     rmu, tokens = setup.preset.rmu, setup.batch * setup.tokens
-    weights = count_weights(setup.config, rmu.modules).layer_linear
+    weights = count_weights(setup.config, rmu.modules).by_layer[0].linear
     attention = 2 * tokens * setup.tokens * setup.config.hidden_size  # causal: half of 2 products of 2 operations
     layer = 2 * tokens * weights + attention
     first, above = min(rmu.adapter_layers), rmu.target_layer - min(rmu.adapter_layers)
@@ -276,4 +277,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(main)

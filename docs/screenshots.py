@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 import typer
 from playwright.sync_api import Page, sync_playwright
 
+from lowmem_rmu.console import prepare_streams
+
 HEIGHT, SETTLED_MS = 900, 1500
 
 
@@ -80,4 +82,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(main)

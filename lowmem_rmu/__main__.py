@@ -6,15 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.console import Console, prepare_streams, print_json, printable
+from lowmem_rmu.errors import UserError, command_line
 from lowmem_rmu.presets import Evaluation
-from lowmem_rmu.run import accuracy_table, friendly_exit, presets_table, quiet_libraries, run, watched
-from lowmem_rmu.runs import RunFolder, Stopped
+from lowmem_rmu.run import (
+    accuracy_table,
+    friendly_exit,
+    presets_table,
+    print_left_out,
+    quiet_libraries,
+    run,
+    watched,
+)
+from lowmem_rmu.runs import RunFolder, Stopped, present
 from lowmem_rmu.turns import turn
 
 if TYPE_CHECKING:
@@ -64,26 +73,31 @@ def evaluate(
         else:
             raise UserError("Which model? Give either a model or a run, or --endpoint URL with --model NAME.")
         if summary:
-            Console().print_json(data=summary) if as_json else Console().print(accuracy_table(summary))
+            print_json(summary) if as_json else Console().print(accuracy_table(summary))
 
 
 def ask_model(name: str, quantisation: str | None, dtype: str | None, device: str, asked: Evaluation, to: Path | None) -> dict[str, Any]:
     """The summary; empty in all processes but the first."""
+    from lowmem_rmu.data.sources import find_task_sources
     from lowmem_rmu.measure import find_subject, measure
     from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.processes import Processes
 
     subject, processes = find_subject(name, quantisation, dtype), Processes()
     folder = to or EVALUATIONS / RunFolder.new_name(subject.file_name)
+    if processes.is_first:
+        print_left_out(find_task_sources(asked))
     with watched(folder) if processes.is_first else nullcontext() as watcher:
         return measure(subject, asked, resolve_device(processes.device(device)), folder, watcher, processes)
 
 
 def ask_server(url: str, model: str, asked: Evaluation, to: Path | None) -> dict[str, Any]:
+    from lowmem_rmu.data.sources import find_task_sources
     from lowmem_rmu.evaluation.endpoint import Endpoint
     from lowmem_rmu.measure import as_file_name, measure_endpoint
 
     endpoint, folder = Endpoint(url, model), to or EVALUATIONS / RunFolder.new_name(as_file_name(model))
+    print_left_out(find_task_sources(asked))
     with watched(folder) as watcher:
         return measure_endpoint(endpoint, asked, folder, watcher)
 
@@ -98,13 +112,23 @@ def chat(
     """Puts the same prompt to base and unlearned, streamed, from one model in memory."""
     quiet_libraries()
     with friendly_exit():
-        from lowmem_rmu.chat import Sampling, both_sides, load_run  # heavy libraries load only once there is work for them
+        # Heavy libraries load only once there is work for them.
+        from lowmem_rmu.chat import Sampling, both_sides, check_conversation, load_run
         from lowmem_rmu.model.loading import resolve_device
 
+        if prompt is None and sys.stdin is None:
+            raise UserError("There is no standard input to type prompts into.\nGive one with --prompt.")
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         model, tokenizer = load_run(folder, resolve_device(device))
         sampling, writer = Sampling(max_new_tokens=max_new_tokens), SideWriter()
-        for question in [prompt] if prompt else questions():
+        for question in questions() if prompt is None else [prompt]:
+            try:
+                check_conversation(model, tokenizer, question, sampling)
+            except UserError as error:
+                if prompt is not None:
+                    raise
+                print(error, file=sys.stderr)
+                continue
             for side, _ in both_sides(model, tokenizer, question, sampling, writer.write):
                 writer.end(side)
 
@@ -138,7 +162,10 @@ def export(
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         mark = write_export(folder, Wanted(format_, base, kind, not copy, verify), to, device)
         if push and mark in ("the update did not survive", "damaged"):
-            raise UserError(f"Not uploaded: {mark}.\nIf you want it to be there all the same: hf upload {push} {to}")
+            upload_command = command_line("hf", "upload", push, to)
+            raise UserError(
+                f"Not uploaded: {mark}.\nIf you want it to be there all the same: {upload_command}"
+            )
         if push:
             print(f"Uploaded: {upload(to, push, private=not public)}")
 
@@ -148,7 +175,13 @@ def audit(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
     attacks: Annotated[str, typer.Option(help="Which ones, with commas between them; all if left out.")] = "",
     budget: Annotated[float | None, typer.Option(min=0, help="Minutes it may take; what does not fit is named.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each forgotten task at most; 100 if left out.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions per forgotten task at most; what --power takes if left out.")
+    ] = None,
+    power: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=0.99, help="Probability to find what is gone; 0.8 with 100 to 300 questions per task."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
     plan: Annotated[bool, typer.Option("--plan", help="Print what each attack will take; try nothing.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Discard what an earlier audit of the run found.")] = False,
@@ -162,34 +195,44 @@ def audit(
 
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         names = [name.strip() for name in attacks.split(",") if name.strip()] or list(ATTACKS)
-        run_attacks(folder, names, budget, Settings(limit, seed), plan, again, device, as_json)
+        run_attacks(folder, names, budget, Settings(limit, seed), plan, again, device, as_json, power)
 
 
 def run_attacks(
-    folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str, as_json: bool
-) -> None:
+    folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str,
+    as_json: bool, power: float | None = None,
+) -> None:  # fmt: skip
     """Waits for its turn, for attacks take the device; prints what they will take and, unless that is all that is asked, what they found.
 
     All is printed before the turn ends: who sees that it has ended reads there how.
     """
     from lowmem_rmu.audit.suite import Audit, open_audit
     from lowmem_rmu.audit.tables import audit_tables, cost_table
+    from lowmem_rmu.evaluation.summary import note_audit
     from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.report import write_report
 
     on, chosen = resolve_device(device), Audit.choose(names)
     try:
-        with turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once("audit")), watched(folder.path, "Audit") as watcher:
-            opened = open_audit(folder, on, settings, watcher, again)
+        with (
+            turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once("audit")),
+            present(folder.path),
+            watched(folder.path, "Audit") as watcher,
+            TemporaryDirectory() as scratch,
+        ):
+            opened = open_audit(folder, on, settings, watcher, again, power, Path(scratch) if plan else None)
             Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
+            if opened.power:
+                print(opened.power.words, file=sys.stderr)
             if plan:
                 return
             try:
                 found = opened.run(chosen, None if budget is None else 60 * budget)
             finally:  # what was found until a stop is told too
                 if (folder.path / "summary.json").exists():
+                    note_audit(folder)
                     write_report(folder)
-            Console().print_json(data=found) if as_json else Console().print(audit_tables(found))
+            print_json(found) if as_json else Console().print(audit_tables(found))
             print(f"Audited: {folder.audit_result}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         raise Stopped(folder.path, "the same command") from None
@@ -205,7 +248,11 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
 
     on = resolve_device(device)
     try:
-        with turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), say_once("export")), watched(to, "Export") as watcher:
+        with (
+            turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), say_once("export")),
+            present(folder.path),
+            watched(to, "Export") as watcher,
+        ):
             exported = write(folder, wanted, to, on, partial(followed, watcher))
     except (KeyboardInterrupt, Interrupted):
         raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None
@@ -239,7 +286,7 @@ class SideWriter:
         if side not in self.started:
             self.started.add(side)
             print(f"{side:>9}: ", end="")
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
 
     def end(self, side: str) -> None:
         if side not in self.started:
@@ -254,14 +301,17 @@ def questions() -> Iterator[str]:
     while True:
         try:
             question = input("\n> ").strip()
-        except EOFError:
+        except (EOFError, OSError):  # closed, or the terminal is gone
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"What was typed is not in the encoding of the input, {error.encoding}.\nSet PYTHONUTF8=1, and ask again.") from error
         if not question:
             return
         yield question
 
 
 def main() -> None:
+    prepare_streams()
     app()
 
 

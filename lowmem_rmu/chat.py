@@ -12,16 +12,17 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
+from lowmem_rmu.data.tokens import encode_texts, special_tokens
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.fit import is_out_of_memory
 from lowmem_rmu.model.loading import load_model, load_tokenizer, unquantised_modules
-from lowmem_rmu.presets import recorded_preset
+from lowmem_rmu.model.saved import read_adapter_settings
+from lowmem_rmu.presets import preset_of_run, short_name
 from lowmem_rmu.runs import RunFolder
 
 SIDES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {"base": base_only, "unlearned": lambda model: nullcontext()}
@@ -89,16 +90,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     if tokenizer.chat_template is None:
         if system:
             raise UserError(NO_SYSTEM_PROMPT)
-        return torch.tensor([tokenizer(messages[-1]["content"])["input_ids"]])
+        return torch.tensor(encode_texts(tokenizer, [messages[-1]["content"]]))
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it can fail in any way
         raise UserError(NO_SYSTEM_PROMPT if system else f"The chat template of this model refuses the conversation: {error}.") from error
     if system.strip() not in text:
         raise UserError(NO_SYSTEM_PROMPT)
-    # A template that writes the start token itself must not get a second one.
-    starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return torch.tensor([tokenizer(text, add_special_tokens=not starts)["input_ids"]])
+    # A template that writes the tokenizer's prefix itself must not get a second one.
+    ids, prefix = tokenizer(text, add_special_tokens=False)["input_ids"], special_tokens(tokenizer).prefix
+    return torch.tensor([ids if ids[: len(prefix)] == prefix else [*prefix, *ids]])
 
 
 def messages_of(side: str, turns: Sequence[Turn], prompt: str, system_prompt: str = "") -> list[dict[str, str]]:
@@ -169,7 +170,8 @@ def both_sides(
 def load_run(folder: RunFolder, device: torch.device) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A run's model with its adapter, and its tokenizer. Raises UserError where it has no adapter yet."""
     check_adapter(folder)
-    preset = recorded_preset(folder.config["settings"], folder.path)
+    read_adapter_settings(folder.adapter)
+    preset = preset_of_run(folder.config, folder.path)
     tokenizer = load_tokenizer(preset.model)
     model = load_model(preset.model, device, unquantised=unquantised_modules(preset))
     return load_adapter(model, folder.adapter), tokenizer
@@ -186,7 +188,7 @@ class ChatModel:
     @classmethod
     def of_run(cls, folder: RunFolder, device: torch.device) -> "ChatModel":
         model, tokenizer = load_run(folder, device)
-        return cls(folder.path.name, str(model.config.name_or_path), model, tokenizer)
+        return cls(folder.path.name, short_name(str(model.config.name_or_path)), model, tokenizer)
 
     @property
     def is_closed(self) -> bool:
@@ -199,16 +201,8 @@ class ChatModel:
             self._parts = None
 
     def check(self, prompt: str, sampling: Sampling, turns: Sequence[Turn] = ()) -> None:
-        """Raises UserError where the prompt cannot be answered: it is empty, or too long together with what came before."""
-        check_prompt(prompt)
-        model, tokenizer = self._opened()
-        check_sampling(sampling, most := getattr(model.config, "max_position_embeddings", None))
-        lengths = [encode_prompt(tokenizer, messages_of(side, turns, prompt, sampling.system_prompt)).shape[1] for side in SIDES]
-        if most is not None and max(lengths) + sampling.max_new_tokens > most:
-            raise UserError(
-                f"The conversation is {max(lengths)} tokens long with this prompt, and the answer may take {sampling.max_new_tokens} more: "
-                f"the model reads at most {most}.\nShorten the prompt, ask for a shorter answer, or start a new conversation."
-            )
+        """Raises UserError where the prompt cannot be answered: see `check_conversation`."""
+        check_conversation(*self._opened(), prompt, sampling, turns)
 
     def stream(self, prompt: str, sampling: Sampling, stop: Event, turns: Sequence[Turn] = ()) -> Generator[tuple[str, str]]:
         """`(side, its answer so far)`, base first, while it is being made. `stop` ends it; so does whoever closes this generator."""
@@ -299,6 +293,28 @@ def check_adapter(folder: RunFolder) -> None:
 def check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise UserError("The prompt is empty.\nType a question, or choose one of the suggested prompts.")
+
+
+def check_conversation(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sampling: Sampling,
+    turns: Sequence[Turn] = (),
+) -> None:
+    """Raises UserError where the prompt is empty, or too long for the model with what came before."""
+    check_prompt(prompt)
+    check_sampling(sampling, most := getattr(model.config, "max_position_embeddings", None))
+    lengths = []
+    for side in SIDES:
+        messages = messages_of(side, turns, prompt, sampling.system_prompt)
+        lengths.append(encode_prompt(tokenizer, messages).shape[1])
+    if most is not None and max(lengths) + sampling.max_new_tokens > most:
+        raise UserError(
+            f"The conversation is {max(lengths)} tokens long with this prompt, and the answer may take "
+            f"{sampling.max_new_tokens} more: the model reads at most {most}.\n"
+            "Shorten the prompt, ask for a shorter answer, or start a new conversation."
+        )
 
 
 def check_sampling(sampling: Sampling, most: int | None = None) -> None:

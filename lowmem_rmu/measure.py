@@ -1,11 +1,10 @@
 """`python -m lowmem_rmu evaluate`: any model, adapter or run on any tasks, into a folder of its own."""
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from lowmem_rmu.data.questions import QuestionSet, load_questions
-from lowmem_rmu.errors import UserError, nearest
+from lowmem_rmu.data.questions import QuestionSet, load_questions, unasked_subjects
+from lowmem_rmu.data.sources import find_task_sources, sources_record
+from lowmem_rmu.errors import UserError, command_line, nearest
 from lowmem_rmu.evaluation.compare import compare_tasks, rows_as_json
 from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
 from lowmem_rmu.evaluation.harness import harness_results
@@ -23,10 +23,24 @@ from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, sh
 from lowmem_rmu.evaluation.multiple_choice import Interrupted
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.identity import content_digest, model_digest
-from lowmem_rmu.model.loading import load_model, load_tokenizer, unquantised_modules
-from lowmem_rmu.presets import Evaluation, ModelSettings, differences, is_local, known_tasks, override, recorded_preset, resolve_paths, short_name
+from lowmem_rmu.model.loading import check_checkpoint, load_config, load_model, load_tokenizer, unquantised_modules
+from lowmem_rmu.model.saved import CONFIG, WEIGHTS, read_adapter_settings
+from lowmem_rmu.presets import (
+    Evaluation,
+    ModelSettings,
+    as_path,
+    differences,
+    is_local,
+    known_tasks,
+    override,
+    preset_of_run,
+    recorded_evaluation,
+    resolve_paths,
+    short_name,
+)
 from lowmem_rmu.processes import Processes
-from lowmem_rmu.runs import RunFolder, Stopped, Watcher, add_lines, read_lines, write_json, write_lines
+from lowmem_rmu.records import AnswerRow, Object, intact_record, read_record
+from lowmem_rmu.runs import RunFolder, Stopped, Watcher, add_lines, make_private, read_lines, write_json, write_lines
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Subject:
 
     def digest(self, base: str) -> str:
         """Of the model's digest and the adapter's."""
-        return f"{base}+{content_digest(self.adapter / 'adapter_model.safetensors')[:24]}" if self.adapter else base
+        return f"{base}+{content_digest(self.adapter / WEIGHTS)[:24]}" if self.adapter else base
 
 
 def as_file_name(model: str) -> str:
@@ -60,18 +74,43 @@ def as_file_name(model: str) -> str:
 
 def find_subject(name: str, quantisation: str | None = None, dtype: str | None = None) -> Subject:
     """A run's folder, an adapter's, a model's, or a Hub id. What is given of the precision overrides what a run says."""
-    path, precision = Path(name).expanduser(), {key: value for key, value in (("quantisation", quantisation), ("dtype", dtype)) if value}
-    if (path / "adapter_config.json").is_file():
-        adapted = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        settings = ModelSettings.model_validate({"name": adapted["base_model_name_or_path"], "revision": adapted.get("revision")} | precision)
+    path, precision = as_path(name), {key: value for key, value in (("quantisation", quantisation), ("dtype", dtype)) if value}
+    if (path / CONFIG).is_file():
+        adapted = read_adapter_settings(path)
+        settings = ModelSettings.model_validate({"name": base_of(path, adapted), "revision": adapted.get("revision")} | precision)
         return Subject(settings, path, tuple(adapted.get("modules_to_save") or ()))
-    if (path / "config.json").is_file() and "settings" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+    if is_run(path):
         folder = RunFolder(path)
-        preset = recorded_preset(folder.config["settings"], path)
+        preset = preset_of_run(folder.config, path)
         settings = preset.model.model_copy(update=precision)
+        if folder.adapter.exists():
+            read_adapter_settings(folder.adapter)
         return Subject(settings, folder.adapter if folder.adapter.exists() else None, tuple(unquantised_modules(preset)))
     local = str(path.resolve()) if path.exists() else name
     return Subject(ModelSettings.model_validate({"name": local} | precision))
+
+
+def base_of(adapter: Path, settings: dict[str, Any]) -> str:
+    """The model that an adapter names as its base: a folder, from here or from the adapter's own folder, else a Hub id.
+
+    Raises UserError where it names none.
+    """
+    name = settings.get("base_model_name_or_path")
+    if not name:
+        raise UserError(
+            f"The adapter {adapter} does not name the model that it belongs to.\n"
+            "Write it into its adapter_config.json, as base_model_name_or_path: a folder or a Hub id."
+        )
+    for folder in (Path(name).expanduser(), adapter / name):
+        if folder.is_dir():
+            return str(folder.resolve())
+    return str(name)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, and not a model's: both have a config.json, which may be damaged."""
+    config = path / "config.json"
+    return config.is_file() and ("settings" in (intact_record(config, Object) or {}) or (path / "evaluation").is_dir())
 
 
 def choose_tasks(names: str, num_fewshot: int | None, changes: list[str], limit: int | None, batch_tokens: int | str) -> Evaluation:
@@ -82,7 +121,20 @@ def choose_tasks(names: str, num_fewshot: int | None, changes: list[str], limit:
     """
     tasks: dict[str, dict[str, Any]] = {}
     named = [name.strip() for name in names.split(",") if name.strip()]
-    tasks |= {Path(name).stem: {"source": name, "role": "measured"} for name in named if is_local(name)}
+    for name in named:
+        if is_local(name):
+            task = Path(name).stem
+            if task in tasks or task in named:
+                others = [
+                    other
+                    for other in named
+                    if other == task or (is_local(other) and Path(other).stem == task and other != name)
+                ]
+                raise UserError(
+                    f"--tasks names two tasks that would both be called {task}: {', '.join([*others, name])}.\n"
+                    "Rename one of them."
+                )
+            tasks[task] = {"source": name, "role": "measured"}
     for task, subjects in [each for name in named if not is_local(name) for each in _named(name)]:
         chosen = tasks.setdefault(task, {})
         if subjects:
@@ -123,6 +175,9 @@ def measure(
 
     Gives what `summary.json` holds. Of several processes, each asks its share; only the first, which has a watcher, writes.
     """
+    check_checkpoint(subject.model)
+    if subject.adapter:
+        check_base(subject)
     questions, digest = load_questions(evaluation), model_digest(subject.model, device, subject.unquantised)
     if processes.is_first:
         claim(to, subject.name, subject.digest(digest), evaluation)
@@ -141,18 +196,35 @@ def measure(
     return summary(to, subject.name, questions, evaluation.limit) if processes.is_first else {}
 
 
+def check_base(subject: Subject) -> None:
+    """Raise UserError where the model that an adapter names cannot be had, and say who named it."""
+    try:
+        load_config(subject.model)
+    except UserError as error:
+        raise UserError(f"{error}\nThe adapter {subject.adapter} names {subject.model.name} as its base model.") from error
+
+
 def measure_endpoint(endpoint: Endpoint, evaluation: Evaluation, to: Path, watcher: Watcher) -> dict[str, Any]:
     """The same of a model behind a server."""
     questions, path, name = load_questions(evaluation), to / "answers_base.jsonl", f"{endpoint.model} at {endpoint.address}"
     claim(to, name, name, evaluation)
-    before = read_lines(path)
-    write_lines(path, before)  # without the line that a kill may have torn
+    before = read_lines(path, AnswerRow)
+    write_lines(path, before)  # without the line that a kill may have torn, and without damaged ones: they are asked again
     known = {row["prompt"]: row for row in before}
     with stopped_in(to):
         evaluated = evaluate_endpoint(endpoint, questions, known, partial(add_lines, path), followed(watcher, "base", questions))
     write_lines(path, evaluated.answers)
     write_scores(to, "base", evaluated.scores, questions, name)
     return summary(to, name, questions, evaluation.limit)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """The shape of `config.json` in the folder of an evaluation, or of a run."""
+
+    digest: str = ""
+    model: str = "a run"
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
 
 def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
@@ -162,13 +234,14 @@ def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
     if not config.exists():
         if to.exists() and any(to.iterdir()):
             raise UserError(f"The folder {to} holds other files.\nGive a new folder with --to.")
-        to.mkdir(parents=True, exist_ok=True)
-        write_json(config, mine | {"created": datetime.now(UTC).isoformat(timespec="seconds")})
+        make_private(to, exist_ok=True)
+        data = sources_record(find_task_sources(evaluation))
+        write_json(config, mine | {"data": data, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         return
-    there = json.loads(config.read_text(encoding="utf-8"))
+    there = read_record(config, Claimed, "Give a new folder with --to.")
     if there.get("digest") != digest:
         raise UserError(f"The folder {to} holds results of another model: {there.get('model', 'a run')}.\nGive a new folder with --to.")
-    if different := sorted(differences(there["evaluation"], mine["evaluation"])):
+    if different := sorted(differences(recorded_evaluation(there.get("evaluation", {})), mine["evaluation"])):
         raise UserError(f"The folder {to} holds results of other questions: {', '.join(different)} differ.\nGive a new folder with --to.")
 
 
@@ -197,13 +270,13 @@ def stopped_in(to: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        raise Stopped(to, f"the same command with --to {to}") from stop
+        raise Stopped(to, f"the same command with {command_line('--to', to)}") from stop
 
 
 def summary(to: Path, name: str, questions: list[QuestionSet], limit: int | None) -> dict[str, Any]:
     """The table of all sides, as a run's `summary.json` has it."""
     base, unlearned = (read_lines(to / f"answers_{side}.jsonl") or None for side in ("base", "unlearned"))
     rows = rows_as_json(compare_tasks(questions, base or [], unlearned))
-    content = {"model": name, "rows": rows, "limit": limit}
+    content = {"model": name, "rows": rows, "limit": limit, "unasked": unasked_subjects(questions)}
     write_json(to / "summary.json", content)
     return content

@@ -20,31 +20,61 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu import __version__
 from lowmem_rmu.chat import Sampling, answer
-from lowmem_rmu.data.corpora import Samples, load_samples
-from lowmem_rmu.data.questions import QuestionSet, load_questions
+from lowmem_rmu.data.corpora import GUARDED, FormShares, Samples, load_samples, spread
+from lowmem_rmu.data.questions import LETTERS, QuestionSet, load_questions, unasked_subjects
+from lowmem_rmu.data.sources import Sources, corpora_of, find_sources, sources_record
+from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.errors import UserError, is_disk_full
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
 from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
+from lowmem_rmu.evaluation.known import perplexity_of, unknown_topic, unlike_texts
 from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
-from lowmem_rmu.model.adapters import add_adapter, base_only, check_layers, check_modules, load_adapter, save_adapter
+from lowmem_rmu.evaluation.summary import audit_mark
+from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter
 from lowmem_rmu.model.changes import adapted_digests
 from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.identity import model_digest
-from lowmem_rmu.model.loading import describe_weights, load_config, load_model, load_tokenizer, skeleton, unquantised_modules
+from lowmem_rmu.model.loading import (
+    check_checkpoint,
+    describe_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+    skeleton,
+    unquantised_modules,
+)
 from lowmem_rmu.model.memory import memory_in_use, reset_peak
-from lowmem_rmu.model.shards import commit_of
+from lowmem_rmu.model.saved import adapter_digests
+from lowmem_rmu.model.shards import give_back_freed_memory
+from lowmem_rmu.model.source import commit_of
 from lowmem_rmu.presets import Preset, Role, short_name
 from lowmem_rmu.processes import Processes
+from lowmem_rmu.records import DIGESTS
 from lowmem_rmu.report import write_report
-from lowmem_rmu.runs import RunFolder, Stopped, Watcher, folder_replaced, read_lines, write_json, write_lines
+from lowmem_rmu.runs import (
+    RunFolder,
+    Stopped,
+    Watcher,
+    folder_replaced,
+    remove_leftovers,
+    write_json,
+    write_lines,
+)
+from lowmem_rmu.unlearning.drift import GuardData, Kind
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
 from lowmem_rmu.unlearning.targets import cues
 
 SIDE_OF = {"evaluate-base": "base", "evaluate-unlearned": "unlearned"}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 HEARTBEAT_SECONDS = 1.0
+NO_TEXT_FOR_THE_GUARD = (
+    "Training went unguarded: a corpus is too short to put text aside for the guard. Nobody looked whether the rest was kept while it trained."
+)
+NO_LAYERS_FOR_THE_GUARD = (
+    "Training went unguarded: nothing was to be evaluated, so that only the layers up to the target layer were loaded, and the guard needs all."
+)
 NO_MORE: Any = ()
 """What the first process tells the others when there is nothing left to evaluate."""
 
@@ -57,12 +87,19 @@ class Inputs:
     questions: list[QuestionSet]
     forget: dict[str, Samples]
     retain: Samples
+    sources: Sources = field(default_factory=dict)
+    """The local files that all of it came from."""
 
     @property
     def texts(self) -> dict[str, list[list[int]]]:
         """Held-out token sequences by name, where the preset holds any out."""
         texts = {name: samples.held_out for name, samples in self.forget.items()} | {"retain": self.retain.held_out}
         return {name: sequences for name, sequences in texts.items() if sequences}
+
+    @property
+    def text_bytes(self) -> dict[str, list[int]]:
+        """Of those sequences, the bytes that are predicted."""
+        return {name: samples.held_out_bytes for name, samples in self.forget.items()} | {"retain": self.retain.held_out_bytes}
 
     @property
     def text_roles(self) -> dict[str, Role]:
@@ -72,16 +109,28 @@ class Inputs:
 def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
     """Checks the model's shape and reads every question and corpus. Raises UserError."""
     config = load_config(preset.model)
-    check_layers(preset.rmu, config.num_hidden_layers)
-    check_modules(skeleton(config), preset.rmu)
+    add_adapter(skeleton(config), preset.rmu, preset.model)  # on a model without weights: whatever is wrong with it shows now
+    evaluates = any(stage in SIDE_OF for stage in stages)
+    check_checkpoint(preset.model, None if evaluates else preset.rmu.target_layer + 1)
     tokenizer = load_tokenizer(preset.model)
     questions = load_questions(preset.evaluation)
-    needs_text = "unlearn" in stages or any(corpus.held_out for corpus in _corpora(preset))
-    if not needs_text:
-        return Inputs(tokenizer, questions, {}, Samples([], []))
-    forget = {name: load_samples(topic.corpus, tokenizer, topic.max_tokens) for name, topic in preset.topics.items()}
-    retained = [load_samples(corpus, tokenizer, preset.retain.max_tokens) for corpus in preset.retain.corpora]
-    retain = Samples(sum((part.train for part in retained), []), sum((part.held_out for part in retained), []))
+    sources = find_sources(preset, needs_text(preset, stages))
+    if not needs_text(preset, stages):
+        return Inputs(tokenizer, questions, {}, Samples([], []), sources)
+    guards = preset.rmu.guard_every > 0
+    forget = {
+        name: load_samples(topic.corpus, tokenizer, topic.max_tokens, FormShares(topic.questions), guards)
+        for name, topic in preset.topics.items()
+    }
+    shares = FormShares(preset.retain.questions, preset.retain.chat)
+    retained = [load_samples(corpus, tokenizer, preset.retain.max_tokens, shares, guards) for corpus in preset.retain.corpora]
+    retain = Samples(
+        train=sum((part.train for part in retained), []),
+        held_out=sum((part.held_out for part in retained), []),
+        held_out_bytes=sum((part.held_out_bytes for part in retained), []),
+        prompts=spread(sum((part.prompts for part in retained), []), GUARDED),
+        guarded=spread(sum((part.guarded for part in retained), []), GUARDED),
+    )
     rmu = preset.rmu
     for name, samples, needed in [
         *((f"topics.{name}", samples, rmu.batch_size) for name, samples in forget.items()),
@@ -91,24 +140,28 @@ def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
             raise UserError(
                 f"The corpus of {name} gives {len(samples.train)} samples, fewer than one batch of {needed}.\nAdd text, or lower rmu.batch_size."
             )
-    return Inputs(tokenizer, questions, forget, retain)
+    return Inputs(tokenizer, questions, forget, retain, sources)
 
 
-def _corpora(preset: Preset) -> list[Any]:
-    return [topic.corpus for topic in preset.topics.values()] + preset.retain.corpora
+def needs_text(preset: Preset, stages: list[str]) -> bool:
+    """Whether the stages read the preset's corpora: to train on them, or to measure what is held out."""
+    return "unlearn" in stages or any(corpus.held_out for corpus in corpora_of(preset).values())
 
 
-def run_config(name: str, preset: Preset, device: torch.device) -> dict[str, Any]:
-    """What `config.json` holds: everything that decides the run, and where it ran."""
+def run_config(
+    name: str, preset: Preset, device: torch.device, sources: Sources | None = None
+) -> dict[str, Any]:
+    """What `config.json` holds: everything that decides the run, where it ran, and the files it read."""
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor() or machine()}, {os.cpu_count()} cores"
     return {
         "preset": name,
         "settings": preset.model_dump(),
+        "data": sources_record(sources or {}),
         "versions": {"python": python_version(), "lowmem-rmu": __version__} | {package: version(package) for package in PACKAGES},
         "device": device.type,
         "device_name": device_name,
         "seed": preset.rmu.seed,
-        "model_revision": commit_of(preset.model.name, preset.model.revision or "main") or preset.model.revision,
+        "model_revision": commit_of(preset.model.name, preset.model.revision) or preset.model.revision,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -125,6 +178,16 @@ def help_evaluate(preset: Preset, inputs: Inputs, device: torch.device, processe
                 model = load_adapter(model, Path(folder))
         with base_only(model) if side == "base" else nullcontext(), suppress(Interrupted):
             evaluate(model, inputs.tokenizer, inputs.questions, batch_tokens, processes=processes)
+
+
+def guard_data(inputs: Inputs) -> GuardData | None:
+    """Return what the guard looks at, or None where a corpus is too small to put anything aside."""
+    kinds = {name: Kind(samples.guarded, samples.prompts) for name, samples in inputs.forget.items()}
+    retain = Kind(inputs.retain.guarded, inputs.retain.prompts)
+    if not all(kind.texts for kind in [retain, *kinds.values()]):
+        return None
+    letters = inputs.tokenizer([f" {letter}" for letter in LETTERS], add_special_tokens=False)["input_ids"]
+    return GuardData(retain, kinds, [ids[-1] for ids in letters])
 
 
 def is_done(folder: RunFolder, stage: str) -> bool:
@@ -145,6 +208,8 @@ class Job:
     stages: list[str]
     watcher: Watcher
     processes: Processes = field(default_factory=Processes)
+    _is_whole: bool = True
+    """Whether every layer of the model is loaded."""
     _model: Any = None  # a PreTrainedModel, and a PeftModel once it has an adapter
     _stage: str = "prepare"
     _step: int = 0
@@ -157,6 +222,7 @@ class Job:
         """Raises UserError for what the user can mend, Stopped when asked to stop; `status.json` tells the same."""
         try:
             with self._translated_errors():
+                self._tidy()
                 for stage in self.stages:
                     if not is_done(self.folder, stage):
                         self._run_stage(stage)
@@ -171,32 +237,58 @@ class Job:
         self._write_status("done")
         self.processes.from_first(NO_MORE)
 
-    def _run_stage(self, stage: str) -> None:
-        self._start(stage, 0)
-        reset_peak(self.device)
-        if stage != "report":
-            self._ensure_model(stage)
-        started, self._stage_peak = time.monotonic(), 0
-        work = {"unlearn": self._unlearn, "report": self._report}.get(stage)
-        try:
-            work() if work else self._evaluate(SIDE_OF[stage])
-        finally:
-            if stage != "report":
-                self._note_cost(stage, time.monotonic() - started)
+    def _tidy(self) -> None:
+        """Remove what a killed process left: unfinished files, and the cache of a complete training."""
+        for folder in (self.folder.path, self.folder.path / "evaluation", self.folder.checkpoint):
+            remove_leftovers(folder)
+        if is_done(self.folder, "unlearn"):
+            shutil.rmtree(self.folder.cache, ignore_errors=True)
 
-    def _evaluate(self, side: str) -> None:
+    def _run_stage(self, stage: str) -> None:
+        """Go through a stage. The file that marks it as done is written last."""
+        self._start(stage, 0)
+        give_back_freed_memory()  # what an earlier stage has freed, or its peak would be this one's
+        reset_peak(self.device)
+        if stage == "report":
+            self._report()
+            return
+        self._ensure_model(stage)
+        if stage == "unlearn":
+            with self._costed(stage):
+                self._unlearn()
+            self._save_adapter()
+        else:
+            side = SIDE_OF[stage]
+            with self._costed(stage):
+                scores = self._evaluate(side)
+            write_json(self.folder.evaluation(side), scores)
+
+    @contextmanager
+    def _costed(self, stage: str) -> Iterator[None]:
+        """Note time and peak memory of a stage, also of one that is stopped."""
+        started, self._stage_peak = time.monotonic(), 0
+        try:
+            yield
+        finally:
+            self._note_cost(stage, time.monotonic() - started)
+
+    def _evaluate(self, side: str) -> dict[str, Any]:
+        """Ask all questions and measure all texts. Returns what `evaluation/base.json` holds."""
         texts, prompts, pad_id = self.inputs.texts, self.preset.evaluation.prompts, self.inputs.tokenizer.pad_token_id
         with base_only(self._model) if side == "base" else nullcontext():
             batch_tokens = fixed_batch_tokens(self.preset.evaluation.batch_tokens, self._model, pad_id, self.folder.path / "evaluation")
             scores = self._ask(side, batch_tokens)
-            scores["texts"] = {name: text_loss(self._model, self.inputs.tokenizer, each, batch_tokens) for name, each in texts.items()}
+            written = self.inputs.text_bytes
+            scores["texts"] = {
+                name: text_loss(self._model, self.inputs.tokenizer, each, batch_tokens, written[name]) for name, each in texts.items()
+            }
             scores["samples"] = [{"prompt": prompt, "answer": self._answer(prompt)} for prompt in prompts]
         if side == "unlearned" and "retain" in texts:
             scores["texts"]["retain"] |= divergence(self._model, self.inputs.tokenizer, texts["retain"], batch_tokens)
-        write_json(self.folder.evaluation(side), scores)
         if questions := self.inputs.questions:
             results = harness_results(scores, questions, short_name(self.preset.model.name), time.time())
             write_json(self.folder.evaluation(side).with_name(f"harness_{side}.json"), results)
+        return scores
 
     def _ask(self, side: str, batch_tokens: int) -> dict[str, Any]:
         """The scores of all questions, with the help of the other processes."""
@@ -225,30 +317,66 @@ class Job:
     def _unlearn(self) -> None:
         rmu = self.preset.rmu
         self._start("unlearn", rmu.steps)
+        self._note("topic", self._look_at_scores())
         tokenizer, forget = self.inputs.tokenizer, self.inputs.forget
-        cued = {name: [tokenizer(text)["input_ids"] for text in cues(name, topic)] for name, topic in self.preset.topics.items()}
+        cued = {name: encode_texts(tokenizer, cues(name, topic)) for name, topic in self.preset.topics.items()}
         data = UnlearningData(
-            {name: samples.train for name, samples in forget.items()}, self.inputs.retain.train, tokenizer.pad_token_id, cued
+            forget={name: samples.train for name, samples in forget.items()},
+            retain=self.inputs.retain.train,
+            pad_id=tokenizer.pad_token_id,
+            cues=cued,
+            guard=guard_data(self.inputs) if self._is_whole else None,
         )
+        if rmu.guard_every and data.guard is None:
+            self._note("guard", [NO_TEXT_FOR_THE_GUARD if self._is_whole else NO_LAYERS_FOR_THE_GUARD])
         if not isinstance(self._model, PeftModel):
             self._model = add_adapter(self._model, rmu, self.preset.model)
+        if data.guard is not None:
+            self._note("texts", self._look_at_texts(data.guard))
         unlearning = Unlearning(self._model, rmu, self.preset.topics, data, self.folder.cache)
         unlearning.restore(self.folder.checkpoint)
         self.folder.truncate_metrics(unlearning.progress.step)
         if not unlearning.run(self.folder.checkpoint, self._on_step, self._asked_to_stop):
             raise Stopped(self.folder.path)
+        if unlearning.outcome:
+            self._note("guard", [unlearning.outcome])
+
+    def _look_at_scores(self) -> list[str]:
+        """Return what base's answers say about the topic before it is trained on."""
+        scores = self.folder.read_evaluation("base")
+        sentence = unknown_topic(scores["tasks"], self.inputs.questions) if scores else None
+        return [sentence] if sentence else []
+
+    def _look_at_texts(self, looked_at: GuardData) -> list[str]:
+        """Return what base's perplexities say about the texts of forget and retain set."""
+        tokenizer, batch_tokens = self.inputs.tokenizer, self.preset.evaluation.planned_batch_tokens
+        with base_only(self._model):
+            retain = perplexity_of(self._model, tokenizer, looked_at.retain.texts, batch_tokens)
+            topics = {name: perplexity_of(self._model, tokenizer, kind.texts, batch_tokens) for name, kind in looked_at.topics.items()}
+        return unlike_texts(topics, retain)
+
+    def _note(self, part: str, sentences: list[str]) -> None:
+        """Keep what was noticed, and tell the watcher."""
+        if sentences or part in self.folder.read_notes():
+            self.folder.note(part, sentences)
+        for sentence in sentences:
+            self.watcher.noted(sentence)
+
+    def _save_adapter(self) -> None:
         with folder_replaced(self.folder.adapter) as new:
             save_adapter(self._model, new)
+            write_json(self.folder.path / DIGESTS, adapter_digests(new))
             with suppress(UserError):  # a checkpoint that cannot be merged into is no reason to lose the adapter
-                write_json(self.folder.matrices, adapted_digests(new, self.preset.model, rmu.target_layer + 1))
+                digests = adapted_digests(new, self.preset.model, self.preset.rmu.target_layer + 1)
+                write_json(self.folder.matrices, digests)
         shutil.rmtree(self.folder.cache, ignore_errors=True)
 
     def _report(self) -> None:
         base, unlearned = self.folder.read_evaluation("base"), self.folder.read_evaluation("unlearned")
         if base is None:
             raise UserError(f"{self.folder.path} holds no measurement of the base model to report on.\nAdd evaluate-base to --stages.")
-        after = read_lines(self.folder.answers("unlearned")) if unlearned else None
-        rows = compare_tasks(self.inputs.questions, read_lines(self.folder.answers("base")), after)
+        after = self.folder.read_answers("unlearned") if unlearned else None
+        rows = compare_tasks(self.inputs.questions, self.folder.read_answers("base"), after)
         texts = compare_texts(self.inputs.text_roles, base["texts"], unlearned and unlearned["texts"])
         answers = {sample["prompt"]: sample["answer"] for sample in unlearned["samples"]} if unlearned else {}
         summary = {
@@ -256,11 +384,14 @@ class Job:
             "title": self.preset.title,
             "model": short_name(self.preset.model.name),
             "verdict": verdict(rows, texts),
+            "audit": audit_mark(self.folder),
             "rows": rows_as_json(rows),
             "texts": texts,
             "samples": [{"prompt": each["prompt"], "base": each["answer"], "unlearned": answers.get(each["prompt"])} for each in base["samples"]],
             "stages": self.folder.read_stages(),
             "limit": self.preset.evaluation.limit,
+            "notes": [sentence for sentences in self.folder.read_notes().values() for sentence in sentences],
+            "unasked": unasked_subjects(self.inputs.questions),
         }
         write_json(self.folder.path / "summary.json", summary)
         write_report(self.folder)
@@ -270,6 +401,7 @@ class Job:
         if self._model is None:
             evaluates = any(other in SIDE_OF and not is_done(self.folder, other) for other in self.stages)
             layers = None if evaluates else self.preset.rmu.target_layer + 1
+            self._is_whole = layers is None
             self._model = load_model(self.preset.model, self.device, layers, unquantised_modules(self.preset))
             write_json(self.folder.path / "weights.json", describe_weights(self._model))
         if stage == "evaluate-unlearned" and not isinstance(self._model, PeftModel):  # trained by an earlier process
@@ -331,7 +463,8 @@ class Job:
         self._model = None
         gc.collect()
         if isinstance(error, UserError) and not self.folder.has_results and not self.folder.output.exists():
-            shutil.rmtree(self.folder.path)
+            with suppress(OSError):
+                self.folder.remove()
         else:
             with suppress(OSError):  # a full disk must not hide why the run failed
                 self._write_status("failed", str(error))

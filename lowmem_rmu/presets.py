@@ -1,6 +1,9 @@
 """Typed presets: YAML in, a checked `Preset` out, or one complete list of what is wrong with it."""
 
 import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,12 +11,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lowmem_rmu.errors import UserError, nearest
+from lowmem_rmu.errors import UserError, nearest, shortened, shown
+from lowmem_rmu.parsing import MAX_DEPTH, ParseError, parse_yaml
 
 PRESETS_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 TASKS_FILE = Path(__file__).resolve().parent / "tasks.yaml"
 SMALLEST_BATCH = 512
 """Tokens of the smallest batch that `evaluation.batch_tokens: auto` tries."""
+MISTAKES_SHOWN = 30
+"""Mistakes of a preset that one message lists."""
 Role = Literal["forgotten", "measured", "adjacent", "kept"]
 
 
@@ -29,9 +35,12 @@ Regex = Annotated[str, AfterValidator(_regex)]
 
 
 class Section(BaseModel):
-    """A part of a preset: unknown keys are errors and values are fixed once read."""
+    """A part of a preset: unknown keys are errors, numbers are finite, and values are fixed once read.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Every number has a range. Its upper end is far beyond what anybody uses: it keeps out slips (`1e30`) that would train to nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -52,7 +61,10 @@ class ModelSettings(Section):
 
 
 class Corpus(Section):
-    """Running text: a Hub data set, or local `.txt`, `.md` and `.jsonl` files and folders of them."""
+    """Running text: a Hub data set, or local `.txt`, `.md` and `.jsonl` files and folders of them.
+
+    Of a folder, hidden files and those about the data (README, LICENSE, ...) are never read.
+    """
 
     source: str
     """A Hub id, or a local path that starts with `./`, `../`, `/` or `~` (relative paths: from the preset's folder)."""
@@ -64,9 +76,11 @@ class Corpus(Section):
     """Only for WikiText: keep the articles whose title matches."""
     title_excludes: Regex | None = None
     """Only for WikiText: keep the articles whose title does not match."""
+    detokenise: bool = True
+    """Give tokenized text, as WikiText is (`film , television`, `co @-@ star`, `<unk>`), its ordinary spelling back."""
     long_documents: Literal["split", "truncate"] = "split"
     """Text beyond the maximum tokens becomes further samples, or is left out as in the paper."""
-    min_characters: int = Field(0, ge=0)
+    min_characters: int = Field(0, ge=0, le=10**9)
     """Shorter documents (headings, empty lines) are left out."""
     held_out: float = Field(0.0, ge=0.0, lt=1.0)
     """The share of documents that training never sees; their loss is reported before and after."""
@@ -78,18 +92,23 @@ class Topic(Section):
     """What is to be forgotten, and how hard."""
 
     corpus: Corpus
-    alpha: float = Field(ge=0)
+    alpha: float = Field(ge=0, le=1e9)
     """Weight of the retain loss in this topic's steps."""
     steering: Literal["random", "adaptive", "contrastive"] = "adaptive"
     """Where forget activations are pushed to. `random`: a control vector of the length `steering_coefficient` (RMU). `adaptive`:
     one whose length is `adaptive_scale` times the mean activation norm (arXiv 2408.06223). `contrastive`: the frozen activation plus
-    `steering_coefficient` times the difference between a novice and an expert at `about` (CUT, the paper's first version)."""
-    steering_coefficient: float | None = Field(None, gt=0)
-    adaptive_scale: float = Field(5.0, gt=0)
+    `steering_coefficient` times the direction from an expert in `about` to a novice (CUT, arXiv 2403.03218v1)."""
+    steering_coefficient: float | None = Field(None, gt=0, le=1e9)
+    adaptive_scale: float = Field(5.0, gt=0, le=1000)
+    contrastive_direction: Literal["unit", "raw"] | None = None
+    """Only for `contrastive`. `unit`: the direction has unit length, as in the authors' code; the default. `raw`: the difference of
+    activations as it is, with the sentences of earlier versions; runs recorded without this key were made so."""
     about: str | None = None
     """What novice and expert are asked about; the topic's name if left out."""
-    max_tokens: int = Field(512, ge=2)
+    max_tokens: int = Field(512, ge=2, le=10**6)
     """Tokens of a forget sample at most."""
+    questions: float = Field(0.25, ge=0, le=100)
+    """Multiple-choice questions made of the topic's text, per sample of prose: they are forgotten too."""
 
     @model_validator(mode="after")
     def _coefficient_where_it_counts(self) -> "Topic":
@@ -99,18 +118,31 @@ class Topic(Section):
             raise ValueError("steering: adaptive finds its own steering_coefficient: leave it out, or set steering: random")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unit_direction(cls, given: Any) -> Any:
+        """Fills in the contrastive direction, so that every run records the one that it was made with."""
+        if not isinstance(given, dict) or given.get("steering") != "contrastive":
+            return given
+        return given | {"contrastive_direction": given.get("contrastive_direction") or "unit"}
+
 
 class Retain(Section):
     """What must stay as it is: all corpora together, shuffled where `rmu.shuffle` is on."""
 
     corpora: list[Corpus] = Field(min_length=1)
-    max_tokens: int = Field(512, ge=2)
+    max_tokens: int = Field(512, ge=2, le=10**6)
+    questions: float = Field(0.5, ge=0, le=100)
+    """Multiple-choice questions made of the retain text, per sample of prose. Without any, a model may come to treat
+    every question as part of the topic."""
+    chat: float = Field(0.25, ge=0, le=100)
+    """Conversations made of the retain text in the model's chat template, per sample of prose."""
 
 
 class Rmu(Section):
     """Representation misdirection for unlearning (arXiv 2403.03218)."""
 
-    target_layer: int = Field(ge=0)
+    target_layer: int = Field(ge=0, lt=10_000)
     """0-based; its output is steered. Nothing above it takes part in training."""
     adapter_layers: list[int] = Field(min_length=1)
     """The layers that get adapters: at or below the target layer."""
@@ -118,33 +150,59 @@ class Rmu(Section):
     """Names of the linear modules that get adapters, as in PEFT's `target_modules`."""
     trainable: Literal["lora", "weights"] = "lora"
     """`lora`: low-rank adapters. `weights`: the modules' own matrices, kept in high precision and trained directly, as in the paper."""
-    rank: int = Field(16, ge=1)
-    lora_alpha: int | None = Field(None, gt=0)
+    rank: int = Field(16, ge=1, le=2**16)
+    lora_alpha: int | None = Field(None, gt=0, le=10**6)
     """LoRA's scale is `lora_alpha / rank`; the rank if left out."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps AdamW's two moments in 8 bits (bitsandbytes): a quarter of their memory."""
-    learning_rate: float = Field(1e-3, gt=0)
-    steps: int = Field(150, ge=1)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    schedule: Literal["constant", "linear"] = "constant"
+    """`linear`: the learning rate falls to zero over the steps, so that training comes to rest between topic and retain set."""
+    steps: int = Field(150, ge=1, le=10**6)
     """Optimiser steps in all; topics take turns."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(4, ge=1, le=10**5)
     """Forget samples a step."""
-    retain_batch_size: int | None = Field(None, ge=1)
+    retain_batch_size: int | None = Field(None, ge=1, le=10**5)
     """Retain samples a step; `batch_size` if left out."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, le=1e9)
     """Gradients are clipped to this norm; null: never, as in the paper."""
     shuffle: bool = True
     """On: batches of samples of like length, in a new order every epoch. Off: samples in the order of the corpus, as in the paper."""
     padding: Literal["masked", "paper"] = "masked"
     """`masked`: losses over real tokens. `paper`: left padding, losses over every position, padding too."""
+    sinks: Literal["masked", "counted"] | None = None
+    """Positions whose activation is many times larger than the rest of their sample's (attention sinks, arXiv 2402.17762).
+    `masked`: they are not steered, and what they lose counts relative to their size. `counted`: like any other position,
+    as in the paper. If left out: `counted` with `padding: paper`, else `masked`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    cache_gib: float = Field(1.0, ge=0)
+    cache_gib: float = Field(1.0, ge=0, le=10**6)
     """Gibibytes at most for what the frozen layers give on batches that come again (the hidden-state cache)."""
     cache_in: Literal["memory", "disk"] = "memory"
     """Where that is kept: main memory, or the run folder."""
-    checkpoint_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(50, ge=1, le=10**6)
     """Steps between checkpoints that `--resume` can go on from."""
-    seed: int = 0
+    guard_every: int = Field(10, ge=0, le=10**6)
+    """Steps between the guard's looks at text and questions that training does not see; 0: never. It needs the whole
+    model, so that a run that evaluates nothing has none."""
+    guard_limit: float = Field(0.3, gt=0, le=100)
+    """Nats per token by which retain text and questions about it may diverge from base. Training ends when two checks in a row
+    exceed it, and the best earlier point is kept."""
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    """What torch takes as a seed."""
+
+    @property
+    def masks_sinks(self) -> bool:
+        """Whether attention sinks are left out of steering."""
+        return self.sinks == "masked"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sinks_as_padding(cls, given: Any) -> Any:
+        """Fills in what becomes of sinks, so that every run records how it was made."""
+        if not isinstance(given, dict) or given.get("sinks") is not None:
+            return given
+        return given | {"sinks": "counted" if given.get("padding") == "paper" else "masked"}
 
     @model_validator(mode="after")
     def _layers_at_or_below_target(self) -> "Rmu":
@@ -159,7 +217,10 @@ class Rmu(Section):
 
 
 class Task(Section):
-    """A-D questions: a Hub data set, a local JSONL file (`question, choices, answer`), or a folder with a file a subject.
+    """A-D questions: a Hub data set, a local JSONL or CSV file (`question, choices, answer`), or a folder.
+
+    In a folder, every file is a subject. One whose name ends in a split (`_dev`, `_val`, `_test`, ...) belongs
+    to that split alone.
 
     A name of `tasks.yaml` (`wmdp_bio`, `mmlu`, ...) brings its settings along; a preset gives what differs.
     """
@@ -176,7 +237,7 @@ class Task(Section):
     """Only these subjects."""
     scoring: Literal["letters", "cloze"] = "letters"
     """`letters`: the choice whose letter is the most likely. `cloze`: the choice whose text is, a character; for models too small for letters."""
-    num_fewshot: int = Field(0, ge=0)
+    num_fewshot: int = Field(0, ge=0, le=10**4)
     """Answered examples in front of every question: the first ones of `examples_split`."""
     examples_split: str | None = None
     role: Role
@@ -199,14 +260,18 @@ class Evaluation(Section):
     """What is measured before and after."""
 
     tasks: dict[str, Task] = {}
-    limit: int | None = Field(None, ge=1)
-    """Questions a task at most, spread over its subjects in proportion (one a subject at least): the same sample every time."""
-    batch_tokens: int | Literal["auto"] = 4096
+    limit: int | None = Field(None, ge=1, le=10**9)
+    """Questions per task at most, spread over its subjects in proportion: the same sample every time. Of more
+    subjects than questions, the smallest get none, which the results say."""
+    limit_by: Literal["largest_remainder", "one_per_subject"] = "largest_remainder"
+    """How `limit` is allocated. `one_per_subject`: in rounded shares, one at least, so that more than `limit` may
+    be asked, as older versions did."""
+    batch_tokens: Annotated[int, Field(ge=1, le=10**8)] | Literal["auto"] = 4096
     """Tokens in one forward pass at most, padding included. `auto`: what is fastest, tried out before the first question;
     then the memory plan only knows the least that it may be."""
     prompts: list[str] = []
     """Asked of base and unlearned for the report and as suggestions in the chat."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, le=10**6)
 
     @property
     def planned_batch_tokens(self) -> int:
@@ -238,7 +303,7 @@ class Preset(Section):
 @cache
 def known_tasks() -> dict[str, dict[str, Any]]:
     """The field's tasks by name, as settings of a `Task`."""
-    return yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8"))
+    return parse_yaml(TASKS_FILE.read_text(encoding="utf-8"))[0]
 
 
 def preset_names() -> list[str]:
@@ -249,50 +314,122 @@ def find_preset(name_or_path: str) -> Path:
     """The YAML file of a shipped preset, or of a path."""
     if name_or_path in preset_names():
         return PRESETS_FOLDER / f"{name_or_path}.yaml"
-    path = Path(name_or_path).expanduser()
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
+    if Path(name_or_path).suffix.lower() in (".yaml", ".yml"):
+        try:
+            path = Path(name_or_path).expanduser()
+            if path.is_file():
+                return path
+        except (OSError, RuntimeError):  # a name that is too long, or the home folder of nobody
+            path = Path(name_or_path)
         raise UserError(f"Preset file {path} does not exist.\nCheck the path, or see the shipped presets with --list.")
     raise UserError(
-        f'There is no preset "{name_or_path}". {nearest(name_or_path, preset_names())}\nSee them all with --list, or give the path of a YAML file.'
+        f'There is no preset "{shortened(name_or_path)}". {nearest(name_or_path, preset_names())}\n'
+        "See them all with --list, or give the path of a YAML file."
     )
 
 
-def load_preset(name_or_path: str, overrides: list[str] | None = None) -> Preset:
+def load_preset(
+    name_or_path: str, overrides: list[str] | None = None, labels: Mapping[str, str] | None = None
+) -> Preset:
     """Reads and checks a preset; `overrides` are `key.path=value` with YAML values.
 
-    Raises UserError with every mistake at once, each with its line or, for an override, its path.
+    `labels` say what a form calls a setting, by its dotted path. Raises UserError with every mistake at once,
+    each with the place of its value: a line of the file, the form's field, or the path that followed `--set`.
     """
     path = find_preset(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8")
-        tree, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}, line {line}: not valid YAML: {error.problem}.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
+        content, tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except ParseError as error:
+        where = f"{path}, line {error.line}:" if error.line else f"{path} cannot be read as a preset:"
+        raise UserError(f"{where} {error.problem}.") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a preset: {error}.") from error
     if tree is None or not isinstance(content, dict):
         raise UserError(f"{path} holds no preset: expected keys such as model, rmu, topics, retain.")
-    overridden = {override(content, change) for change in overrides or []}
-    content = resolve_paths(content, path.parent, overridden)
+    given = Given(labels or {})
+    for change in overrides or []:
+        given.paths.add(override(content, change, given.labels))
+    content = resolve_paths(content, path.parent, given.paths)
     try:
         return Preset.model_validate(content)
     except ValidationError as error:
-        raise UserError(_complaint(path, tree, content, error, overridden)) from error
+        raise UserError(_complaint(path, tree, content, error, given)) from error
 
 
 def recorded_preset(settings: Any, where: Path) -> Preset:
     """The settings that a run folder holds. Raises UserError where another version wrote them and this one reads them no more."""
     try:
-        return Preset.model_validate(settings)
+        return Preset.model_validate(with_recorded_defaults(settings))
     except ValidationError as error:
         named = ", ".join(sorted({".".join(map(str, problem["loc"])) for problem in error.errors()}))
         raise UserError(
             f"{where} was written by another version of lowmem-rmu: this one does not know its settings of {named}.\n"
             "Read it with the version that its config.json names, or make the run anew."
         ) from error
+
+
+def preset_of_run(config: Mapping[str, Any], where: Path) -> Preset:
+    """Return the settings of a run, with a model of the Hub pinned to the commit that the run was made with.
+
+    `config` is the content of the run's `config.json`, `where` its folder. Raises UserError as `recorded_preset` does.
+    """
+    preset = recorded_preset(config["settings"], where)
+    revision = config.get("model_revision")
+    if is_local(preset.model.name) or revision is None:
+        return preset
+    model = preset.model.model_copy(update={"revision": revision})
+    return preset.model_copy(update={"model": model})
+
+
+RMU_BEFORE = {"sinks": "counted", "guard_every": 0, "guard_limit": 0.3, "schedule": "constant"}
+"""What earlier versions did in place of settings of `rmu` that they did not know."""
+
+
+def with_recorded_defaults(settings: Any) -> Any:
+    """Recorded settings of a preset, or of a checkpoint, with what earlier versions did where they had no key for it.
+
+    A contrastive topic without `contrastive_direction` was steered along the raw difference; a limit was allocated
+    otherwise; attention sinks counted like any other position; there were no samples in other forms than prose, and no guard.
+    """
+    if isinstance(settings, dict) and "evaluation" in settings:
+        settings = settings | {"evaluation": recorded_evaluation(settings["evaluation"])}
+    if isinstance(settings, dict) and isinstance(settings.get("rmu"), dict):
+        settings = settings | {"rmu": RMU_BEFORE | settings["rmu"]}
+    if isinstance(settings, dict) and isinstance(settings.get("retain"), dict):
+        settings = settings | {"retain": recorded_retain(settings["retain"])}
+    topics = settings.get("topics") if isinstance(settings, dict) else None
+    if not isinstance(topics, dict):
+        return settings
+    return settings | {"topics": {name: recorded_topic(topic) for name, topic in topics.items()}}
+
+
+def recorded_retain(retain: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a retain set as they were meant: older versions made no samples in other forms than prose."""
+    corpora = retain.get("corpora")
+    found = {"corpora": [recorded_corpus(corpus) for corpus in corpora]} if isinstance(corpora, list) else {}
+    return {"questions": 0, "chat": 0} | retain | found
+
+
+def recorded_corpus(corpus: Any) -> Any:
+    """Settings of a corpus as they were meant: older versions left tokenized text as it was."""
+    return {"detokenise": False} | corpus if isinstance(corpus, dict) else corpus
+
+
+def recorded_topic(topic: Any) -> Any:
+    """Settings of a topic as they were meant: older versions made no questions, and knew one contrastive direction."""
+    if not isinstance(topic, dict):
+        return topic
+    direction = {"contrastive_direction": "raw"} if topic.get("steering") == "contrastive" else {}
+    corpus = {"corpus": recorded_corpus(topic["corpus"])} if "corpus" in topic else {}
+    return {"questions": 0} | direction | topic | corpus
+
+
+def recorded_evaluation(settings: Any) -> Any:
+    """Settings of an evaluation as they were meant: older versions allocated a limit otherwise."""
+    if not isinstance(settings, dict) or "limit_by" in settings:
+        return settings
+    has_limit = settings.get("limit") is not None
+    return settings | {"limit_by": "one_per_subject" if has_limit else "largest_remainder"}
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[str]:
@@ -308,9 +445,35 @@ def is_local(source: str) -> bool:
     return source.startswith(("./", "../", "/", "~", ".\\", "..\\")) or source in (".", "..") or Path(source).is_absolute()
 
 
+def as_path(name: str) -> Path:
+    """A path with `~` spelled out. Raises UserError for what can be no path: too long, with a NUL, in the home of nobody."""
+    try:
+        path = Path(name).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise UserError(f"The path {name[:80]!r} cannot be read: {reason}.") from error
+    return path
+
+
+def is_folder(start: Path, name: str) -> bool:
+    """Whether a model's name, such as `models/llama`, is a folder that lies in `start`: it is then that folder, and no Hub id."""
+    return bool(name.strip()) and "://" not in name and (start / as_path(name)).is_dir()
+
+
 def short_name(model: str) -> str:
     """A Hub id as it is; of a local path the last two parts, for reports are shared."""
     return "/".join(Path(model).parts[-2:]) if is_local(model) else model
+
+
+def without_places(settings: Any, where: str = "") -> Any:
+    """The same settings with every path of this machine cut to its last two parts: for what is shared."""
+    if isinstance(settings, dict):
+        return {key: without_places(value, str(key)) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_places(value, where) for value in settings]
+    return short_name(settings) if isinstance(settings, str) and where in ("source", "name") else settings
 
 
 def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str = "") -> Any:
@@ -319,24 +482,57 @@ def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str =
         return [resolve_paths(item, folder, overridden, f"{where}.{index}") for index, item in enumerate(content)]
     if not isinstance(content, dict):
         is_source = where.rpartition(".")[2] == "source" or where == "model.name"
-        if is_source and isinstance(content, str) and is_local(content):
-            given_here = any(where == key or where.startswith(f"{key}.") for key in overridden)
-            start = Path.cwd() if given_here else folder
-            return str((start / Path(content).expanduser()).resolve())
+        given_here = any(where == key or where.startswith(f"{key}.") for key in overridden)
+        start = Path.cwd() if given_here else folder
+        if is_source and isinstance(content, str):
+            try:
+                if is_local(content) or (where == "model.name" and is_folder(start, content)):
+                    return str((start / as_path(content)).resolve())
+            except UserError as error:
+                raise UserError(f"{shortened(where)}: {error}") from error
         return content
     return {key: resolve_paths(value, folder, overridden, f"{where}.{key}" if where else str(key)) for key, value in content.items()}
 
 
-def override(content: dict[str, Any], change: str) -> str:
-    """Writes one `key.path=value` into the raw preset and returns its path; whether the key exists is checked afterwards."""
+@dataclass(frozen=True)
+class Given:
+    """The settings that were given in addition to the preset's file, and how a message names each."""
+
+    labels: Mapping[str, str]
+    """By dotted path, what a form calls a setting; those of `--set` have no label."""
+    paths: set[str] = field(default_factory=set)
+
+    def name(self, where: str) -> str:
+        """How a message calls the setting at a dotted path."""
+        label = self.labels.get(where)
+        return f"{label}, {shortened(where)}" if label else f"--set {shortened(where)}"
+
+    def covers(self, where: str) -> bool:
+        """Whether the value at a dotted path, or a part of it, was given."""
+        return any(
+            where == key or key.startswith(f"{where}.") or where.startswith(f"{key}.") for key in self.paths
+        )
+
+
+def override(content: dict[str, Any], change: str, labels: Mapping[str, str] | None = None) -> str:
+    """Writes one `key.path=value` into the raw preset and returns its path; the key is checked later.
+
+    `labels` say what a form calls a setting, by its dotted path.
+    """
     path, separator, value = change.partition("=")
     keys = path.strip().split(".")
+    label = (labels or {}).get(".".join(keys))
+    told = f"{label} ({shown(value)})" if label else f'--set "{shortened(change)}"'
     if not separator or not all(keys):
-        raise UserError(f'--set "{change}" is not of the form key.path=value, for example --set rmu.steps=50.')
+        raise UserError(f"{told} is not of the form key.path=value, for example --set rmu.steps=50.")
+    if len(keys) > MAX_DEPTH:
+        raise UserError(f"{told}: the path has more than {MAX_DEPTH} keys.")
     try:
-        given = yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f'--set "{change}": the value is not valid YAML.') from error
+        given, _ = parse_yaml(value)
+    except ParseError as error:
+        raise UserError(
+            f"{told}: the value is {error.problem if error.is_valid else 'not valid YAML'}."
+        ) from error
     node: Any = content
     try:
         for key in keys[:-1]:
@@ -344,24 +540,29 @@ def override(content: dict[str, Any], change: str) -> str:
         last: Any = int(keys[-1]) if isinstance(node, list) else keys[-1]
         node[last] = given
     except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f'--set "{change}": the preset has no place "{path}".') from error
+        raise UserError(f'{told}: the preset has no place "{shortened(path)}".') from error
     return ".".join(keys)
 
 
-def _complaint(path: Path, tree: yaml.Node, content: Any, error: ValidationError, overridden: set[str]) -> str:
-    """Every mistake of a preset in one message, in the order of the file."""
+def _complaint(path: Path, tree: yaml.Node, content: Any, error: ValidationError, given: Given) -> str:
+    """Every mistake of a preset in one message, in the order of the file, each with the place of its value."""
     # A wrong value of a union is reported once a member, with the member's name in the path: the place is what counts.
     found: dict[str, tuple[int, list[str]]] = {}
+    of_file = 0
     for problem in error.errors():
         line, place = _locate(tree, content, problem["loc"])
         where = ".".join(place)
-        from_set = any(where == key or key.startswith(f"{where}.") or where.startswith(f"{key}.") for key in overridden)
-        label = f"--set {where}" if from_set else f"line {line}: {where}"
+        is_given = given.covers(where)
+        label = given.name(where) if is_given else f"line {line}: {shortened(where)}"
+        of_file += not is_given
         messages = found.setdefault(label, (line, []))[1]
         if (message := _reason(problem)) not in messages:
             messages.append(message)
     lines = [f"  {label}: {', or '.join(messages)}" for label, (_, messages) in sorted(found.items(), key=lambda item: item[1][0])]
-    return f"{path} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n" + "\n".join(lines)
+    if len(lines) > MISTAKES_SHOWN:
+        lines[MISTAKES_SHOWN:] = [f"  and {len(lines) - MISTAKES_SHOWN:,} more"]
+    source = str(path) if of_file else "What was given"
+    return f"{source} has {len(found):,} mistake{'s' if len(found) > 1 else ''}:\n" + "\n".join(lines)
 
 
 def _locate(tree: yaml.Node, content: Any, location: tuple[int | str, ...]) -> tuple[int, list[str]]:
@@ -380,7 +581,10 @@ def _locate(tree: yaml.Node, content: Any, location: tuple[int | str, ...]) -> t
             node = node.value[part]
             line = node.start_mark.line + 1
         elif isinstance(node, yaml.MappingNode):
-            key, node = next(((key, value) for key, value in node.value if key.value == str(part)), (None, None))
+            # The last one counts: in front stand those that a merge key (<<) brought along.
+            key, node = next(
+                ((key, value) for key, value in reversed(node.value) if key.value == str(part)), (None, None)
+            )
             line = key.start_mark.line + 1 if key else line
         else:
             node = None
@@ -396,8 +600,11 @@ def _reason(problem: Any) -> str:
         case "value_error":
             return str(problem["ctx"]["error"])
     given = problem["input"]
-    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | None) else f" (it is a {type(given).__name__})"
-    return problem["msg"].replace("Input should be", "should be").partition(" or instance of")[0] + shown
+    value = (
+        shown(given) if isinstance(given, str | int | float | bool | None) else f"a {type(given).__name__}"
+    )
+    message = problem["msg"].replace("Input should be", "should be").partition(" or instance of")[0]
+    return f"{message} (it is {value})"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

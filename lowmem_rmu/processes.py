@@ -1,12 +1,13 @@
 """The processes that `accelerate launch` started together: who this one is, and how they tell each other what they found."""
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+
+from lowmem_rmu.turns import world_size
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # the others wait while the first one trains; the default is ten minutes
@@ -16,8 +17,7 @@ class Processes:
     """One process by itself, as long as no launcher has started several."""
 
     def __init__(self) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self._state = PartialState(timeout=PATIENCE) if launched else None
+        self._state = PartialState(timeout=PATIENCE) if world_size() > 1 else None
         self.index: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
 

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from lowmem_rmu.evaluation.compare import LUCK, NOISE, asked_how, counted
-from lowmem_rmu.evaluation.summary import bounds_in_words, known_in_words, read_audit, read_object, read_summary
-from lowmem_rmu.presets import differences
-from lowmem_rmu.runs import RunFolder, read_lines, write_atomically
+from lowmem_rmu.evaluation.compare import asked_how, counted
+from lowmem_rmu.evaluation.statistics import LUCK, NOISE
+from lowmem_rmu.evaluation.summary import Headline, bounds_in_words, known_in_words, read_audit, read_summary
+from lowmem_rmu.presets import differences, without_places
+from lowmem_rmu.runs import RunFolder, write_atomically
 
 Row = dict[str, Any]
 
@@ -28,6 +29,7 @@ ROLES = {"forgotten": "To be forgotten", "adjacent": "Close to it, should stay",
 """What is expected of a task, as the page says it and in its order."""
 SIDES = ("base", "unlearned")
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
+DIVERGENCES = {"retain_kl": "Text to keep", "topic_kl": "Topic"}
 ACTIVATIONS = {
     "forget_norm": "Activation norm, forget set",
     "retain_norm": "Activation norm, retain set",
@@ -95,11 +97,12 @@ def render_audit(run: RunFolder) -> str:
 
 def render_comparison(first: RunFolder, second: RunFolder) -> str:
     """Two runs side by side, as HTML for the same page: verdicts, differing settings, and every task. Raises UserError as `render_parts` does."""
-    summaries, settings = [read_summary(run) for run in (first, second)], [_config(run)["settings"] for run in (first, second)]
+    summaries, settings = [read_summary(run) for run in (first, second)], [run.config["settings"] for run in (first, second)]
     headline, members = _split(_pairs(*(summary["rows"] for summary in summaries)))
     content = {
         "names": [first.path.name, second.path.name],
         "summaries": summaries,
+        "headlines": [Headline.of(run, each["verdict"]) for run, each in zip((first, second), summaries, strict=True)],
         "settings": [(path, [_setting(each, path) for each in settings]) for path in sorted(differences(*settings))],
         "headline": headline,
         "members": members,
@@ -112,17 +115,13 @@ def app_stylesheet() -> str:
     return str(_environment().get_template("report_style.css.jinja").module.in_app())  # type: ignore[attr-defined]
 
 
-def _config(run: RunFolder) -> dict[str, Any]:
-    return read_object(run.path / "config.json", "Without it the run cannot be shown.")
-
-
 def _render(template: str, content: dict[str, Any]) -> str:
     return _environment().get_template(template).render(content)
 
 
 def _content(run: RunFolder) -> dict[str, Any]:
     """What the templates show of a run."""
-    summary, config, metrics, audit = read_summary(run), _config(run), read_lines(run.metrics), _audit_content(run)
+    summary, config, metrics, audit = read_summary(run), run.config, run.read_metrics(), _audit_content(run)
     rows = summary["rows"]
     headline, members = _split(rows)
     charted = rows if len(members) <= MEMBERS_IN_CHART else headline
@@ -132,14 +131,20 @@ def _content(run: RunFolder) -> dict[str, Any]:
     if metrics:
         charts["losses"] = _charts("losses", lambda width: _curves(metrics, LOSSES, width))
         charts["activations"] = _charts("activations", lambda width: _curves(metrics, ACTIVATIONS, width, same_scale=True))
+    checks = [row | {"topic": ""} for row in metrics if row.get("retain_kl") is not None]
+    if checks:
+        charts["divergence"] = _charts("divergence", lambda width: _curves(checks, DIVERGENCES, width))
     return {
         "run": run.path.name,
         "config": config,
         "summary": summary,
+        "checks": checks,
+        "sinks": _sinks(metrics, config),
         "created": datetime.fromisoformat(config["created"]),
-        "settings": yaml.safe_dump(config["settings"], sort_keys=False, allow_unicode=True, width=100),
+        "settings": yaml.safe_dump(without_places(config["settings"]), sort_keys=False, allow_unicode=True, width=100),
         "metrics": metrics,
         "topics_trained": _topics(metrics),
+        "verdict_line": Headline.of(run, summary["verdict"]),
         "headline": headline,
         "members": members,
         **audit,
@@ -385,6 +390,15 @@ def _relearning(audit: dict[str, Any], curves: dict[str, Row], width: int) -> Fi
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
+
+
+def _sinks(metrics: list[Row], config: Row) -> Row:
+    """How many positions of all batches were attention sinks, and whether they were left out of steering."""
+    return {
+        "count": sum(row.get("sinks", 0) for row in metrics),
+        "tokens": sum(row.get("tokens", 0) for row in metrics),
+        "masked": config["settings"].get("rmu", {}).get("sinks") == "masked",
+    }
 
 
 def _topics(metrics: list[Row]) -> list[str]:

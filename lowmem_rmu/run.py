@@ -1,9 +1,9 @@
 """`python -m lowmem_rmu.run PRESET`: the main job from the command line."""
 
-import json
 import logging
 import os
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -11,26 +11,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from lowmem_rmu.errors import UserError, nearest
-from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, preset_names, recorded_preset
-from lowmem_rmu.runs import STAGES, RunFolder, Stopped, write_json
-from lowmem_rmu.turns import turn
+from lowmem_rmu.console import Console, prepare_streams, print_json, printable
+from lowmem_rmu.errors import UserError, command_line, nearest
+from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, preset_names, preset_of_run, recorded_preset
+from lowmem_rmu.runs import STAGES, RunFolder, Stopped, present, write_json
+from lowmem_rmu.turns import check_free, free_name, one_at_a_time, process_of, take_ticket, turn, world_size
+
+if TYPE_CHECKING:
+    from lowmem_rmu.data.sources import Sources
 
 PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
 class Interrupts:
-    """The first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second ends it at once."""
+    """The first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second ends it at once.
+
+    A closed terminal (SIGHUP) asks as the first Ctrl-C does, however often it is sent; nohup works as usual.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -38,6 +44,9 @@ class Interrupts:
     @contextmanager
     def watched(self) -> Iterator[None]:
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            before[hangup] = signal.signal(hangup, self._hang_up)
         try:
             yield
         finally:
@@ -50,15 +59,30 @@ class Interrupts:
         self.asked = True
         print("Stopping after this step; once more to stop at once.", file=sys.stderr)
 
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        # A terminal is closed by now or will be in a moment: printing to it would fail.
+        # Files and pipes still take what is printed.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            with suppress(OSError):
+                if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                    os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
 
 class Bars:
     """Live progress in a terminal."""
 
     def __init__(self, console: Console, interrupts: Interrupts) -> None:
         # On a narrow terminal the figures are cut, not the counts.
-        name = TextColumn("{task.description}", table_column=Column(min_width=18, no_wrap=True))
+        name = TextColumn("{task.description}", markup=False, table_column=Column(min_width=18, no_wrap=True))
         count, left = MofNCompleteColumn(table_column=Column(min_width=9)), TimeRemainingColumn(table_column=Column(min_width=7))
-        figures = TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+        figures = TextColumn(
+            "{task.fields[figures]}",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        )
         self.progress = Progress(name, BarColumn(bar_width=10), count, left, figures, console=console, expand=True)
         self.interrupts = interrupts
         self.task = TaskID(0)
@@ -71,6 +95,9 @@ class Bars:
 
     def advanced(self, done: int, figures: dict[str, float | str]) -> None:
         self.progress.update(self.task, completed=done, figures=_words(figures))
+
+    def noted(self, sentence: str) -> None:
+        self.progress.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def asks_to_stop(self) -> bool:
         return self.interrupts.asked
@@ -103,6 +130,9 @@ class Lines:
             left = (now - self.began) / done * (self.total - done)
             self._print(f"{self.stage} {done}/{self.total}  {_words(figures)}  about {left:.0f} s left")
             self.last = now
+
+    def noted(self, sentence: str) -> None:
+        self._print(sentence)
 
     def asks_to_stop(self) -> bool:
         return self.interrupts.asked
@@ -176,12 +206,34 @@ def main_job(
 ) -> RunFolder | None:
     """Runs the stages in a new run folder, or goes on in an old one, once it is its turn; None where this process only helped another."""
     folder = find_run(runs_dir, name, preset_name, preset) if resume else None
-    path = folder.path if folder else RunFolder.free_path(runs_dir, name or RunFolder.new_name(preset_name))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # processes that `accelerate launch` has started must not wait for each other's turn
+    if world_size() > 1:  # processes that `accelerate launch` has started must not wait for each other's turn
+        path = folder.path if folder else new_path(runs_dir, name, preset_name)
         return main_job_in_turn(preset_name, preset, path, device, stages, folder)
+    with one_at_a_time(runs_dir):
+        path = folder.path if folder else new_path(runs_dir, name, preset_name)
+        process = process_of(runs_dir, path.name)
+        if process and process.pid != os.getpid():
+            raise UserError(
+                f"Run {path} is under way already, in process {process.pid}.\n"
+                "Wait until it has ended, or stop it first."
+            )
+        take_ticket(runs_dir, path.name, os.getpid())
     forget_old_stop(path / "stop")
-    with refusals_noted(path), turn(runs_dir, path.name, os.getpid(), Waiting(path).tell):
+    waiting = Waiting(path)
+    with refusals_noted(path), turn(runs_dir, path.name, os.getpid(), waiting.tell):
+        waiting.check_stop()  # all runs before it may have ended since the last look
         return main_job_in_turn(preset_name, preset, path, device, stages, folder)
+
+
+def new_path(runs_dir: Path, name: str | None, preset_name: str) -> Path:
+    """Return where a new run goes: by `name`, or by the preset's name and the time. Within `one_at_a_time`.
+
+    Raises UserError for a name that is taken, or that leaves `runs_dir`.
+    """
+    if name is None:
+        return runs_dir / free_name(runs_dir, RunFolder.new_name(preset_name))
+    check_free(runs_dir, name)
+    return runs_dir / name
 
 
 def main_job_in_turn(preset_name: str, preset: Preset, path: Path, device: str, stages: list[str], folder: RunFolder | None) -> RunFolder | None:
@@ -191,6 +243,9 @@ def main_job_in_turn(preset_name: str, preset: Preset, path: Path, device: str, 
     from lowmem_rmu.pipeline import Job, help_evaluate, is_done, read_inputs, run_config
     from lowmem_rmu.processes import Processes
 
+    if folder is not None:
+        # The model may have a new commit on the Hub since the run began.
+        preset = preset_of_run(folder.config, folder.path)
     processes = Processes()
     on = resolve_device(processes.device(device))
     if not processes.is_first:
@@ -198,11 +253,14 @@ def main_job_in_turn(preset_name: str, preset: Preset, path: Path, device: str, 
         return None
     check_fits(preset, on, [stage for stage in stages if folder is None or not is_done(folder, stage)])
     inputs = read_inputs(preset, stages)
+    print_left_out(inputs.sources)
     if folder is None:
-        config = run_config(preset_name, preset, on)
-        folder = RunFolder.create(path.parent, path.name)
-        write_json(folder.path / "config.json", config)
-    with watched(folder.path) as watcher:
+        config = run_config(preset_name, preset, on, inputs.sources)
+        # Until it has its config.json, the folder looks like that of a killed start.
+        with one_at_a_time(path.parent):
+            folder = RunFolder.create(path.parent, path.name)
+            write_json(folder.path / "config.json", config)
+    with present(folder.path), watched(folder.path) as watcher:
         Job(preset, folder, inputs, on, stages, watcher, processes).run()
     return folder
 
@@ -220,10 +278,14 @@ class Waiting:
     def __init__(self, path: Path) -> None:
         self.path, self.before = path, list[str]()
 
-    def tell(self, before: list[str]) -> None:
+    def check_stop(self) -> None:
+        """Raise Stopped where a stop was asked for before the run's turn came."""
         if (self.path / "stop").exists():
             RunFolder(self.path).write_status("queue", 0, 0, "stopped")
             raise Stopped(self.path)
+
+    def tell(self, before: list[str]) -> None:
+        self.check_stop()
         if before != self.before:
             self.before = before
             print(f"Waiting: {', '.join(before)} in {self.path.parent} before this run.", file=sys.stderr, flush=True)
@@ -243,9 +305,15 @@ def refusals_noted(path: Path) -> Iterator[None]:
 def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset) -> RunFolder:
     """The run to go on with. Raises UserError where there is none, or where its settings are others."""
     if name is None:
-        runs = [each for each in RunFolder.all(runs_dir) if each.config["preset"] == preset_name]
+        presets = {run: _preset_named_in(run) for run in RunFolder.all(runs_dir)}
+        runs = [run for run, named in presets.items() if named == preset_name]
         if not runs:
-            raise UserError(f"There is no run of {preset_name} in {runs_dir} to go on with.\nStart one without --resume.")
+            damaged = [str(run.path) for run, named in presets.items() if named is None]
+            also = f" The config.json of {', '.join(damaged)} is damaged." if damaged else ""
+            raise UserError(
+                f"There is no run of {preset_name} in {runs_dir} to go on with.{also}\n"
+                "Start one without --resume."
+            )
         folder = runs[0]
     else:
         folder = RunFolder.open(runs_dir, name)
@@ -259,13 +327,20 @@ def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset)
     return folder
 
 
+def _preset_named_in(run: RunFolder) -> str | None:
+    """None where the run's config.json is damaged."""
+    with suppress(UserError, OSError, ValueError, LookupError, TypeError, RecursionError):
+        return str(run.config["preset"])
+    return None
+
+
 @contextmanager
 def friendly_exit() -> Iterator[None]:
     """A user's mistake: one message and exit code 2. A stop: how to go on, and 130."""
     try:
         yield
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as stopped:
         print(f"Stopped. Nothing is lost; go on with: {stopped.go_on or resume_command(stopped.folder)}", file=sys.stderr)
@@ -277,13 +352,19 @@ def friendly_exit() -> Iterator[None]:
 
 def resume_command(folder: Path) -> str:
     """The command that was given, with what it takes to go on."""
+    is_verb = Path(sys.argv[0]).parts[-2:] == ("lowmem_rmu", "__main__.py")
+    module = "lowmem_rmu" if is_verb else "lowmem_rmu.run"
     given = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    named = [] if any(argument.startswith("--name") for argument in given) else ["--name", folder.name]
-    return " ".join(["python -m lowmem_rmu.run", *given, *named, "--resume"])
+    is_named = any(argument == "--name" or argument.startswith("--name=") for argument in given)
+    named = [] if is_named else ["--name", folder.name]
+    return command_line("python", "-m", module, *given, *named, "--resume")
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' own notes out of the run's output (errors still show), and their caches small."""
+    """Keeps the libraries' own notes out of the run's output (errors still show), their caches small, and code of the Hub out."""
+    # Where the package `kernels` is installed, bitsandbytes and transformers would download compiled code and run it: to this process
+    # there is no such package.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     # In 16 bits on a CPU, torch compiles kernels for every shape of batch and keeps 1,024 of them, twice: 300 MB for the tiny model.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
@@ -318,14 +399,20 @@ def _millions(count: int) -> str:
 
 def print_plan(preset: Preset, device: str, stages: list[str]) -> None:
     """What would be loaded, downloaded and trained, and the memory each stage needs."""
-    from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.data.sources import find_sources, sentences
+    from lowmem_rmu.model.loading import check_checkpoint, resolve_device
     from lowmem_rmu.model.memory import gib, memory_available
     from lowmem_rmu.model.memory import plan as memory_plan
+    from lowmem_rmu.pipeline import needs_text
 
     on, console = resolve_device(device), Console()
+    check_checkpoint(preset.model)
+    read = sentences(find_sources(preset, needs_text(preset, stages)), only_partly_read=False)
     evaluates, needs = any(stage.startswith("evaluate") for stage in stages), memory_plan(preset, on, stages)
     for label, words in plan_lines(preset, evaluates).items():
         console.print(f"{label:<10} {words}", highlight=False, soft_wrap=True)
+    for sentence in read:
+        console.print(f"{'Read':<10} {sentence}", highlight=False, soft_wrap=True)
     table = Table()
     for column in ("Stage", "Weights", "Working memory", "Cache, at most", "Together"):
         table.add_column(column, justify="left" if column == "Stage" else "right")
@@ -333,6 +420,14 @@ def print_plan(preset: Preset, device: str, stages: list[str]) -> None:
         table.add_row(need.stage, gib(need.weights), gib(need.working), gib(need.cache) if need.cache else "-", gib(need.total))
     console.print(table)
     console.print(f"Free on {on} now: {gib(memory_available(on))}. The libraries themselves take about 0.6 GiB of main memory.", highlight=False)
+
+
+def print_left_out(sources: "Sources") -> None:
+    """Say on stderr what is read of each folder of which not everything is."""
+    from lowmem_rmu.data.sources import sentences
+
+    for sentence in sentences(sources, only_partly_read=True):
+        print(f"Read for {sentence}.", file=sys.stderr, flush=True)
 
 
 def plan_lines(preset: Preset, evaluates: bool) -> dict[str, str]:
@@ -362,30 +457,40 @@ def plan_lines(preset: Preset, evaluates: bool) -> dict[str, str]:
 
 def print_summary(folder: RunFolder, as_json: bool) -> None:
     """The closing table and the verdict, or the summary as JSON."""
+    # Heavy libraries load only once there is work for them.
+    from lowmem_rmu.evaluation.summary import NOT_AUDITED, Headline
+
     path = folder.path / "summary.json"
     if not path.exists():
         print(f"Done: {folder.path}", file=sys.stderr)
         return
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    from lowmem_rmu.evaluation.summary import read_summary
+
+    summary = read_summary(folder)
     if as_json:
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        print_json(summary)
         return
     console = Console()
     if summary["rows"]:
         console.print(accuracy_table(summary))
     if summary["texts"]:
         console.print(text_table(summary))
-    verdict = summary["verdict"]
-    for sentence in verdict["sentences"]:
+    headline = Headline.of(folder, summary["verdict"])
+    for sentence in [*summary.get("notes", []), *summary["verdict"]["sentences"]]:
         console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"\nForgotten: {verdict['forgotten']}. Kept: {verdict['kept']}.", highlight=False, style="bold")
+    console.print(f"\n{headline.sentence}", highlight=False, style="bold")
+    if headline.audit == NOT_AUDITED and headline.forgotten not in ("no", "unknown"):
+        command = f"python -m lowmem_rmu audit {folder.path}"
+        console.print(f"Gone, or only hidden? {command}", highlight=False, soft_wrap=True)
     console.print(f"Report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(f"Talk to both: python -m lowmem_rmu chat {folder.path}", highlight=False, soft_wrap=True)
+    chat = command_line("python", "-m", "lowmem_rmu", "chat", folder.path)
+    console.print(f"Talk to both: {chat}", highlight=False, markup=False, soft_wrap=True)
 
 
 def accuracy_table(summary: dict[str, Any]) -> Table:
     """Accuracy in percent with its standard error; subjects only where they are few, or next to what is forgotten."""
-    from lowmem_rmu.evaluation.compare import LUCK, counted
+    from lowmem_rmu.evaluation.compare import counted
+    from lowmem_rmu.evaluation.statistics import LUCK
 
     title = "Accuracy in % (± standard error); chance 25; * larger than noise"
     table = _table(title, ["Task", "Should be"], ["Questions", "Base", "Unlearned", "Change", ""])
@@ -396,6 +501,12 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
         cells = [_percent(row[side], row[f"{side}_stderr"]) for side in ("base", "unlearned", "change")]
         mark = "*" if row["p_value"] is not None and row["p_value"] < LUCK else ""
         table.add_row(_task(row), row["role"], counted(row["questions"], row["sampled_from"]), *cells, mark)
+    # A summary of an older version says nothing of subjects without a question: there, each had one.
+    unasked = [
+        f"{task}: no question on {', '.join(subjects)}"
+        for task, subjects in summary.get("unasked", {}).items()
+    ]
+    table.caption = f"Fewer questions than subjects. {'; '.join(unasked)}." if unasked else None
     return table
 
 
@@ -438,6 +549,7 @@ def _nats(value: float | None) -> str:
 
 
 def main() -> None:
+    prepare_streams()
     typer.run(run)
 
 

@@ -1,6 +1,7 @@
 """The run folder: what is written where, atomically. The command line, the app and other people's scripts read it."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,11 +13,60 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from lowmem_rmu.errors import UserError, nearest
+from lowmem_rmu.records import (
+    AnswerRow,
+    Recorded,
+    Scores,
+    StageCost,
+    Status,
+    StepRow,
+    check_digest,
+    intact_record,
+    intact_rows,
+    read_record,
+    read_rows,
+)
 
 STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_BEFORE_RESULTS = {"config.json", "status.json", "weights.json", "stages.json", "stop"}
+"""Files that a run writes before its first result, and those in `evaluation/`."""
+_BEFORE_ANSWERS = {"batch_tokens.json", "answers_base.jsonl"}
+CLOCK_SECONDS = 5.0
+"""Tolerance when start times are compared: they shift when the system's clock is set."""
+STALE_SECONDS = 3600.0
+"""Age of a heartbeat beyond which a status without a start time belongs to a process that has ended."""
+
+
+def living_process(pid: int, started: float | None, heartbeat: float = 0.0) -> psutil.Process | None:
+    """Return the process that wrote a ticket or status; None where it has ended, even if another has its pid.
+
+    `started` is when that process started, `heartbeat` when it wrote last (both in seconds since 1970).
+    Status files of earlier versions hold no start time: their process must have started before the
+    heartbeat, and the heartbeat must be younger than STALE_SECONDS.
+    """
+    with suppress(psutil.Error, ValueError, OverflowError):
+        process = psutil.Process(pid)
+        began = process.create_time()
+        if started is None:
+            is_same = began <= heartbeat + CLOCK_SECONDS and time.time() - heartbeat < STALE_SECONDS
+        else:
+            is_same = abs(began - started) < CLOCK_SECONDS
+        return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+    return None
+
+
+def number_in(content: Any, key: str) -> float | None:
+    """Return a finite number from a JSON object; None where it has none under this key."""
+    value = content.get(key) if isinstance(content, dict) else None
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    return None
 
 
 @contextmanager
@@ -50,26 +100,35 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def add_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends rows in one write; a kill may tear the last line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Append rows in one write. A kill may tear the last line; the next row then begins on a new one."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that may be missing, or be torn where a process was killed while it wrote."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+def read_lines(path: Path, shape: Any = dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file that may be missing, or be torn where a process was killed while it wrote: those that fit the shape."""
+    return intact_rows(path, shape)
+
+
+def make_private(folder: Path, exist_ok: bool = False) -> None:
+    """Make a folder that only its user can enter: it holds texts, answers and conversations. (Windows keeps its own permissions.)"""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=exist_ok)
 
 
 class Watcher(Protocol):
-    """Who follows a run, or other work on it: told when a stage starts and how far it is."""
+    """Who follows a run, or other work on it: told when a stage starts, how far it is, and what was noticed."""
 
     def started(self, stage: str, total: int) -> None: ...
 
     def advanced(self, done: int, figures: dict[str, float | str]) -> None: ...
+
+    def noted(self, sentence: str) -> None: ...
 
     def asks_to_stop(self) -> bool: ...
 
@@ -101,9 +160,48 @@ def folder_replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files and folders that a killed process left directly in `folder`.
+
+    These are the temporary names of `replaced` and `folder_replaced`. A folder that was moved away and not
+    yet replaced comes back.
+    """
+    for path in folder.glob(".*.old"):
+        whole = path.with_name(path.name[1 : -len(".old")])
+        if not whole.exists():
+            path.rename(whole)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.new"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def present(folder: Path) -> Iterator[None]:
+    """Translate the failure of work on a run whose folder is deleted or moved meanwhile. Raises UserError."""
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except Exception as error:
+        if (folder / "config.json").exists():
+            raise
+        raise UserError(
+            f"The folder {folder} was deleted or moved while it was in use.\nThe work on it has ended."
+        ) from error
+
+
 def _is_name(text: str) -> bool:
     """Whether a run may be called so."""
     return bool(_NAME.fullmatch(text)) and not text.endswith(".") and text.partition(".")[0].upper() not in _WINDOWS_DEVICES
+
+
+def _without_temporary(names: set[str]) -> set[str]:
+    """Names with those of `replaced` turned into the names that the files were to have."""
+    return {re.sub(r"^\.(.*)\.new$", r"\1", name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -117,7 +215,10 @@ class RunFolder:
         """A new folder for a run. Raises UserError for a name that leaves `runs_dir`, that is taken, or cannot be written."""
         path = cls.free_path(runs_dir, name)
         try:
-            (path / "evaluation").mkdir(parents=True, exist_ok=cls(path).is_reserved)
+            if path.exists() and not cls(path).is_reserved:
+                shutil.rmtree(path)
+            make_private(path, exist_ok=True)
+            (path / "evaluation").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"Run folder {path} cannot be written: {error.strerror}.\nChoose another place with --runs-dir.") from error
         return cls(path)
@@ -136,8 +237,8 @@ class RunFolder:
     @classmethod
     def free_path(cls, runs_dir: Path, name: str) -> Path:
         """Where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
-        path = cls.inside(runs_dir, name)
-        if path.exists() and not cls(path).is_reserved:
+        path, folder = cls.inside(runs_dir, name), cls(runs_dir / name)
+        if path.exists() and not folder.is_reserved and not folder.is_leftover:
             raise UserError(f"Run {path} exists already.\nChoose another --name, or go on with it: --resume --name {name}")
         return path
 
@@ -163,8 +264,12 @@ class RunFolder:
     @classmethod
     def _holding(cls, runs_dir: Path, file: str) -> list["RunFolder"]:
         """Those that hold the file, where it is newest first; a folder of a name that none may have (a copy, a link) is no run."""
-        paths = sorted(runs_dir.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, reverse=True)
-        return [cls(path.parent) for path in paths if _is_name(path.parent.name) and not path.parent.is_symlink()]
+        found = []
+        for path in runs_dir.glob(f"*/{file}"):
+            with suppress(OSError):  # deleted or renamed just now
+                if _is_name(path.parent.name) and not path.parent.is_symlink():
+                    found.append((path.stat().st_mtime, path.parent))
+        return [cls(path) for _, path in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
     @staticmethod
     def inside(runs_dir: Path, name: str) -> Path:
@@ -182,7 +287,7 @@ class RunFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return Recorded(self.path / "config.json")
 
     @property
     def output(self) -> Path:
@@ -192,6 +297,26 @@ class RunFolder:
     @property
     def is_reserved(self) -> bool:
         return self.output.exists() and not (self.path / "config.json").exists()
+
+    @property
+    def is_leftover(self) -> bool:
+        """Whether the folder is empty or holds only what a killed start left: its name is free."""
+        if not self.path.is_dir() or (self.path / "config.json").exists() or self.has_results:
+            return False
+        evaluation = self.path / "evaluation"
+        names = {path.name for path in self.path.iterdir() if path != evaluation}
+        inner = {path.name for path in evaluation.iterdir()} if evaluation.is_dir() else set[str]()
+        return _without_temporary(names) <= _BEFORE_RESULTS and _without_temporary(inner) <= _BEFORE_ANSWERS
+
+    def remove(self) -> None:
+        """Delete the folder. What makes it a run goes last, so that a killed deletion can be repeated."""
+        last = self.output if self.is_reserved else self.path / "config.json"
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != last:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self.path)
 
     @property
     def exports(self) -> Path:
@@ -244,6 +369,11 @@ class RunFolder:
         """The hidden-state cache, where it is kept on disk; gone once the run has its adapter."""
         return self.path / "cache"
 
+    @property
+    def notes(self) -> Path:
+        """What was noticed during the run: sentences, by the part of the work that they are about."""
+        return self.path / "notes.json"
+
     def evaluation(self, side: str) -> Path:
         """`side` is `base` or `unlearned`."""
         return self.path / "evaluation" / f"{side}.json"
@@ -252,8 +382,29 @@ class RunFolder:
         return self.path / "evaluation" / f"answers_{side}.jsonl"
 
     def read_evaluation(self, side: str) -> dict[str, Any] | None:
+        """The scores of a side; None where it was not measured. Raises UserError where they are damaged."""
         path = self.evaluation(side)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        scores = read_record(path, Scores, f"Delete it, and have it written again from the answers: {self._go_on}")
+        return dict(scores)
+
+    def read_answers(self, side: str) -> list[dict[str, Any]]:
+        """The answers of a side that was measured, all of them. Raises UserError where the file is not what was scored."""
+        path, scored = self.answers(side), self.read_evaluation(side)
+        again = f"Delete it and {self.evaluation(side)}, and have the questions asked again: {self._go_on}"
+        answers = read_rows(path, AnswerRow, again)
+        if scored is None:
+            return answers
+        wanted = sum(task["questions"] for task in scored["tasks"].values())
+        if len(answers) != wanted:
+            raise UserError(f"{path} is damaged: it holds {len(answers)} answers, but {wanted} were scored.\n{again}")
+        check_digest(path, scored.get("answers_sha256"), again)
+        return answers
+
+    @property
+    def _go_on(self) -> str:
+        return f"--resume --name {self.path.name}"
 
     @property
     def has_results(self) -> bool:
@@ -263,18 +414,42 @@ class RunFolder:
     def read_stages(self) -> list[dict[str, Any]]:
         """Time and peak memory of the stages run so far."""
         path = self.path / "stages.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return read_record(path, list[StageCost], "Delete it: only the times of earlier stages are lost.") if path.exists() else []
+
+    def read_notes(self) -> dict[str, list[str]]:
+        """The notes so far; older runs have none. Raises UserError where they are damaged."""
+        what_next = "Delete it: only remarks on how the run went are lost."
+        return dict(read_record(self.notes, dict[str, list[str]], what_next)) if self.notes.exists() else {}
+
+    def note(self, part: str, sentences: list[str]) -> None:
+        """Put sentences in place of what was noticed before about a part of the work."""
+        write_json(self.notes, self.read_notes() | {part: sentences})
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of all steps so far. Raises UserError where one is damaged."""
+        what_next = "Take the line out: only its point in the charts is lost."
+        return read_rows(self.metrics, StepRow, what_next) if self.metrics.exists() else []
 
     def read_status(self) -> dict[str, Any]:
-        """Empty where there is none, or a power cut tore it."""
-        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        return {}
+        """Empty where there is none, or it is damaged."""
+        return intact_record(self.path / "status.json", Status) or {}
+
+    @property
+    def writer(self) -> psutil.Process | None:
+        """The living process that is going through the run, by `status.json`."""
+        status = self.read_status()
+        pid = number_in(status, "pid")
+        if status.get("state") != "running" or pid is None:
+            return None
+        return living_process(int(pid), number_in(status, "started"), number_in(status, "heartbeat") or 0.0)
 
     def write_status(self, stage: str, step: int, total: int, state: str, error: str | None = None, began: float | None = None) -> None:
-        """`state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did (seconds since 1970)."""
+        """`state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did.
+
+        Times are in seconds since 1970. `started` in the file is when this process started: its pid may be another's later.
+        """
         status = {"stage": stage, "step": step, "total": total, "state": state, "pid": os.getpid(), "heartbeat": time.time(), "error": error}
-        status["stage_began"] = began
+        status |= {"stage_began": began, "started": psutil.Process().create_time()}
         write_json(self.path / "status.json", status)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
@@ -283,7 +458,7 @@ class RunFolder:
     def truncate_metrics(self, steps: int) -> None:
         """Drops lines beyond `steps`, the last of which may be half written: a resumed run writes them again."""
         if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_atomically(self.metrics, "".join(lines[:steps]))
 
     @property

@@ -4,6 +4,8 @@ A number is a file `runs/.queue/000001.json` with the run's name and its process
 """
 
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +16,11 @@ import psutil
 from filelock import FileLock
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.runs import write_json
+from lowmem_rmu.runs import RunFolder, living_process, number_in, remove_leftovers, write_json
 
 QUEUE = ".queue"
+NUMBER = "[0-9]{1,18}"
 POLL_SECONDS = 0.5
-CLOCK_SECONDS = 5.0  # by which a process may seem to have started at another time, once the clock has been set
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Ticket:
     @property
     def process(self) -> psutil.Process | None:
         """None where it is no more."""
-        with suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.started) < CLOCK_SECONDS and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        return None
+        return living_process(self.pid, self.started)
+
+    @property
+    def number(self) -> int:
+        return int(self.path.stem)
 
     def give_back(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -46,12 +48,46 @@ class Ticket:
 
 def tickets(runs_dir: Path) -> list[Ticket]:
     """Those of living processes, in order: the first has the device, the others wait."""
-    found = []
-    for path in sorted((runs_dir / QUEUE).glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # given back just now
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Ticket(path, content["name"], content["pid"], content["started"]))
-    return [ticket for ticket in found if ticket.process]
+    found = [_read_ticket(path) for path in (runs_dir / QUEUE).glob("*.json")]
+    living = [ticket for ticket in found if ticket and ticket.process]
+    return sorted(living, key=lambda ticket: ticket.number)
+
+
+def _read_ticket(path: Path) -> Ticket | None:
+    """None for a file that was given back just now, or that is damaged."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name = content.get("name") if isinstance(content, dict) else None
+        pid, started = number_in(content, "pid"), number_in(content, "started")
+        is_numbered = re.fullmatch(NUMBER, path.stem) is not None
+        if is_numbered and isinstance(name, str) and pid is not None and started is not None:
+            return Ticket(path, name, int(pid), started)
+    return None
+
+
+def world_size() -> int:
+    """Return how many processes `accelerate launch` (or torchrun) started together: 1 without it.
+
+    Raises UserError where the environment variable holds no such number.
+    """
+    size = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if not re.fullmatch("[1-9][0-9]{0,5}", size):
+        raise UserError(
+            f"The environment variable WORLD_SIZE is {size[:40]!r}, which is no number of processes.\n"
+            "Remove it: unset WORLD_SIZE"
+        )
+    return int(size)
+
+
+def process_of(runs_dir: Path, name: str) -> psutil.Process | None:
+    """Return the living process that does the job `name` (a run, an export or an audit), or waits to do it.
+
+    None where there is none. A run of `accelerate launch` takes no ticket: it is known by its status.
+    """
+    for ticket in tickets(runs_dir):
+        if ticket.name == name:
+            return ticket.process
+    return RunFolder(runs_dir / name).writer
 
 
 @contextmanager
@@ -74,10 +110,14 @@ def take_ticket(runs_dir: Path, name: str, pid: int) -> Ticket:
     waiting = tickets(runs_dir)
     if own := [ticket for ticket in waiting if ticket.pid == pid]:
         return own[0]
+    # What dead processes left behind goes, as far as it can be removed.
+    remove_leftovers(runs_dir / QUEUE)
     for path in (runs_dir / QUEUE).glob("*.json"):
         if path not in [ticket.path for ticket in waiting]:
-            path.unlink(missing_ok=True)  # left behind by a dead process
-    number = int(waiting[-1].path.stem) + 1 if waiting else 1
+            with suppress(OSError):
+                path.unlink()
+    stems = [path.stem for path in (runs_dir / QUEUE).glob("*.json")]
+    number = max((int(stem) for stem in stems if re.fullmatch(NUMBER, stem)), default=0) + 1
     ticket = Ticket(runs_dir / QUEUE / f"{number:06}.json", name, pid, psutil.Process(pid).create_time())
     write_json(ticket.path, {"name": name, "pid": pid, "started": ticket.started})
     return ticket
@@ -92,10 +132,36 @@ def turn(runs_dir: Path, name: str, pid: int, wait: Callable[[list[str]], None])
         while before := _before(runs_dir, ticket):
             wait(before)
             time.sleep(POLL_SECONDS)
+            if not ticket.path.exists():  # deleted with the runs folder: queue up again
+                with one_at_a_time(runs_dir):
+                    ticket = take_ticket(runs_dir, name, pid)
         yield
     finally:
         ticket.give_back()
 
 
 def _before(runs_dir: Path, own: Ticket) -> list[str]:
-    return [ticket.name for ticket in tickets(runs_dir) if ticket.path.name < own.path.name]
+    return [ticket.name for ticket in tickets(runs_dir) if ticket.number < own.number]
+
+
+def free_name(runs_dir: Path, wanted: str) -> str:
+    """Return `wanted`, or `wanted-2`, `wanted-3`, ... where a run or a waiting process has that name.
+
+    To be called within `one_at_a_time`.
+    """
+    waiting = {ticket.name for ticket in tickets(runs_dir)}
+    name, number = wanted, 1
+    while name in waiting or ((runs_dir / name).exists() and not RunFolder(runs_dir / name).is_leftover):
+        number += 1
+        name = f"{wanted}-{number}"
+    return name
+
+
+def check_free(runs_dir: Path, name: str) -> None:
+    """Raises UserError where there is a run of this name, or another process waits to make one.
+
+    To be called within `one_at_a_time`.
+    """
+    if any(ticket.name == name and ticket.pid != os.getpid() for ticket in tickets(runs_dir)):
+        raise UserError(f"Run {runs_dir / name} is waiting for its turn already.\nChoose another --name.")
+    RunFolder.free_path(runs_dir, name)

@@ -8,17 +8,19 @@ import pytest
 import torch
 import typer
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MixtralConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, MistralConfig, MixtralConfig, PretrainedConfig, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from lowmem_rmu import run as command_line
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import RunFolder
+from tests.families import FAMILIES, Family
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
 QUICK = [
     "rmu.target_layer=3", "rmu.adapter_layers=[1, 2, 3]", "rmu.steps=60", "rmu.learning_rate=1e-2",
-    "topics.compounds.alpha=5", "topics.locks.alpha=5",
+    "rmu.batch_size=8", "rmu.retain_batch_size=16",
+    "topics.compounds.alpha=5", "topics.locks.alpha=5", "topics.compounds.adaptive_scale=3", "topics.locks.adaptive_scale=3",
     "evaluation.limit=60", "evaluation.prompts=[]", "topics.compounds.corpus.held_out=0", "topics.locks.corpus.held_out=0.1",
 ]  # fmt: skip
 """Settings that forget within seconds, if not for long."""
@@ -66,6 +68,20 @@ def small_mixtral_folder(
         num_key_value_heads=2, max_position_embeddings=256, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
     )  # fmt: skip
     return save_random(config, tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerBase,
+    save_random: Callable[[PretrainedConfig, Path], Path],
+) -> Family:
+    """One architecture after the other."""
+    shape, module = FAMILIES[request.param]
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CONFIG_MAPPING[request.param](vocab_size=len(tokenizer), **special, **shape)
+    return Family(request.param, save_random(config, tmp_path_factory.mktemp(request.param)), module)
 
 
 @pytest.fixture

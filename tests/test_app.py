@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import app
 from lowmem_rmu.errors import UserError
 
-OTHERS = "Others could reach this page: give --auth user:password, or set LOWMEM_RMU_AUTH, or leave out --share and --host."
-MALFORMED = "--auth (or LOWMEM_RMU_AUTH) takes user:password, with a colon between the two."
+OTHERS = "Others could reach this page: give --auth-file FILE, or set LOWMEM_RMU_AUTH, or leave out --share and --host."
+MALFORMED = "--auth, --auth-file and LOWMEM_RMU_AUTH take user:password, with a colon between the two."
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +113,45 @@ def test_a_port_in_use_is_told_with_the_next_one(port_in_use: int, tmp_path: Pat
     assert "Traceback" not in result.output
     assert os.environ["GRADIO_TEMP_DIR"] == str((tmp_path / "runs/.page").resolve())
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+@pytest.mark.parametrize("content", ["", "\n", "me", "me:\n"])
+def test_a_file_without_a_password_opens_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "auth").write_text(content)
+    result = call("--auth-file", str(tmp_path / "auth"))
+    assert (result.exit_code, result.stderr) == (2, f"{MALFORMED}\n")
+
+
+def test_a_password_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    result = call("--auth-file", str(tmp_path / "none"))
+    assert (result.exit_code, result.stderr) == (2, f"--auth-file {tmp_path / 'none'} cannot be read: No such file or directory.\n")
+
+
+def test_one_password_only(tmp_path: Path) -> None:
+    (tmp_path / "auth").write_text("me:secret")
+    result = call("--auth", "me:other", "--auth-file", str(tmp_path / "auth"))
+    assert (result.exit_code, result.stderr) == (2, "--auth and --auth-file both name a password: give one of them.\n")
+
+
+@pytest.mark.parametrize("way", ["option", "file", "environment"])
+def test_a_password_on_the_command_line_is_warned_of(
+    port_in_use: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The file wins over the environment: it was named for this start."""
+    (tmp_path / "auth").write_text("me:secret\nmore\n")
+    monkeypatch.setenv(app.AUTH, "" if way == "option" else "you:other")
+    given = {"option": ["--auth", "me:secret"], "file": ["--auth-file", str(tmp_path / "auth")], "environment": []}[way]
+    seen: list[object] = []
+    monkeypatch.setattr(app, "launch", lambda *arguments: seen.append(arguments[3]))
+    result = call(*given, "--host", "0.0.0.0", "--runs-dir", str(tmp_path / "runs"))
+    assert result.exit_code == 0, result.output
+    assert seen == [("you", "other") if way == "environment" else ("me", "secret")]
+    assert ("Other users of this machine can read --auth." in result.stderr) == (way == "option")
+    assert "secret" not in result.stderr
+
+
+def test_what_is_no_host_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    result = call("--allowed-host", "a b", "--runs-dir", str(tmp_path / "runs"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith('--allowed-host "a b" is no host: give a name such as gpu.example.org')
+    assert not (tmp_path / "runs").exists()

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import httpx
+import httpx2
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import (
@@ -13,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from lowmem_rmu.data.corpora import read_documents
-from lowmem_rmu.errors import UserError, causes, hub_errors, nearest
+from lowmem_rmu.errors import UserError, causes, hub_errors, nearest, shown
 from lowmem_rmu.presets import Corpus, load_preset
 
 TOKEN = "hf_aVerySecretToken"
@@ -171,6 +172,8 @@ def test_a_wrong_revision_is_told_apart(wrap: bool) -> None:
         OfflineModeIsEnabled("HF_HUB_OFFLINE is on"),
         httpx.ConnectError("no route"),
         httpx.ReadTimeout("slow"),
+        httpx2.ConnectTimeout("slow"),
+        wrapped(httpx2.ProxyError("no proxy"), OSError("We couldn't connect to the Hub")),
         ConnectionError("Couldn't reach 'owner/name' on the Hub (LocalEntryNotFoundError)"),
         wrapped(httpx.ConnectError("no route"), OSError("We couldn't connect to the Hub")),
         wrapped(LocalEntryNotFoundError("not in the cache"), OSError("We couldn't connect to the Hub")),
@@ -205,3 +208,21 @@ def test_no_error_is_no_error(tmp_path: Path) -> None:
 def test_any_other_answer_of_the_hub_is_told_with_its_number_and_no_token() -> None:
     said = message(http_error(HfHubHTTPError, 503), "data set")
     assert said == "The Hub answered with error 503 when asked for the data set owner/name.\nTry again in a while."
+
+
+def test_a_message_shows_no_control_characters_and_no_half_of_a_pair() -> None:
+    assert str(UserError("a\x1b[31m\x07b\x9bc\ud800\n\td")) == "a\\x1b[31m\\x07b\\x9bc\\ud800\n\td"
+
+
+def test_what_nobody_reads_to_its_end_is_shortened() -> None:
+    word, line = "w" * 10_000, "so " * 10_000
+    told = str(UserError(f"The file {word} is none.\n{line}"))
+    first, second = told.splitlines()
+    assert first.startswith("The file www")
+    assert first.endswith("www is none.")
+    assert "[... 10,000 characters ...]" in first
+    assert "[... 30,000 characters ...]" in second
+    assert len(told) < 3_000
+    assert shown("x" * 200) == "'" + "x" * 74 + "[... 202 characters ...]" + "x" * 24 + "'"
+    assert shown(16**5000) == "a number of thousands of digits"
+    assert len(nearest("q" * 10_000, ["a"])) < 100

@@ -15,7 +15,8 @@ PACKAGE = "lowmem_rmu"
 LAYERS = (
     "app", "lowmem_rmu.__main__", "lowmem_rmu.run", "lowmem_rmu.measure", "lowmem_rmu.pipeline", "lowmem_rmu.ui", "lowmem_rmu.audit",
     "lowmem_rmu.report", "lowmem_rmu.export", "lowmem_rmu.evaluation", "lowmem_rmu.unlearning", "lowmem_rmu.chat", "lowmem_rmu.data",
-    "lowmem_rmu.model", "lowmem_rmu.processes", "lowmem_rmu.presets", "lowmem_rmu.turns", "lowmem_rmu.runs", "lowmem_rmu.errors", "lowmem_rmu",
+    "lowmem_rmu.model", "lowmem_rmu.processes", "lowmem_rmu.presets", "lowmem_rmu.turns", "lowmem_rmu.runs", "lowmem_rmu.records",
+    "lowmem_rmu.parsing", "lowmem_rmu.console", "lowmem_rmu.errors", "lowmem_rmu",
 )  # fmt: skip
 """From top to bottom: a module imports from its own layer or from those after it. The last is the bare package: its version."""
 DISTRIBUTIONS = {"yaml": "PyYAML"}
@@ -133,6 +134,97 @@ def test_no_module_meddles_with_the_process_when_it_is_imported(module: str) -> 
             assert name not in MEDDLING, f"{module}, line {node.lineno}: {ast.unparse(node)}"
         if isinstance(node, ast.Assign | ast.AugAssign):
             assert "os.environ" not in ast.unparse(node), f"{module}, line {node.lineno}: {ast.unparse(node)}"
+
+
+TAG = re.compile(r"</?[a-z][a-z0-9]*(\\s[^<]*)?/?>|<[a-z][a-z0-9]* ", re.IGNORECASE)
+"""What makes a text HTML."""
+
+
+def holds_tag(node: ast.AST) -> bool:
+    """Whether a constant of this expression is HTML."""
+    return any(isinstance(part, ast.Constant) and isinstance(part.value, str) and TAG.search(part.value) for part in ast.walk(node))
+
+
+def unescaped_html(tree: ast.AST) -> Iterator[ast.AST]:
+    """Expressions that put values into HTML without escaping them: only `Markup(...).format` and templates do."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr) and holds_tag(node):
+            yield node
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mod):
+            # Two pieces of markup may be added: Markup escapes what is none.
+            sides = [side for side in (node.left, node.right) if isinstance(side, ast.Constant | ast.JoinedStr)]
+            yield from (node for side in sides if holds_tag(side))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("format", "join"):
+            if isinstance(node.func.value, ast.Constant) and holds_tag(node):
+                yield node
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Markup" and not isinstance(node.args[0], ast.Constant):
+            # What is declared safe without being written here: charts alone, which this program draws.
+            yield node
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not is_tiny(name)])
+def test_whatever_is_put_into_html_is_escaped(module: str) -> None:
+    found = [f"line {node.lineno}: {ast.unparse(node)}" for node in unescaped_html(MODULES[module])]  # type: ignore[attr-defined]
+    if module == "lowmem_rmu.report":
+        found = [each for each in found if not each.endswith(": Markup(svg)")]
+    assert not found, f"{module}: {'; '.join(found)}"
+    assert "html" not in set(imported_names(MODULES[module])), f"{module}: escape by Markup, which cannot be forgotten"
+
+
+@pytest.mark.parametrize(
+    ("code", "is_caught"),
+    [
+        ('f"<p>{mark}</p>"', True),
+        ('f"<caption>{name}: {mark}"', True),
+        ('"<td>{}</td>".format(mark)', True),
+        ('"<p>%s</p>" % mark', True),
+        ('"<p>" + mark', True),
+        ('"".join(f"<td>{cell}</td>" for cell in row)', True),
+        ('"".join(["<td>", cell])', True),
+        ("Markup(mark)", True),
+        ('Markup("<p>{}</p>").format(mark)', False),
+        ('f"{a} < {b} and <|user|> and a<b> c"', True),
+        ('f"<|user|>{text} 3 < {b}"', False),
+    ],
+)
+def test_the_search_for_unescaped_html_finds_it(code: str, is_caught: bool) -> None:
+    assert bool(list(unescaped_html(ast.parse(code)))) == is_caught
+
+
+TEXT_CALLS = {"open", "read_text", "write_text", "NamedTemporaryFile", "fdopen"}
+PROCESS_CALLS = {"run", "Popen", "check_output", "check_call"}
+
+
+def names_its_encoding(call: ast.Call) -> bool:
+    """Whether a call that reads or writes text says in which encoding, or is binary (or another `open` that takes no mode)."""
+    name, named = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
+    given = [ast.unparse(each) for each in call.args] + [ast.unparse(value) for key, value in named.items() if key == "mode"]
+    short = name.rpartition(".")[2]
+    if "encoding" in named:
+        return True
+    if name.startswith("subprocess.") and short in PROCESS_CALLS:
+        return not {"text", "universal_newlines"} & named.keys()
+    if short not in TEXT_CALLS or name in ("os.open", "RunFolder.open", "SavedAdapter.open"):
+        return True
+    return short == "open" and any(re.fullmatch(r"'[rwxa]?b\+?'|'[rwxa]\+?b'", each) for each in given)
+
+
+PROGRAMS = [*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", PROGRAMS)
+def test_whatever_reads_or_writes_text_names_its_encoding(path: Path) -> None:
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    unnamed = [f"line {call.lineno}: {ast.unparse(call)}" for call in calls if not names_its_encoding(call)]
+    assert not unnamed, f"{path}: {unnamed}"
+
+
+def test_a_program_prepares_its_streams_before_anything_else() -> None:
+    for path in PROGRAMS:
+        text = path.read_text(encoding="utf-8")
+        if 'if __name__ == "__main__"' in text and "typer" in text:
+            main = text[text.index('if __name__ == "__main__"') :]
+            assert "prepare_streams()" in main or re.search(r"def main\(\) -> None:\n    prepare_streams\(\)", text), path
 
 
 def test_importing_the_command_line_is_quick_and_changes_nothing(tmp_path: Path) -> None:

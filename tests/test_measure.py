@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from lowmem_rmu import run as command_line
 from lowmem_rmu.__main__ import app
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.measure import choose_tasks, find_subject
-from lowmem_rmu.runs import read_lines
+from lowmem_rmu.measure import check_base, choose_tasks, find_subject
+from lowmem_rmu.runs import read_lines, write_json
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
 SUBJECTS = TINY / "data/questions/subjects"
@@ -190,3 +190,61 @@ def test_a_server_is_asked_and_its_answers_are_kept(tmp_path: Path, monkeypatch:
     assert read(tmp_path / "b", "config.json")["model"] == f"owner/b at http://127.0.0.1:{server.server_port}/v1/chat/completions"
     assert CliRunner().invoke(app, ["evaluate", *options]).exit_code == 0, "the server is gone, but its answers are there"
     assert "sk-secret" not in "".join(file.read_text() for file in (tmp_path / "b").iterdir())
+
+
+@pytest.mark.parametrize("names", ["./a/quiz.jsonl,./b/quiz.jsonl", "./a/quiz.csv,./a/quiz.jsonl", "mmlu,./mmlu", "./mmlu,mmlu"])
+def test_two_tasks_of_one_name_do_not_replace_each_other(names: str) -> None:
+    with pytest.raises(UserError, match="two tasks that would both be called"):
+        choose_tasks(names, None, [], None, "auto")
+
+
+def test_an_evaluation_records_what_it_read_and_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "quiz"
+    folder.mkdir()
+    line = json.dumps({"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1})
+    for name in ("owls_test.jsonl", "owls_dev.jsonl", "README.md"):
+        (folder / name).write_text(line)
+    arguments = ["evaluate", str(TINY / "model"), "--tasks", str(folder), "--to", str(tmp_path / "to"), "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Read for evaluation.tasks.quiz: 1 file (owls_test.jsonl). Left out: " in result.stderr
+    [record] = read(tmp_path / "to", "config.json")["data"]["evaluation.tasks.quiz"]
+    assert record["left_out"] == {"README.md": "about the data", "owls_dev.jsonl": "of the split dev"}
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (None, "does not name the model that it belongs to.\nWrite it into its adapter_config.json"),
+        ("./nowhere", "The model folder ./nowhere does not exist"),
+    ],
+)
+def test_an_adapter_whose_base_is_not_to_be_had(run_folder: Path, tmp_path: Path, base: str | None, words: str) -> None:
+    adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "alone"))
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})
+    with pytest.raises(UserError) as caught:
+        check_base(find_subject(str(adapter)))
+    assert words in str(caught.value)
+    assert str(adapter) in str(caught.value)
+
+
+def test_an_adapter_may_name_its_base_from_its_own_folder_or_from_here(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "there/alone"))
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "models/llama"})
+    assert find_subject(str(adapter)).model.name == "models/llama", "a Hub id"
+    (tmp_path / "models/llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_subject(str(adapter)).model.name == str(tmp_path / "models/llama")
+    monkeypatch.chdir(tmp_path / "there")
+    (adapter / "models/llama").mkdir(parents=True)
+    assert find_subject(str(adapter)).model.name == str(adapter / "models/llama")
+
+
+def test_damage_of_a_run_is_told_and_not_taken_for_a_model(run_folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (run / "evaluation").mkdir(exist_ok=True)
+    (run / "config.json").write_text('{"settings"')
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        find_subject(str(run))

@@ -1,10 +1,12 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import PRESETS_FOLDER, find_preset, is_local, load_preset, preset_names, recorded_preset
+from lowmem_rmu.presets import PRESETS_FOLDER, Preset, Section, find_preset, is_local, load_preset, preset_names, preset_of_run, recorded_preset
 
 GOOD = """\
 title: A test
@@ -251,6 +253,16 @@ def test_a_local_source_starts_like_a_path(source: str, local: bool) -> None:
     assert is_local(source) is local
 
 
+def test_a_run_keeps_to_the_commit_of_its_model(good: Path) -> None:
+    settings = load_preset(str(good)).model_dump()
+    for revision in ("a" * 40, None):
+        preset = preset_of_run({"settings": settings, "model_revision": revision}, Path("runs/a"))
+        assert preset.model.revision == revision
+    assert preset_of_run({"settings": settings}, Path("runs/a")) == load_preset(str(good))
+    local = load_preset(str(good), ["model.name=./model"]).model_dump()
+    assert preset_of_run({"settings": local, "model_revision": "a" * 40}, Path("runs/a")).model.revision is None
+
+
 def test_settings_of_another_version_are_named_with_their_run(good: Path) -> None:
     settings = load_preset(str(good)).model_dump()
     assert recorded_preset(settings, Path("runs/a")) == load_preset(str(good))
@@ -262,3 +274,195 @@ def test_settings_of_another_version_are_named_with_their_run(good: Path) -> Non
         "runs/a was written by another version of lowmem-rmu: this one does not know its settings of rmu.momentum, title.\n"
         "Read it with the version that its config.json names, or make the run anew."
     )
+
+
+@pytest.mark.parametrize("suffix", [".YAML", ".yml", ".Yml"])
+def test_the_ending_of_a_preset_may_be_written_in_capitals(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"mine{suffix}"
+    path.write_text(GOOD, encoding="utf-8")
+    assert load_preset(str(path)).title == "A test"
+
+
+def test_a_byte_order_mark_in_front_is_no_part_of_the_preset(tmp_path: Path) -> None:
+    assert load_preset(str(write(tmp_path, "\ufeff" + GOOD))).title == "A test"
+
+
+BOMB = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("x0: &x0 [a, b]\n" + BOMB, "line 5: larger than 10,000 values, counting what aliases repeat."),
+        ("title: " + "[" * 100_000, "line 1: nested more than 50 levels deep."),
+        ("title: &a {b: *a}", "line 1: recursive: the alias *a stands within its anchor."),
+        ("seed: " + "9" * 5_000, "line 1: a number of more than 100 characters."),
+        ("seed: 0x" + "f" * 5_000, "line 1: a number of more than 100 characters."),
+        ("seed: 1" + ":1" * 5_000 + ".5", "line 1: a number of more than 100 characters."),
+        ("#" * 600_000, "cannot be read as a preset: longer than 500,000 characters."),
+        ("title: a\nmodel: {}\ntitle: b", 'line 3: not valid YAML: the key "title" is given twice.'),
+        ("title: !!bool x", "cannot be read as a preset: not valid YAML: a value does not fit its tag."),
+    ],
+    ids=["aliases", "depth", "recursion", "digits", "hexadecimal", "sexagesimal", "size", "twice", "tag"],
+)
+def test_yaml_beyond_the_limits_is_refused_before_it_is_built(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    said = complaint(write(tmp_path, text))
+    assert said.endswith(problem)
+    assert len(said) < 400
+
+
+def test_places_that_share_an_anchor_can_be_changed_one_by_one(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        GOOD.replace("  plants:", "  plants: &plants").replace("retain:\n", "  trees: *plants\nretain:\n"),
+    )
+    assert {
+        name: topic.alpha for name, topic in load_preset(str(path), ["topics.plants.alpha=7"]).topics.items()
+    } == {"plants": 7, "trees": 100}
+
+
+def test_a_message_shortens_what_was_given(good: Path) -> None:
+    long = "z" * 10_000
+    for said in (
+        complaint(good, f"rmu.steps={long}"), complaint(good, f"{long}=1"), complaint(good, f"rmu.{long}.x=1"), complaint(good, long),
+        complaint(long), complaint(f"./{long}.yaml"), complaint(good, f"topics.plants.corpus.title_matches=({long}"),
+        complaint(good, "rmu.steps=-0x" + "f" * 90), complaint(good, *[f"a{number}=1" for number in range(1_000)]),
+    ):  # fmt: skip
+        assert len(said) < 5_000
+        assert "z" * 600 not in said
+    assert said.splitlines()[0] == "What was given has 1,000 mistakes:"
+    assert said.splitlines()[-1] == "  and 970 more"
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/a.txt", "./a\0b"])
+def test_a_path_that_cannot_be_one_is_named_with_its_setting(good: Path, path: str) -> None:
+    said = complaint(write(good.parent, GOOD.replace("./plants.txt", '"' + path.replace("\0", "\\0") + '"')))
+    assert said.startswith("topics.plants.corpus.source: ")
+    assert "cannot be read: " in said
+    assert "\0" not in said
+
+
+def test_a_mistake_names_where_its_value_was_given(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert complaint(path, "rmu.rank=0").splitlines()[0] == "What was given has 1 mistake:"
+    wrong = write(tmp_path, GOOD.replace("alpha: 100", "alpha: -1"))
+    assert complaint(wrong, "rmu.rank=0").splitlines()[0] == f"{wrong} has 2 mistakes:"
+    with pytest.raises(UserError) as caught:
+        load_preset(str(path), ["rmu.rank=0"], {"rmu.rank": "Rank"})
+    assert str(caught.value).splitlines()[1] == "  Rank, rmu.rank: should be greater than or equal to 1 (it is 0)"
+    with pytest.raises(UserError, match=r"^Rank \('\['\): the value is not valid YAML\.$"):
+        load_preset(str(path), ["rmu.rank=["], {"rmu.rank": "Rank"})
+
+
+KEYS = {"topics": "plants", "tasks": "quiz", "corpora": "0"}
+"""The entry that GOOD has of each dict and list of sections."""
+
+
+def types_in(annotation: Any) -> Iterator[Any]:
+    """The plain types that an annotation is made of, without the keys of a dict."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is dict:
+        inner = inner[1:]
+    if not inner:
+        yield annotation
+    for each in inner:
+        yield from types_in(each)
+
+
+def numeric_settings(section: type[Section], where: str = "") -> Iterator[tuple[str, bool]]:
+    """The path of every setting that takes a number, and whether it takes a list of them."""
+    for name, field in section.model_fields.items():
+        path = f"{where}{name}"
+        for kind in types_in(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from numeric_settings(kind, f"{path}.{KEYS[name]}." if name in KEYS else f"{path}.")
+            elif kind in (int, float):
+                yield path, get_origin(field.annotation) is list
+
+
+NUMERIC = dict(numeric_settings(Preset))
+
+
+def test_the_search_for_numbers_finds_those_of_every_section() -> None:
+    assert {"rmu.learning_rate", "rmu.lora_alpha", "rmu.adapter_layers", "topics.plants.alpha", "topics.plants.corpus.held_out"} < NUMERIC.keys()
+    assert {"retain.corpora.0.min_characters", "evaluation.batch_tokens", "evaluation.tasks.quiz.num_fewshot"} < NUMERIC.keys()
+    assert NUMERIC["rmu.adapter_layers"]
+    assert not NUMERIC["rmu.rank"]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1.0e+300", str(10**30), "-1"])
+@pytest.mark.parametrize("path", NUMERIC)
+def test_every_number_has_a_finite_range(good: Path, path: str, value: str) -> None:
+    if path == "rmu.seed" and value == "-1":
+        assert load_preset(str(good), [f"{path}={value}"]).rmu.seed == -1  # torch takes it
+        return
+    text = complaint(good, f"{path}=[{value}]" if NUMERIC[path] else f"{path}={value}")
+    assert "has 1 mistake:" in text
+    assert f"--set {path.split('.')[0]}" in text
+
+
+def test_a_learning_rate_that_can_only_diverge_is_refused(good: Path) -> None:
+    assert "--set rmu.learning_rate: should be less than or equal to 1 (it is 1e+30)" in complaint(good, "rmu.learning_rate=1.0e+30")
+    assert "--set rmu.learning_rate: should be a finite number (it is inf)" in complaint(good, "rmu.learning_rate=.inf")
+
+
+CONTRASTIVE = ("topics.plants.steering=contrastive", "topics.plants.steering_coefficient=20")
+
+
+def test_a_contrastive_topic_records_its_direction(good: Path) -> None:
+    assert load_preset(str(good), [*CONTRASTIVE]).topics["plants"].contrastive_direction == "unit"
+    raw = load_preset(str(good), [*CONTRASTIVE, "topics.plants.contrastive_direction=raw"])
+    assert raw.topics["plants"].contrastive_direction == "raw"
+    assert load_preset(str(good)).topics["plants"].contrastive_direction is None
+    assert "contrastive_direction: should be 'unit' or 'raw' (it is 'long')" in complaint(
+        good, *CONTRASTIVE, "topics.plants.contrastive_direction=long"
+    )
+
+
+def test_runs_of_versions_without_them_had_no_forms_no_guard_and_counted_sinks(good: Path) -> None:
+    settings = load_preset(str(good)).model_dump()
+    for section, keys in (("rmu", ("sinks", "guard_every", "guard_limit")), ("retain", ("questions", "chat"))):
+        for key in keys:
+            del settings[section][key]
+    for each in settings["topics"].values():
+        del each["questions"], each["corpus"]["detokenise"]
+    for corpus in settings["retain"]["corpora"]:
+        del corpus["detokenise"]
+    read = recorded_preset(settings, Path("runs/a"))
+    assert (read.rmu.sinks, read.rmu.guard_every, read.retain.questions, read.retain.chat) == ("counted", 0, 0, 0)
+    assert {topic.questions for topic in read.topics.values()} == {0}
+    corpora = [*read.retain.corpora, *(topic.corpus for topic in read.topics.values())]
+    assert {corpus.detokenise for corpus in corpora} == {False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], "masked"),
+        (["rmu.padding=paper"], "counted"),
+        (["rmu.padding=paper", "rmu.sinks=masked"], "masked"),
+        (["rmu.sinks=counted"], "counted"),
+        (["rmu.sinks=null"], "masked"),
+    ],
+)
+def test_sinks_count_in_the_papers_mode_alone(good: Path, changes: list[str], expected: str) -> None:
+    assert load_preset(str(good), changes).rmu.sinks == expected
+
+
+@pytest.mark.parametrize("name", ["tiny", "zephyr-7b", "zephyr-7b-cyber", "yi-34b", "mixtral-8x7b"])
+def test_the_papers_presets_train_on_prose_alone(name: str) -> None:
+    preset = load_preset(name)
+    assert (preset.retain.questions, preset.retain.chat, preset.rmu.guard_every) == (0, 0, 0)
+    assert {topic.questions for topic in preset.topics.values()} == {0}
+    assert preset.rmu.sinks == "counted"
+
+
+def test_runs_without_a_recorded_direction_keep_the_one_that_they_were_made_with(good: Path) -> None:
+    for overrides, expected in (([], None), ([*CONTRASTIVE], "raw")):
+        settings = load_preset(str(good), overrides).model_dump()
+        del settings["topics"]["plants"]["contrastive_direction"]
+        assert recorded_preset(settings, Path("runs/a")).topics["plants"].contrastive_direction == expected
+    settings = load_preset(str(good), [*CONTRASTIVE]).model_dump()
+    assert recorded_preset(settings, Path("runs/a")).topics["plants"].contrastive_direction == "unit"

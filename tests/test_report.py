@@ -116,6 +116,7 @@ def averages() -> list[dict[str, Any]]:
 
 
 def make_run(folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]] | None) -> RunFolder:
+    folder.mkdir(exist_ok=True)
     run = RunFolder(folder)
     settings = {"topics": {"compounds": {"alpha": 100.0}, HOSTILE: {}}, "evaluation": {"max_new_tokens": 64}}
     device = {"device": "cpu", "device_name": "AMD EPYC", "versions": {"python": "3.11.7", "torch": "2.11.0"}, "seed": 7}
@@ -141,7 +142,7 @@ def test_page_has_everything_in_order(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "21 November 2026, 03:00 UTC" in html
     answers = [data for path, data in page.texts if path.endswith("section/dl/div/dd")]
-    assert answers == ["Yes", "Partly"]
+    assert answers == ["Yes, not audited", "Partly", "Not audited"]
     assert sum(tag == "svg" for tag, _ in page.tags) == 3 * 2  # each chart for wide and for narrow windows
     assert "alpha: 100.0" in page.text_within("pre")
 
@@ -292,6 +293,32 @@ def test_diverged_and_partial_metrics(tmp_path: Path) -> None:
     assert "Forget loss" in page.text_within("svg")
 
 
+def test_what_the_guard_saw_is_drawn(tmp_path: Path) -> None:
+    metrics = steps(6)
+    assert "a guard compared" not in report(tmp_path / "without", summary(), metrics)[1]
+    for row in metrics[1::2]:
+        row |= {"retain_kl": 0.1, "question_kl": None, "topic_kl": 2.0, "topic_question_kl": None, "letters": ""}
+    run = make_run(tmp_path / "with", summary(), metrics)
+    config = run.config
+    config["settings"]["rmu"] = {"guard_limit": 0.25, "sinks": "masked"}
+    write_json(run.path / "config.json", config)
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "a guard compared the model with base" in html
+    assert "for text and questions to keep is 0.25" in html
+    assert "Text to keep" in html
+
+
+def test_notes_on_the_training_are_told(tmp_path: Path) -> None:
+    page, _ = report(tmp_path, {**summary(), "notes": [f"The weights after step 3 are kept {HOSTILE}"]}, steps(4))
+    assert any("The weights after step 3 are kept" in data for _, data in page.texts)
+
+
+def test_attention_sinks_are_counted(tmp_path: Path) -> None:
+    metrics = [step | {"sinks": 8, "tokens": 1000} for step in steps(4)]
+    assert "32 of the 4,000 positions were attention sinks" in report(tmp_path / "some", summary(), metrics)[1]
+    assert "attention sinks" not in report(tmp_path / "none", summary(), steps(4))[1]
+
+
 def test_wide_ranges_of_loss_are_logarithmic(tmp_path: Path) -> None:
     def ticks(last: float) -> list[str]:
         metrics = [{**step, "forget_loss": last if step["step"] == 20 else 1.0, "retain_loss": 0.0} for step in steps(20)]
@@ -316,7 +343,7 @@ def audited(are_questions: bool = True) -> dict[str, Any]:
     done: dict[str, Any] = {"state": "done", "foretold_seconds": 30.0, "seconds": 61.0, "peak_memory_bytes": 900_000_000}
     results = [
         Result("relearning", "does it come back?", **done, best=best, finding="brought back", conditions=(best,), details={"curves": curves}),
-        Result("wording", "is it the words?", **done, best=unclear, finding="cannot be told", conditions=(unclear,), sentences=(HOSTILE,)),
+        Result("wording", "is it the words?", **done, best=unclear, finding="inconclusive", conditions=(unclear,), sentences=(HOSTILE,)),
         Result("harm", "what else changed?", **done, sentences=("Next to nothing.",)),
         Result("suffix", "do odd words do it?", "not run", "it would take about 3.0 min, and 0 s of the budget are left"),
     ]
@@ -335,11 +362,12 @@ def test_an_audit_is_told_beside_models_of_which_the_truth_is_known(tmp_path: Pa
     assert "the same 60 questions about what was forgotten" in html
     headings = [data for path, data in page.texts if path.endswith("/h2")]
     assert headings[2:4] == ["Gone, or only hidden?", "The same prompt to both"]
+    assert [data for path, data in page.texts if path.endswith("section/dl/div/dd")] == ["Only hidden", "Partly", "Hidden"]
     assert [data for path, data in page.texts if path.endswith("section/div/dl/div/dd")] == ["Hidden"]
     assert page.rows_of("relearningdoes it come back?brought back") == [
         ["relearningdoes it come back?brought back", "100.0", "30.0", "90.0", "89% 80 to 97", "brought back"]
     ]
-    assert page.rows_of("wordingis it the words?cannot be told")[0][3:] == ["50.0", "−4% any share", "cannot be told"]
+    assert page.rows_of("wordingis it the words?inconclusive")[0][3:] == ["50.0", "−4% any share", "inconclusive"]
     assert page.rows_of("suffixdo odd words do it?")[0][1] == "not run: it would take about 3.0 min, and 0 s of the budget are left"
     assert page.rows_of("harmwhat else changed?")[0][1] == "asks something else than what comes back; see below"
     assert page.rows_of("relearning") == [["relearning", "89% 80 to 97", "89% 80 to 97"]]

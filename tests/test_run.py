@@ -3,8 +3,11 @@
 import errno
 import io
 import json
+import math
 import os
+import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +29,28 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
 from typer.testing import CliRunner
 
 from lowmem_rmu import run as command_line
-from lowmem_rmu.data.questions import Question, QuestionSet, load_questions
+from lowmem_rmu.data.questions import Question, QuestionSet, load_questions, stratified, unasked_subjects
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import load_preset, preset_names
-from lowmem_rmu.runs import RunFolder, read_lines, write_json
+from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
+from lowmem_rmu.unlearning.checkpoint import trainable
 from lowmem_rmu.unlearning.loop import Unlearning
 
 TINY_MODEL = Path(__file__).parent.parent / "lowmem_rmu/tiny/model"
 SHORT = ("--set", "rmu.steps=6", "--set", "rmu.checkpoint_every=2", "--set", "evaluation.limit=18", "--device", "cpu")
 SETTINGS = [part for part in SHORT if "=" in part]
 METRICS = {
-    "step", "topic", "loss", "forget_loss", "retain_loss", "forget_cosine", "retain_cosine", "grad_norm", "tokens", "seconds", "peak_memory_bytes",
+    "step", "topic", "loss", "forget_loss", "retain_loss", "forget_cosine", "retain_cosine", "grad_norm", "tokens", "sinks", "seconds",
+    "peak_memory_bytes",
 }  # fmt: skip
 
 
@@ -269,6 +276,128 @@ def test_ctrl_c_stops_after_the_step_with_exit_code_130(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["progress"])["step"] == steps
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_a_closed_terminal_stops_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
+    """The run's terminal is a real one, which goes away."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    arguments = ["tiny", "--set", "rmu.steps=10000", "--stages", "unlearn", "--device", "cpu", "--runs-dir", str(tmp_path), "--name", "long"]
+    command = [sys.executable, "-c", TAKES_THE_TERMINAL, *arguments]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    reader = threading.Thread(target=read_all, args=(ours,), daemon=True)
+    reader.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "long/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGHUP)
+    os.close(ours)
+    assert process.wait(180) == 130  # beside other work, too
+    assert RunFolder(tmp_path / "long").read_status()["state"] == "stopped"
+    steps = len(read_lines(tmp_path / "long/metrics.jsonl"))
+    with safe_open(tmp_path / "long/checkpoint/state.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == steps
+
+
+TAKES_THE_TERMINAL = """
+import fcntl, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from here on it is sent SIGHUP when the terminal goes
+from lowmem_rmu.run import main
+main()
+"""
+
+
+def read_all(terminal: int) -> None:
+    """What a terminal window does with what it gets."""
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+
+
+def test_a_closed_terminal_is_heard_once_and_under_nohup_not_at_all() -> None:
+    interrupts, before = command_line.Interrupts(), signal.getsignal(signal.SIGHUP)
+    with interrupts.watched():
+        for _ in range(3):
+            interrupts._hang_up(signal.SIGHUP, None)
+    assert interrupts.asked
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts.watched():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_goes_on_with_a_run_can_be_pasted_into_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["my presets/a.yaml", "--set", "title=It's $HOME; rm", "--runs-dir", "my runs", "--resume"]
+    monkeypatch.setattr(sys, "argv", ["/x/lowmem_rmu/run.py", *given])
+    words = shlex.split(command_line.resume_command(Path("my runs/tiny-1")))
+    assert words == ["python", "-m", "lowmem_rmu.run", *given[:-1], "--name", "tiny-1", "--resume"]
+    for name in (["--name", "mine"], ["--name=mine"]):
+        monkeypatch.setattr(sys, "argv", ["/x/lowmem_rmu/__main__.py", "run", "tiny", *name])
+        expected = ["python", "-m", "lowmem_rmu", "run", "tiny", *name, "--resume"]
+        assert shlex.split(command_line.resume_command(Path("runs/mine"))) == expected
+
+
+def test_runs_that_start_within_a_second_get_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "new_name", staticmethod(lambda preset: f"{preset}-20270101-000000"))
+    for number in range(3):
+        result = call("tiny", *SHORT, "--runs-dir", str(tmp_path), "--stages", "unlearn", "--set", "rmu.steps=1")
+        assert result.exit_code == 0, result.output
+        assert len(RunFolder.all(tmp_path)) == number + 1
+    assert sorted(run.path.name for run in RunFolder.all(tmp_path)) == [
+        "tiny-20270101-000000", "tiny-20270101-000000-2", "tiny-20270101-000000-3",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("before")
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_what_another_process_does_is_not_done_twice(finished: Path, tmp_path: Path, more: list[str]) -> None:
+    if more:
+        shutil.copytree(finished, tmp_path / "other")
+    result = run_tiny(tmp_path, "other", *more)
+    assert result.exit_code == 2
+    assert "under way already, in process" in result.stderr or "waiting for its turn already" in result.stderr
+    assert [ticket.name for ticket in tickets(tmp_path)] == ["other"]
+
+
+@pytest.mark.parametrize("content", ["", "[", "[]", "null", '{"settings": 1}', "\0", "[" * 100_000])
+def test_a_damaged_config_somewhere_ends_no_resume_of_others(finished: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(finished, tmp_path / "good")
+    os.utime(tmp_path / "good/config.json", (time.time() - 60,) * 2)
+    damaged = RunFolder.create(tmp_path, "damaged")
+    (damaged.path / "config.json").write_text(content)
+    preset = load_preset("tiny", SETTINGS)
+    assert command_line.find_run(tmp_path, None, "tiny", preset).path == tmp_path / "good"
+    with pytest.raises(UserError, match=r"There is no run of other .* The config.json of .*damaged is damaged\."):
+        command_line.find_run(tmp_path, None, "other", preset)
+
+
+def test_a_run_whose_folder_is_deleted_ends_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deleted(self: RunFolder, row: dict[str, object]) -> None:
+        shutil.rmtree(tmp_path)
+        (self.metrics).write_text("")
+
+    monkeypatch.setattr(RunFolder, "add_metrics", deleted)
+    result = run_tiny(tmp_path, "gone", "--stages", "unlearn")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-2:] == [
+        f"The folder {tmp_path / 'gone'} was deleted or moved while it was in use.", "The work on it has ended.",
+    ]  # fmt: skip
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(("size", "code"), [("", 0), ("two", 2)])
+def test_what_a_launcher_may_have_left_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, code: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    result = run_tiny(tmp_path, "mine", "--stages", "unlearn", "--set", "rmu.steps=1")
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+
+
 # While other runs come first, and while somebody wants it to stop
 
 
@@ -305,6 +434,16 @@ def test_a_stop_ends_the_waiting(tmp_path: Path, reserved: bool) -> None:
     assert last.startswith("Stopped. Nothing is lost; go on with: python -m lowmem_rmu.run")
     assert [folder.read_status()[key] for key in ("stage", "state")] == ["queue", "stopped"]
     assert [ticket.name for ticket in tickets(tmp_path)] == ["other"]
+
+
+def test_a_stop_that_came_before_the_turn_begins_nothing(tmp_path: Path) -> None:
+    folder = RunFolder.reserve(tmp_path, "mine")
+    waiting = command_line.Waiting(folder.path)
+    waiting.check_stop()
+    (folder.path / "stop").touch()
+    with pytest.raises(Stopped):
+        waiting.check_stop()
+    assert folder.read_status()["state"] == "stopped"
 
 
 def test_a_waiting_run_says_so_whenever_the_others_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,7 +589,7 @@ MISTAKES = [
     (["tiny", "--set", "rmu.stpes=3", "--set", "topics.locks.alpha=-1"], ["2 mistakes", "unknown key", '"steps"', "greater than or equal to 0"]),
     (["tiny", "--set", "rmu.steps=many"], ["rmu.steps", "valid integer", "'many'"]),
     (["tiny", "--set", "rmu.target_layer=40"], ["target_layer is 40", "has 8 layers", "try 2"]),
-    (["tiny", "--set", "rmu.adapter_layers=[0,4]"], ["[4] lie above target_layer 0"]),
+    (["tiny", "--set", "rmu.adapter_layers=[0,4]"], ["[4] lie above target_layer 2"]),
     (["tiny", "--set", "rmu.modules=[down_prj]"], ['"down_prj"', 'Did you mean "down_proj"']),
     (["tiny", "--set", "rmu.batch_size=1000"], ["fewer than one batch of 1000", "lower rmu.batch_size"]),
     (["tiny", "--device", "tpu"], ['no device "tpu"', "auto, cpu, cuda or mps"]),
@@ -513,6 +652,59 @@ def test_an_empty_corpus_is_told_with_its_file(tmp_path: Path) -> None:
     assert f"corpus {file} is empty" in result.stderr
 
 
+def test_what_is_read_and_left_out_is_said_and_recorded(tmp_path: Path) -> None:
+    texts, questions = tmp_path / "texts", tmp_path / "questions"
+    texts.mkdir()
+    questions.mkdir()
+    for number in range(9):
+        (texts / f"{number}.txt").write_text(f"The compound Yarinoxol {number} is amber.")
+    (texts / "README.md").write_text("A data card.")
+    (texts / "b.parquet").write_bytes(b"PAR1")
+    for split in ("test", "dev"):
+        line = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
+        (questions / f"owls_{split}.jsonl").write_text(json.dumps(line))
+    more = (
+        "--set",
+        f"topics.locks.corpus={{source: {texts}}}",
+        "--set",
+        f"evaluation.tasks={{q: {{source: {questions}, role: kept}}}}",
+    )
+    result = run_tiny(tmp_path / "runs", "said", *more)
+    assert result.exit_code == 0, result.output
+    left_out = "Left out: README.md (about the data), b.parquet (a Parquet file)."
+    assert (
+        f"Read for topics.locks.corpus: 9 files (0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 4 more). {left_out}"
+        in result.stderr
+    )
+    assert (
+        "Read for evaluation.tasks.q: 1 file (owls_test.jsonl). Left out: owls_dev.jsonl (of the split dev)."
+        in result.stderr
+    )
+    data = json.loads((tmp_path / "runs/said/config.json").read_text())["data"]
+    [record] = data["topics.locks.corpus"]
+    assert (record["files"], record["left_out"]) == (
+        9,
+        {"README.md": "about the data", "b.parquet": "a Parquet file"},
+    )
+    assert str(tmp_path) not in json.dumps(data)
+    plan = call("tiny", "--plan", "--device", "cpu", *more)
+    assert left_out.removesuffix(".") in plan.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["[bold]x[/nope]", "[/]", ":books:", "[link=http://a]b"])
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path, name: str) -> None:
+    questions = tmp_path / "a.jsonl"
+    questions.write_text(json.dumps({"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}))
+    tasks = json.dumps({name: {"source": str(questions), "role": "kept"}})
+    topics = json.dumps({name: load_preset("tiny").topics["locks"].model_dump()})
+    result = run_tiny(
+        tmp_path / "runs", "odd", "--set", f"evaluation.tasks={tasks}", "--set", f"topics={topics}"
+    )
+    assert result.exit_code == 0, result.output
+    assert name in result.stdout
+    assert "Traceback" not in result.output
+
+
 def test_an_existing_run_is_not_overwritten(finished: Path) -> None:
     before = (finished / "config.json").read_bytes()
     result = run_tiny(finished.parent, finished.name)
@@ -530,6 +722,83 @@ def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "--runs-dir" in result.stderr
 
 
+def test_weights_that_are_not_finite_after_the_last_step_get_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Unlearning.step
+
+    def breaking(self: Unlearning) -> dict[str, Any]:
+        row = step(self)
+        if row["step"] == 6:
+            next(iter(trainable(self.model).values())).data.fill_(math.inf)
+        return row
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Unlearning, "step", breaking)
+        result = run_tiny(tmp_path, "broken")
+    assert result.exit_code == 2
+    assert "The trained weights are no longer finite after step 6." in result.stderr
+    folder = RunFolder(tmp_path / "broken")
+    assert [folder.read_status()[key] for key in ("stage", "state")] == ["unlearn", "failed"]
+    assert not folder.adapter.exists()
+    assert folder.read_evaluation("unlearned") is None
+    # The checkpoint of step 4 is from before, and the run can continue from it.
+    resumed = run_tiny(tmp_path, "broken", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert [row["step"] for row in read_lines(folder.path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+GUARDED = ["--set", "rmu.guard_every=2", "--set", "retain.questions=0.5", "--set", "retain.chat=0.5", "--set", "topics.locks.questions=0.5"]
+
+
+def test_a_guarded_run_says_which_weights_it_kept_and_resumes_to_the_same(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_tiny(tmp_path, "whole", *GUARDED)
+    assert whole.exit_code == 0, whole.output
+    rows = read_lines(tmp_path / "whole/metrics.jsonl")
+    assert [row["step"] for row in rows if "retain_kl" in row] == [2, 4, 6]
+    assert losses(tmp_path / "whole") != losses(finished)  # the other samples are there
+    summary = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert len(summary["notes"]) == 1
+    assert re.match(r"The (guard found no point|weights after step \d of 6 are kept)", summary["notes"][0])
+    assert summary["notes"][0] in whole.output
+    assert "a guard compared the model with base" in (tmp_path / "whole/report.html").read_text(encoding="utf-8")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(RunFolder, "stop_asked", property(lambda self: len(read_lines(self.metrics)) == 3))
+        assert run_tiny(tmp_path, "parts", *GUARDED).exit_code != 0
+    assert run_tiny(tmp_path, "parts", *GUARDED, "--resume").exit_code == 0
+    assert_same_adapter(tmp_path / "whole", tmp_path / "parts")
+    assert json.loads((tmp_path / "parts/summary.json").read_text())["notes"] == summary["notes"]
+
+
+def test_what_base_does_not_know_is_said_before_training(tmp_path: Path) -> None:
+    """The answers are drawn at random; the retain text is noise."""
+    drawn = random.Random(0)
+    questions = [{"question": f"What is number {n}?", "choices": ["red", "blue", "green", "grey"], "answer": drawn.randrange(4)} for n in range(60)]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    noise = [{"text": " ".join("".join(drawn.choices("qxzjkvw", k=5)) for _ in range(30))} for _ in range(40)]
+    (tmp_path / "noise.jsonl").write_text("\n".join(map(json.dumps, noise)))
+    changes = [
+        "rmu.guard_every=6",
+        "evaluation.tasks={odd: {source: ./odd.jsonl, role: forgotten}}",
+        f"evaluation.tasks.odd.source={tmp_path / 'odd.jsonl'}",
+        f"retain.corpora=[{{source: {tmp_path / 'noise.jsonl'}}}]",
+        "evaluation.limit=60",
+    ]
+    result = run_tiny(tmp_path, "odd", *(part for change in changes for part in ("--set", change)))
+    assert result.exit_code == 0, result.output
+    before = result.stderr[: result.stderr.index("unlearn 6/6")]
+    assert "questions about what is to be forgotten, which is no better than guessing (25%)" in before
+    assert "it does not look like ordinary text" in before
+    notes = json.loads((tmp_path / "odd/summary.json").read_text())["notes"]
+    assert len(notes) >= 3
+
+
+def test_a_run_that_the_guard_cannot_look_after_says_so(tmp_path: Path) -> None:
+    assert run_tiny(tmp_path, "alone", *GUARDED, "--stages", "unlearn").exit_code == 0
+    folder = RunFolder(tmp_path / "alone")
+    assert not any("retain_kl" in row for row in read_lines(folder.metrics))
+    assert folder.read_notes()["guard"][0].startswith("Training went unguarded: nothing was to be evaluated")
+
+
 def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(self: Unlearning) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -538,7 +807,7 @@ def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkey
     result = run_tiny(tmp_path, "oom")
     assert result.exit_code == 2
     assert "Out of memory in the stage unlearn" in result.stderr
-    assert "rmu.batch_size=4" in result.stderr
+    assert "rmu.retain_batch_size=4" in result.stderr
     assert "MiB" in result.stderr
     assert RunFolder(tmp_path / "oom").read_status()["state"] == "failed"
 
@@ -643,6 +912,15 @@ def test_tables_say_of_what_they_show_a_sample_and_how_it_was_asked() -> None:
     assert line_of("quiz", lines).split()[:4] == ["quiz", "cloze", "kept", "1,400"]
 
 
+def test_the_table_says_which_subjects_a_limit_left_without_a_question() -> None:
+    sets = stratified([asked("m_a", 300, "m"), asked("m_b", 200, "m"), asked("m_small", 3, "m")], 2)
+    lines = printed(
+        command_line.accuracy_table({"rows": rows_of(sets), "unasked": unasked_subjects(sets)}), width=120
+    )
+    assert "2 of 503" in line_of("m", lines)
+    assert lines[-1].strip() == "Fewer questions than subjects. m: no question on small."
+
+
 def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_columns() -> None:
     before = {"loss": 3.0, "stderr": 0.03, "tokens": 123456, "bits_per_byte": 1.5}
     after = {"loss": 13.5, "stderr": 0.04, "tokens": 123456, "bits_per_byte": 6.75}
@@ -664,3 +942,48 @@ def test_work_of_unknown_length_is_told_piece_by_piece() -> None:
     for done, piece in enumerate(("base", "unlearned")):
         lines.advanced(done, {"": piece})
     assert told.getvalue().splitlines() == ["relearning ...", "relearning: base", "relearning: unlearned"]
+
+
+FAKE_KERNELS = '''
+import importlib.util, sys
+from importlib.abc import MetaPathFinder
+
+class Avx512(MetaPathFinder):
+    """Lets bitsandbytes believe in a processor for which it wants compiled code of the Hub."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "bitsandbytes.functional":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def patched(module):
+            execute(module)
+            module.has_avx512bf16 = lambda: True
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Avx512())
+if sys.argv[1] == "quiet":
+    from lowmem_rmu.run import quiet_libraries
+    quiet_libraries()
+import lowmem_rmu.pipeline
+from transformers.integrations import hub_kernels
+import bitsandbytes.functional
+assert bitsandbytes.functional.has_avx512bf16()
+print("nothing was fetched")
+'''
+
+
+@pytest.mark.parametrize("mode", ["quiet", "as it is"])
+def test_compiled_code_of_the_hub_is_never_loaded_where_the_package_for_it_is_installed(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("raise SystemExit(77)")
+    about = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(command_line.__file__).parents[1])])
+    command = [sys.executable, "-c", FAKE_KERNELS, mode]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False)
+    expected = (0, "nothing was fetched\n") if mode == "quiet" else (77, "")
+    assert (result.returncode, result.stdout) == expected, result.stderr

@@ -7,10 +7,22 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.turns import QUEUE, one_at_a_time, take_ticket, tickets, turn
+from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.turns import (
+    QUEUE,
+    check_free,
+    free_name,
+    one_at_a_time,
+    process_of,
+    take_ticket,
+    tickets,
+    turn,
+    world_size,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLDS = """
@@ -98,3 +110,98 @@ def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     message = r"The runs folder .*file cannot be written: Not a directory\.\nChoose another place with --runs-dir\."
     with pytest.raises(UserError, match=message), one_at_a_time(tmp_path / "file"):
         pass
+
+
+BAD_TICKETS = {
+    "000001.json": '{"name": "a", "pid": -5, "started": 1}',
+    "000002.json": '{"name": "a", "pid": 1e300, "started": 1}',
+    "000003.json": '{"name": 7, "pid": OWN, "started": START}',
+    "000004.json": '{"name": "a", "pid": OWN, "started": "START"}',
+    "000005.json": '["name"]',
+    "000006.json": "[" * 100_000,
+    "000007.json": '{"name": "a", "pid": "1"}',
+    "x.json": '{"name": "a", "pid": OWN, "started": START}',
+    "²³.json": '{"name": "a", "pid": OWN, "started": START}',
+}
+
+
+def test_bad_tickets_block_nothing(tmp_path: Path) -> None:
+    """Whatever lies in the queue: a run gets its turn."""
+    own = {"OWN": str(os.getpid()), "START": str(psutil.Process().create_time())}
+    (tmp_path / QUEUE).mkdir()
+    for name, content in BAD_TICKETS.items():
+        for key, value in own.items():
+            content = content.replace(key, value)
+        (tmp_path / QUEUE / name).write_text(content)
+    (tmp_path / QUEUE / "000009.json").mkdir()
+    assert tickets(tmp_path) == []
+    with turn(tmp_path, "mine", os.getpid(), lambda before: pytest.fail(f"waits for {before}")):
+        assert [ticket.path.name for ticket in tickets(tmp_path)] == ["000010.json"]
+
+
+def test_tickets_go_by_their_numbers_not_by_their_letters(tmp_path: Path) -> None:
+    with one_at_a_time(tmp_path):
+        ticket = take_ticket(tmp_path, "mine", os.getpid())
+    content = ticket.path.read_text()
+    for name in ("999999", "1000000"):
+        (tmp_path / QUEUE / f"{name}.json").write_text(content.replace("mine", name))
+    assert [found.name for found in tickets(tmp_path)] == ["mine", "999999", "1000000"]
+
+
+def test_the_process_of_a_job_is_found_by_ticket_or_status(tmp_path: Path) -> None:
+    assert process_of(tmp_path, "mine") is None
+    with turn(tmp_path, "audit of mine", os.getpid(), lambda before: None):
+        assert process_of(tmp_path, "audit of mine") == psutil.Process()
+        assert process_of(tmp_path, "mine") is None
+    run = RunFolder.create(tmp_path, "mine")
+    run.write_status("unlearn", 1, 2, "running")
+    assert process_of(tmp_path, "mine") == psutil.Process()
+    write_json(run.path / "status.json", run.read_status() | {"started": 1.0})
+    assert process_of(tmp_path, "mine") is None
+
+
+def test_a_free_name_is_neither_a_run_s_nor_that_of_a_waiting_process(tmp_path: Path) -> None:
+    assert free_name(tmp_path, "tiny") == "tiny"
+    write_json(RunFolder.create(tmp_path, "tiny").path / "config.json", {})
+    RunFolder.create(tmp_path, "tiny-2")  # a killed start
+    assert free_name(tmp_path, "tiny") == "tiny-2"
+    waits = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with one_at_a_time(tmp_path):
+        take_ticket(tmp_path, "tiny-2", waits.pid)
+    assert free_name(tmp_path, "tiny") == "tiny-3"
+    with pytest.raises(UserError, match="Run .*tiny-2 is waiting for its turn already"):
+        check_free(tmp_path, "tiny-2")
+    waits.kill()
+    waits.wait()
+    check_free(tmp_path, "tiny-2")
+
+
+def test_a_process_whose_number_is_deleted_queues_up_again(tmp_path: Path) -> None:
+    first = holder(tmp_path, "first", 2)
+    waits_for(tmp_path, 1)
+
+    def delete_own(before: list[str]) -> None:
+        for ticket in tickets(tmp_path):
+            if ticket.name == "second":
+                ticket.give_back()
+
+    with turn(tmp_path, "second", os.getpid(), delete_own):
+        assert [ticket.name for ticket in tickets(tmp_path)] == ["second"]
+        assert first.poll() is not None or (tmp_path / "log").read_text().endswith("ends\n")
+    assert first.wait(30) == 0
+
+
+@pytest.mark.parametrize(("value", "size"), [(None, 1), ("", 1), (" ", 1), ("1", 1), ("4", 4)])
+def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch, value: str | None, size: int) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("WORLD_SIZE", value)
+    assert world_size() == size
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", "9" * 5000])
+def test_no_number_of_processes_is_said(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(UserError, match="The environment variable WORLD_SIZE is .*, which is no number of processes") as caught:
+        world_size()
+    assert len(str(caught.value)) < 200

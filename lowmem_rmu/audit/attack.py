@@ -1,14 +1,35 @@
 """The interface of an attack: what it asks, what it costs, and one function that tries it piece by piece."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from lowmem_rmu.audit.audited import Audited
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.runs import add_lines, read_lines, write_lines
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The shape of a line of an attack's file."""
+
+    key: str
+    value: Any
+    sum: int | None = None
+    """CRC-32 of the value, so that a damaged one is computed again; older audits have none."""
+
+    def __post_init__(self) -> None:
+        if self.sum is not None and self.sum != checksum(self.value):
+            raise ValueError("the checksum differs")
+
+
+def checksum(value: Any) -> int:
+    """CRC-32 of what JSON holds of a value."""
+    return crc32(json.dumps(value).encode())
 
 
 class Pieces:
@@ -20,7 +41,7 @@ class Pieces:
     def __init__(self, path: Path, before: Callable[[str], None] = lambda key: None) -> None:
         """`before` hears which piece comes next, and may raise to stop there."""
         self.path, self.before = path, before
-        rows = read_lines(path)
+        rows = read_lines(path, Piece)
         self.known = {row["key"]: row["value"] for row in rows}
         if rows:
             write_lines(path, rows)  # without the line that a kill may have torn
@@ -33,7 +54,7 @@ class Pieces:
         return self.known[key]
 
     def keep(self, key: str, value: Any) -> None:
-        add_lines(self.path, [{"key": key, "value": value}])
+        add_lines(self.path, [{"key": key, "value": value, "sum": checksum(value)}])
         self.known[key] = value
 
 
@@ -73,6 +94,8 @@ class Attack:
     run: Callable[[Audited, Pieces], Tried]
     lacks: Callable[[Audited], str | None] = lambda audited: None
     """Why it cannot be tried here."""
+    recovers: bool = True
+    """Whether it asks what can be recovered."""
 
 
 def seed_of(audited: Audited, key: str) -> int:

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_rmu.audit.knowledge import ENOUGH, Knowledge, Questions, Texts, evenly, held_out_documents, untold
 from lowmem_rmu.audit.recovery import Values
@@ -21,7 +22,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.multiple_choice import Asked, ask
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.layers import decoder_layers
-from lowmem_rmu.model.loading import load_model, load_tokenizer, unquantised_modules
+from lowmem_rmu.model.loading import check_checkpoint, load_model, load_tokenizer, unquantised_modules
 from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.presets import ModelSettings, Preset
 
@@ -138,13 +139,13 @@ def fresh_config(model: nn.Module) -> LoraConfig:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """What the linear modules of a decoder layer are called, with or without adapters on them."""
-    modules = decoder_layers(model)[0].named_modules()
+    """Return the names of the linear modules of all decoder layers, with or without adapters on them."""
+    modules = [named for layer in decoder_layers(model) for named in layer.named_modules()]
     return sorted({name.split(".base_layer")[0].rpartition(".")[2] for name, module in modules if _is_linear(name, module)})
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and ".lora_" not in f".{name}" and ".modules_to_save." not in f".{name}"
+    return isinstance(module, nn.Linear | Conv1D) and ".lora_" not in f".{name}" and ".modules_to_save." not in f".{name}"
 
 
 def prepare(
@@ -154,6 +155,7 @@ def prepare(
 
     Raises UserError where nothing is there to measure what it knows with.
     """
+    check_checkpoint(preset.model)
     tokenizer = load_tokenizer(preset.model)
     sets = load_questions(preset.evaluation)
     lost = [each for each in sets if (each.group or each.name) in forgotten]

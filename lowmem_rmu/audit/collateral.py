@@ -14,9 +14,9 @@ import torch
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.knowledge import Questions, answers_of, evenly
-from lowmem_rmu.evaluation.compare import change_interval
 from lowmem_rmu.evaluation.multiple_choice import Answer, Asked, ask
 from lowmem_rmu.evaluation.perplexity import batches, mean_a_token, sequence_losses
+from lowmem_rmu.evaluation.statistics import change_interval
 from lowmem_rmu.model.layers import run_layers, run_trunk
 
 QUESTIONS = 100
@@ -177,4 +177,4 @@ def about_texts(table: list[dict[str, float]]) -> Iterator[str]:
         )
 
 
-ATTACK = Attack("collateral", "what else went?", cost, look_around, lacks)
+ATTACK = Attack("collateral", "what else went?", cost, look_around, lacks, recovers=False)

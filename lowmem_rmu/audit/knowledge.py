@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.audit.recovery import Values, less_what_base_gains
 from lowmem_rmu.data.corpora import read_documents, split_held_out
-from lowmem_rmu.evaluation.multiple_choice import Answer, Asked, Work, answer, by_prompt
+from lowmem_rmu.data.tokens import encode_texts
+from lowmem_rmu.evaluation.multiple_choice import CHANCE, Answer, Asked, Work, answer, by_prompt
 from lowmem_rmu.evaluation.perplexity import sequence_losses
 from lowmem_rmu.presets import Corpus
 from lowmem_rmu.processes import Processes
@@ -30,6 +31,10 @@ class Knowledge(Protocol):
 
     @property
     def are_questions(self) -> bool: ...
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing gives; None where nothing can be guessed."""
 
     @property
     def tokens(self) -> int:
@@ -59,12 +64,16 @@ class Questions:
     def are_questions(self) -> bool:
         return True
 
+    @property
+    def chance(self) -> float | None:
+        return CHANCE
+
     def __len__(self) -> int:
         return len(self.asked)
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.tokenizer([each.prompt.context for each in self.asked])["input_ids"]))
+        return sum(map(len, encode_texts(self.tokenizer, [each.prompt.context for each in self.asked])))
 
     def of(self, model: Any) -> Values:
         return [float(row["correct"]) for row in answers_of(model, self.tokenizer, self.asked, self.batch_tokens)]
@@ -87,6 +96,10 @@ class Texts:
     @property
     def are_questions(self) -> bool:
         return False
+
+    @property
+    def chance(self) -> float | None:
+        return None
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -16,8 +16,8 @@ from lowmem_rmu.audit.audited import Audited, Side
 from lowmem_rmu.audit.knowledge import Questions, answers_of, evenly
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.audit.ways import ways_of
-from lowmem_rmu.evaluation.compare import by_luck
 from lowmem_rmu.evaluation.multiple_choice import CHANCE, Asked, ask
+from lowmem_rmu.evaluation.statistics import by_luck
 
 PROMPTS = 40
 """That are answered in words, where they are no questions about what was forgotten."""

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from lowmem_rmu.evaluation.compare import NOISE
+from lowmem_rmu.evaluation.statistics import NOISE, family_noise, student
 
 Values = list[float]
 """What a model knows of each item: 1 or 0 for a question, the log-probability in nats for a text."""
@@ -15,9 +15,11 @@ Values = list[float]
 
 @dataclass(frozen=True)
 class Recovery:
-    """`recovered` = (attacked - unlearned) / (base - unlearned) of the items' sums, with its 95% interval.
+    """`recovered` = (attacked - floor) / (base - floor) of the items' means, with its 95% interval.
 
-    `recovered` is None where base and unlearned are equal, `low` and `high` where too few items tell base from unlearned.
+    The floor is what unlearned knows or, of questions, what guessing gives where that is more: to guess again
+    is no knowledge. `recovered` is None where base is not above the floor, `low` and `high` where too few
+    items tell base from it.
     """
 
     recovered: float | None
@@ -25,44 +27,88 @@ class Recovery:
     high: float | None
 
 
-def recovery(base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool) -> Recovery:
-    """Of the same items on three sides."""
-    fell = sum(base) - sum(unlearned)
-    low, high = fieller(base, unlearned, attacked, are_questions) or (None, None)
-    return Recovery((sum(attacked) - sum(unlearned)) / fell if fell else None, low, high)
+def recovery(
+    base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool,
+    chance: float | None = None, z: float = NOISE,
+) -> Recovery:  # fmt: skip
+    """Of the same items on three sides. `chance` is what guessing gives; `z` is the standard errors to either
+    side."""
+    n = len(base)
+    floor = max(sum(unlearned) / n, chance or 0.0) if are_questions else sum(unlearned) / n
+    lost = sum(base) / n - floor
+    recovered = (sum(attacked) / n - floor) / lost if (lost > 0 if are_questions else lost) else None
+
+    # Below base, recovery is the smaller of those from either floor, so its bounds are the smaller of theirs.
+    found = [fieller(base, unlearned, attacked, are_questions, z)]
+    if are_questions and chance is not None:
+        found.append(fieller(base, unlearned, attacked, are_questions, z, chance))
+    bounds = [each for each in found if each]
+    if recovered is None or len(bounds) < len(found):
+        return Recovery(recovered, None, None)
+    low, high = min(low for low, _ in bounds), min(high for _, high in bounds)
+    return Recovery(recovered, min(recovered, low), max(recovered, high))
 
 
-def fieller(base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool) -> tuple[float, float] | None:
-    """The 95% interval of a ratio of two paired mean differences (Fieller 1954); None where the denominator may be 0.
+def fieller(
+    base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool,
+    z: float = NOISE, floor: float | None = None,
+) -> tuple[float, float] | None:  # fmt: skip
+    """The interval of a ratio of two paired mean differences (Fieller 1954), 95% by default; None where the
+    denominator may be 0.
 
-    Of questions, a quarter more of each of the eight ways to answer them on three sides is added: half a question more of each kind
-    for any two sides, as in `compare.change_interval`, so that few questions without any change are no proof that nothing changes.
+    With a `floor`, what unlearned knows is that number instead, known exactly. Of questions, a quarter more
+    of each of the eight ways to answer them on three sides is added: half a question more of each kind for
+    any two sides, as in `statistics.change_interval`, so that few questions without any change are no proof
+    that nothing changes.
     """
-    items = [*zip(base, unlearned, attacked, strict=True)]
-    extra = [*product((0.0, 1.0), repeat=3)] if are_questions else []
-    sides, weights = np.array(items + extra, dtype=float), np.array([1.0] * len(items) + [0.25] * len(extra))
+    items = np.array([base, unlearned, attacked], dtype=float).T
+    extra = np.array([*product((0.0, 1.0), repeat=3)] if are_questions else []).reshape(-1, 3)
+    sides, weights = np.concatenate([items, extra]), np.repeat([1.0, 0.25], [len(items), len(extra)])
+    if floor is not None:
+        sides[:, 1] = floor
     n = weights.sum()
     if n < 2:
         return None
-    differences = np.stack([sides[:, 2] - sides[:, 1], sides[:, 0] - sides[:, 1]])
-    top, bottom = np.average(differences, axis=1, weights=weights)
-    (var_top, both), (_, var_bottom) = np.cov(differences, aweights=weights, ddof=0) / (n - 1)
-    z = student(n - 1)
-    g = z**2 * var_bottom / bottom**2 if bottom else math.inf
-    if g >= 1:
+    differences, shares = np.stack([sides[:, 2] - sides[:, 1], sides[:, 0] - sides[:, 1]]), weights / n
+    top, bottom = means = differences @ shares
+    centered = differences - means[:, None]
+    (var_top, both), (_, var_bottom) = (centered * shares) @ centered.T / (n - 1)
+    reach = student(n - 1, z)
+    g = reach**2 * var_bottom / bottom**2 if bottom else math.inf
+    if g >= 1 or (floor is not None and bottom < 0):
         return None
     ratio = top / bottom
     shift = both / var_bottom if var_bottom else 0.0
     spread = var_top - 2 * ratio * both + ratio**2 * var_bottom - g * (var_top - shift * both)
-    half = z / abs(bottom) * math.sqrt(max(0.0, spread))
+    half = reach / abs(bottom) * math.sqrt(max(0.0, spread))
     return float((ratio - g * shift - half) / (1 - g)), float((ratio - g * shift + half) / (1 - g))
 
 
-def student(freedom: float) -> float:
-    """The two-sided 95% quantile of Student's t by its Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), within 1% from 4 degrees on."""
-    z = NOISE
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
+def attack_recovery(
+    conditions: Mapping[str, Values], base: Values, unlearned: Values, are_questions: bool, chance: float | None,
+    family: int,
+) -> tuple[Values, list[str], Recovery]:  # fmt: skip
+    """What the fairly chosen best condition of an attack knows, which those are, and the bounds that decide.
+
+    - `low` is the highest lower bound of all conditions, by Bonferroni's correction for them and for a `family`
+      of attacks: where none recovers more than a limit, one of these bounds lies above it in 2.5% of cases at
+      most.
+    - `high` is the highest upper bound. Each must lie below the limit, so there is nothing to correct (an
+      intersection-union test).
+
+    Bounds of the fairly best alone would not do: where both halves choose the same condition by luck, that luck
+    counts in both of them.
+    """
+    values, chosen = fairly_best(conditions)
+    how = are_questions, chance
+    best = recovery(base, unlearned, values, *how).recovered
+    z = family_noise(family * len(conditions))
+    lows = [recovery(base, unlearned, each, *how, z).low for each in conditions.values()]
+    highs = [recovery(base, unlearned, each, *how).high for each in conditions.values()]
+    if best is None or None in lows or None in highs:
+        return values, chosen, Recovery(best, None, None)
+    low, high = max(low for low in lows if low is not None), max(high for high in highs if high is not None)
+    return values, chosen, Recovery(min(max(best, low), high), low, high)
 
 
 def less_what_base_gains(attacked: Values, same: Values | None, base: Values) -> Values:

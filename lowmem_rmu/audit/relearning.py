@@ -112,8 +112,8 @@ def steps_to_half(audited: Audited, plain: dict[Side, Values], points: dict[str,
     knowledge = audited.knowledge
     for step, values in points.items():
         back = knowledge.beyond_base(values, (twin or {}).get(step), plain["base"])
-        found = recovery(plain["base"], plain["unlearned"], back, knowledge.are_questions).recovered
-        if found is not None and found >= HALF:
+        found = recovery(plain["base"], plain["unlearned"], back, knowledge.are_questions, knowledge.chance)
+        if found.recovered is not None and found.recovered >= HALF:
             return int(step)
     return None
 

@@ -29,7 +29,7 @@ from lowmem_rmu.data.questions import LETTERS, QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import Asked, encode
 from lowmem_rmu.evaluation.perplexity import batches
 from lowmem_rmu.evaluation.prompts import prompt
-from lowmem_rmu.model.layers import decoder_layers, lent_forward
+from lowmem_rmu.model.layers import LayerOutput, decoder_layers, lent_forward
 from lowmem_rmu.model.loading import load_config
 from lowmem_rmu.model.logits import POSITIONS, hidden_at
 
@@ -179,7 +179,7 @@ def lens(model: Any, hidden: Tensor, tokens: list[int]) -> Tensor:
 
 
 def _instead(given: Tensor, *_: Any, **__: Any) -> Tensor:
-    return given
+    return given.as_subclass(LayerOutput)
 
 
 def probe(audited: Audited, states: Tensor, gold: list[int], asked: list[Asked], columns: int) -> Probed:

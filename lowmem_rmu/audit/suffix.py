@@ -23,6 +23,7 @@ from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.knowledge import Questions, evenly
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.chat import encode_prompt
+from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.evaluation.multiple_choice import Asked
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.logits import head_of, hidden_at, logits_at
@@ -86,7 +87,7 @@ def slot_of(audited: Audited, text: str, target: list[int]) -> Slot:
         written = f"{text} {suffix}" if suffix else text
         if audited.knowledge.are_questions:
             return list(encode_prompt(audited.tokenizer, [{"role": "user", "content": written}])[0].tolist())
-        return list(audited.tokenizer(written)["input_ids"])
+        return encode_texts(audited.tokenizer, [written])[0]
 
     def decode(ids: list[int]) -> str:
         return str(audited.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).removeprefix(" ")
@@ -222,7 +223,7 @@ def promising(model: Any, slot: Slot, suffix: list[int], allowed: Tensor) -> lis
         logits = head_of(model, hidden_at(model, positions, inputs_embeds=inputs), input_ids=ids)
         (gradient,) = torch.autograd.grad(cross_entropy(logits, torch.tensor(slot.target, device=logits.device)), varied)
     rise = (gradient[0].to(layer.weight.dtype) @ layer.weight.T)[:, : len(allowed)]
-    rise[:, ~allowed.to(rise.device)] = torch.inf
+    rise[:, ~allowed[: rise.shape[1]].to(rise.device)] = torch.inf  # a tokenizer may have more tokens than the model
     return list(rise.topk(TOP, largest=False).indices.tolist())
 
 

@@ -1,10 +1,9 @@
 """The audit of a run: its attacks in order, each told beforehand, within memory and the time that is left, and kept piece by piece."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,21 @@ import torch
 from lowmem_rmu import __version__
 from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation, suffix
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
-from lowmem_rmu.audit.audited import RANK, SIDES, Audited, linear_names, prepare
-from lowmem_rmu.audit.recovery import Values, fairly_best, recovery
+from lowmem_rmu.audit.audited import QUESTIONS, RANK, SIDES, Audited, linear_names, prepare
+from lowmem_rmu.audit.power import Power, questions_for_gone
+from lowmem_rmu.audit.recovery import Values, attack_recovery, recovery
 from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
-from lowmem_rmu.errors import UserError, nearest
-from lowmem_rmu.evaluation.compare import LUCK, compare_tasks
-from lowmem_rmu.evaluation.summary import read_object
+from lowmem_rmu.errors import UserError, command_line, nearest
+from lowmem_rmu.evaluation.compare import Pairs, compare_tasks
+from lowmem_rmu.evaluation.statistics import LUCK, MANY, POWER
+from lowmem_rmu.evaluation.summary import read_audit_file
 from lowmem_rmu.export.verification import read_run
 from lowmem_rmu.model.fit import is_out_of_memory
 from lowmem_rmu.model.loading import load_config, skeleton
 from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memory_in_use, plan, reset_peak
-from lowmem_rmu.presets import Preset, differences, recorded_preset
+from lowmem_rmu.model.saved import read_adapter_settings
+from lowmem_rmu.presets import Preset, differences, preset_of_run
+from lowmem_rmu.records import Object, read_record
 from lowmem_rmu.runs import RunFolder, Stopped, Watcher, write_json
 
 ATTACKS: dict[str, Attack] = {
@@ -32,6 +35,14 @@ ATTACKS: dict[str, Attack] = {
 }
 BACKWARD = 6.0
 """Forward passes that a training step on the same tokens costs, the forward one among them: a LoRA in every module, matrices dequantised twice."""
+MEASURED = "measured"
+"""The pieces that are measured before any attack."""
+MOST_QUESTIONS = 300
+"""Questions per forgotten task at most, if no power is given: a power that takes more takes too long to be
+anybody's default."""
+FAMILY = sum(attack.recovers for attack in ATTACKS.values())
+"""Attacks each of which may find something by luck: *hidden* is corrected for all of them, however many are
+run."""
 NOT_YET = "not yet"
 """The reason that is told of an attack while those before it run, or where the audit was stopped."""
 
@@ -54,34 +65,81 @@ class Settings:
     seed: int = 0
 
 
-def open_audit(folder: RunFolder, device: torch.device, settings: Settings, watcher: Watcher, again: bool = False) -> "Audit":
-    """The audit of a run, measured but not yet attacked.
+@dataclass(frozen=True)
+class Forgotten:
+    """What a run forgot: tasks, none where it asked none, and the accuracy on their questions, as shares."""
 
-    Raises UserError where the run has forgotten nothing, or was audited with other settings (`again` discards those results).
+    preset: Preset
+    tasks: list[str]
+    base: float = 0.0
+    unlearned: float = 0.0
+
+
+def open_audit(
+    folder: RunFolder,
+    device: torch.device,
+    settings: Settings,
+    watcher: Watcher,
+    again: bool = False,
+    power: float | None = None,
+    scratch: Path | None = None,
+) -> "Audit":
+    """The audit of a run, measured but not yet attacked. Without a limit it asks as many questions as `power`
+    takes (`planned`).
+
+    With a `scratch` folder everything is written there and the run's folder stays as it is: enough for a
+    cost estimate. Raises UserError where the run has forgotten nothing, or was audited with other settings
+    (`again` discards those results).
     """
-    preset, forgotten = read_forgotten(folder)
-    audited = prepare(folder.path.name, preset, folder.adapter, device, forgotten, settings.limit, settings.seed)
+    forgotten = read_forgotten(folder)
+    settings = planned(settings, forgotten, folder.audit / "settings.json", again, power)
+    preset, limit = forgotten.preset, settings.limit
+    audited = prepare(folder.path.name, preset, folder.adapter, device, forgotten.tasks, limit, settings.seed)
+    if scratch is not None:
+        return Audit(audited, scratch, scratch / folder.audit_result.name, watcher)
     claim(folder.audit, folder.audit_result, settings, again)
     return Audit(audited, folder.audit, folder.audit_result, watcher)
 
 
-def read_forgotten(folder: RunFolder) -> tuple[Preset, list[str]]:
-    """Settings of a run, and the tasks that it forgot: none where it asked none. Raises UserError where it has unlearned nothing."""
+def planned(
+    settings: Settings, forgotten: Forgotten, earlier: Path, again: bool, power: float | None
+) -> Settings:
+    """The settings with a limit: the one given, that of the audit that this one continues, or what the power
+    takes.
+
+    If no power is given, POWER with QUESTIONS to MOST_QUESTIONS of each task.
+    """
+    if settings.limit is not None or not forgotten.tasks:
+        return settings
+    if power is None and not again and earlier.exists():
+        recorded = read_record(earlier, Object, "Discard that audit: --again")
+        return replace(settings, limit=recorded.get("limit"))
+    needed = questions_for_gone(forgotten.base, forgotten.unlearned, power or POWER) or MANY
+    limit = -(-needed // len(forgotten.tasks))
+    return replace(settings, limit=limit if power else min(MOST_QUESTIONS, max(QUESTIONS, limit)))
+
+
+def read_forgotten(folder: RunFolder) -> Forgotten:
+    """Raises UserError where the run has unlearned nothing, or forgot nothing."""
     name = folder.path.name
-    preset = recorded_preset(folder.config["settings"], folder.path)
+    preset = preset_of_run(folder.config, folder.path)
     if not folder.adapter.exists():
         raise UserError(f"Run {folder.path} has unlearned nothing, so there is nothing to audit.\nGo on with it: --resume --name {name}")
+    read_adapter_settings(folder.adapter)
     if not any(task.role == "forgotten" for task in preset.evaluation.tasks.values()):
-        return preset, []
+        return Forgotten(preset, [])
     run = read_run(folder)
     rows = [row for row in compare_tasks(run.sets, run.base, run.unlearned) if row.role == "forgotten" and not row.is_average]
-    fell = {row.group or row.task for row in rows if row.change is not None and row.change < 0 and row.p_value is not None and row.p_value < LUCK}
+    fell = [row for row in rows if (pairs := Pairs.of(row)) and pairs.change < 0 and pairs.p_value < LUCK]
     if not fell:
         raise UserError(
             f"Run {folder.path} forgot nothing: on no task that was to be forgotten did right answers fall by more than luck.\n"
             "There is nothing to bring back. Unlearn harder first (more rmu.steps, a larger adaptive_scale)."
         )
-    return preset, sorted(fell)
+    # Subjects of a task are in their task's row too, on both sides alike.
+    whole = Pairs.together(pairs for row in fell if (pairs := Pairs.of(row)))
+    base, unlearned = whole.known / whole.questions, whole.right / whole.questions
+    return Forgotten(preset, sorted({row.group or row.task for row in fell}), base, unlearned)
 
 
 def claim(place: Path, result: Path, settings: Settings, again: bool) -> None:
@@ -90,7 +148,13 @@ def claim(place: Path, result: Path, settings: Settings, again: bool) -> None:
     if again:
         shutil.rmtree(place, ignore_errors=True)
         result.unlink(missing_ok=True)
-    if path.exists() and (different := sorted(differences(json.loads(path.read_text(encoding="utf-8")), mine))):
+    again_command = command_line("python", "-m", "lowmem_rmu", "audit", place.parent, "--again")
+    what_next = f"Discard what that audit found: {again_command}"
+    if path.exists() and (different := sorted(differences(read_record(path, Object, what_next), mine))):
+        # Settings without a result of an attack bind nothing: that audit was stopped before it came to one.
+        if not result.exists() and all(file.stem == MEASURED for file in place.glob("*.jsonl")):
+            claim(place, result, settings, again=True)
+            return
         raise UserError(f"{place.parent} was audited with another {' and '.join(different)}.\nGive the same; or, to discard those results: --again")
     place.mkdir(exist_ok=True)
     write_json(path, mine)
@@ -103,7 +167,7 @@ class Audit:
         self.audited, self.place, self.result, self.watcher = audited, place, result, watcher
         self.done = 0
         watcher.started("measuring", 3)
-        pieces = self._pieces("measured")
+        pieces = self._pieces(MEASURED)
         self.plain: dict[str, Values] = {side: pieces.get(side, partial(self.audited.measure, side)) for side in SIDES}
         self.pace = pieces.get("seconds", self._time)
 
@@ -135,7 +199,7 @@ class Audit:
     def _earlier(self) -> dict[str, Result]:
         if not self.result.exists():
             return {}
-        rows = read_object(self.result, f"Audit it again: python -m lowmem_rmu audit {self.result.parent} --again")["attacks"]
+        rows = read_audit_file(self.result)["attacks"]
         return {row["attack"]: result_of(row) for row in rows if row["attack"] in ATTACKS}
 
     def _content(self, results: list[Result]) -> dict[str, Any]:
@@ -143,6 +207,15 @@ class Audit:
         knowledge = self.audited.knowledge
         base, unlearned = (knowledge.figure(self.plain[side]) for side in SIDES)
         return as_json(self.audited.name, len(knowledge), knowledge.are_questions, base, unlearned, results)
+
+    @property
+    def power(self) -> Power | None:
+        """What its questions can tell, by what base and unlearned answered to them; None where knowledge is
+        text."""
+        if not self.audited.knowledge.are_questions:
+            return None
+        base, unlearned = (self.audited.knowledge.figure(self.plain[side]) for side in SIDES)
+        return Power(len(self.audited.knowledge), base, unlearned)
 
     def foretell(self, attack: Attack) -> Foretold:
         """By the pace of the first measurements, and by the memory plan."""
@@ -173,8 +246,11 @@ class Audit:
         best, knowledge = None, self.audited.knowledge
         known = {name: knowledge.beyond_base(values, tried.base.get(name), self.plain["base"]) for name, values in tried.conditions.items()}
         if known:
-            values, chosen = fairly_best(known)
-            best = self._condition(" or ".join(chosen), values)
+            sides = self.plain["base"], self.plain["unlearned"]
+            how = knowledge.are_questions, knowledge.chance
+            values, chosen, found = attack_recovery(known, *sides, *how, FAMILY)
+            figure = knowledge.figure(values)
+            best = Condition(" or ".join(chosen), figure, found.recovered, found.low, found.high)
         return Result(
             attack=attack.name,
             asks=attack.asks,
@@ -190,8 +266,10 @@ class Audit:
         )
 
     def _condition(self, name: str, values: Values) -> Condition:
-        found = recovery(self.plain["base"], self.plain["unlearned"], values, self.audited.knowledge.are_questions)
-        return Condition(name, self.audited.knowledge.figure(values), found.recovered, found.low, found.high)
+        knowledge = self.audited.knowledge
+        base, unlearned = (self.plain[side] for side in SIDES)
+        found = recovery(base, unlearned, values, knowledge.are_questions, knowledge.chance)
+        return Condition(name, knowledge.figure(values), found.recovered, found.low, found.high)
 
     def _not_run(self, attack: Attack, reason: str) -> Result:
         return Result(attack.name, attack.asks, "not run", reason)

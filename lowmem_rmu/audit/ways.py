@@ -8,6 +8,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import LETTERS, Question
+from lowmem_rmu.data.tokens import special_tokens
 from lowmem_rmu.evaluation.multiple_choice import Asked
 from lowmem_rmu.evaluation.prompts import Prompt, prompt
 
@@ -99,7 +100,7 @@ def templated(tokenizer: PreTrainedTokenizerBase, message: str, answer: str | No
     """The chat template around a user's message (and its answer), without the start token that the tokenizer itself puts in front."""
     messages = [{"role": "user", "content": message}] + ([{"role": "assistant", "content": answer}] if answer else [])
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
-    starts = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    starts = special_tokens(tokenizer).prefix[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(str(tokenizer.bos_token)) if starts else text
 
 

@@ -1,10 +1,9 @@
 """Forget and retain sets: text from the Hub or from local files, as token sequences and as batches."""
 
-import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,13 +11,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_rmu.data.detokenise import detokenise, is_tokenised
+from lowmem_rmu.data.documents import SourceFiles, find_files, is_text, nothing_to_read, read_utf8
+from lowmem_rmu.data.forms import Passage, chat_samples, find_passages, question_prompts, question_samples
 from lowmem_rmu.data.hub import load_rows
+from lowmem_rmu.data.tokens import special_tokens, split_text
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.parsing import ParseError, parse_json
 from lowmem_rmu.presets import Corpus, is_local
 
 TEXT_FILES = (".txt", ".md", ".jsonl")
+GUARDED = 8
+"""Texts, and questions, of a corpus that the guard looks at."""
+PUT_ASIDE = 10
+"""Of so many samples, one at most is put aside for the guard."""
 POOL = 50  # batches that are sorted by length together: larger pools save little padding more
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what UTF-16 and binary files may hold although they decode; no tokenizer takes half a pair
 _WIKITEXT_TITLE = re.compile(r"(?:^|\n)[ \t]*\n = ([^=\n].*?) = \n[ \t]*\n")
 
 
@@ -28,6 +35,28 @@ class Samples:
 
     train: list[list[int]]
     held_out: list[list[int]]
+    held_out_bytes: list[int] = field(default_factory=list)
+    """Of each held-out sequence, the bytes of the text that are predicted in it."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """Questions made of documents that training does not see, where there are any: for the guard."""
+    guarded: list[list[int]] = field(default_factory=list)
+    """Sequences that training does not see either way: a few of those held out, or a few put aside for the guard."""
+
+
+@dataclass(frozen=True)
+class FormShares:
+    """How many samples in another form than prose a corpus gives, per sample of prose."""
+
+    questions: float = 0.0
+    chat: float = 0.0
+
+    @property
+    def has_any(self) -> bool:
+        return self.questions > 0 or self.chat > 0
+
+
+PROSE = FormShares()
+"""Prose alone."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +67,93 @@ class Batch:
     is_token: Tensor
     attention_mask: Tensor | None
 
+    @property
+    def predicting(self) -> Tensor:
+        """The positions `(batch, sequence)` whose next token is one of the text."""
+        positions = torch.zeros_like(self.is_token)
+        positions[:, :-1] = self.is_token[:, 1:]
+        return positions
 
-def load_samples(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Samples:
-    """Reads, splits and tokenises a corpus. Raises UserError where there is nothing to read or nothing left to train on."""
+    @property
+    def last(self) -> Tensor:
+        """The position `(batch, sequence)` of each sequence's last token, for batches padded on the right."""
+        return self.is_token & ~self.predicting
+
+
+def load_samples(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int, shares: FormShares = PROSE, is_guarded: bool = False
+) -> Samples:
+    """Read, split and tokenise a corpus, and add the samples in other forms that `shares` asks for.
+
+    With `is_guarded`, a corpus that holds nothing out gives a few of its samples to the guard.
+
+    Raises UserError where there is nothing to read or nothing left to train on.
+    """
     documents = read_documents(corpus)
     train, held_out = split_held_out(documents, corpus.held_out)
-    samples = Samples(*(tokenise(part, tokenizer, max_tokens, corpus.long_documents == "split") for part in (train, held_out)))
+    split = corpus.long_documents == "split"
+    pieces = [piece for text in held_out for piece in split_text(text, tokenizer, max_tokens, split)]
+    prose = tokenise(train, tokenizer, max_tokens, split)
+    guarded = spread([piece.ids for piece in pieces], GUARDED)
+    if is_guarded and not held_out:
+        prose, guarded = put_aside(prose, GUARDED)
+    passages = find_passages(train) if is_guarded or shares.has_any else []
+    samples = Samples(
+        train=prose + in_other_forms(passages, tokenizer, max_tokens, len(prose), shares),
+        held_out=[piece.ids for piece in pieces],
+        held_out_bytes=[piece.written for piece in pieces],
+        prompts=question_prompts(find_passages(held_out) if held_out else passages, GUARDED, tokenizer, "prompts") if is_guarded else [],
+        guarded=guarded,
+    )
     if not samples.train:
-        raise UserError(f"The corpus {corpus.source} is empty: {len(documents)} documents, none of them with text to train on.")
+        raise UserError(_why_nothing_is_trained_on(corpus, documents, train))
     return samples
+
+
+def spread(sequences: list[list[int]], count: int) -> list[list[int]]:
+    """Return up to `count` of the sequences at equal distances: neighbors often come from the same document."""
+    return [sequences[index] for index in _places(len(sequences), count)]
+
+
+def put_aside(sequences: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return what is left to train on, and up to `count` sequences that are not: at most one in `PUT_ASIDE`."""
+    chosen = set(_places(len(sequences), min(count, len(sequences) // PUT_ASIDE)))
+    left = [ids for index, ids in enumerate(sequences) if index not in chosen]
+    return left, [sequences[index] for index in sorted(chosen)]
+
+
+def _places(length: int, count: int) -> list[int]:
+    """Return up to `count` indices below `length` at equal distances."""
+    return sorted({number * length // count for number in range(count)}) if length and count else []
+
+
+def in_other_forms(
+    passages: list[Passage], tokenizer: PreTrainedTokenizerBase, max_tokens: int, prose: int, shares: FormShares
+) -> list[list[int]]:
+    """Return questions and chat turns made of the passages of documents that give `prose` samples of prose."""
+    return [
+        *question_samples(passages, round(shares.questions * prose), tokenizer, max_tokens, "questions"),
+        *chat_samples(passages, round(shares.chat * prose), tokenizer, max_tokens, "chat"),
+    ]
+
+
+def _why_nothing_is_trained_on(corpus: Corpus, documents: list[str], train: list[str]) -> str:
+    source, count = corpus.source, len(documents)
+    if documents and not train:
+        return (
+            f"The corpus {source} has {count} document{'' if count == 1 else 's'}, "
+            f"and held_out ({corpus.held_out:g}) takes whole documents: none is left to train on.\n"
+            "Set held_out to 0, or give several documents: several files, or a .jsonl file with a text per line."
+        )
+    if not documents and corpus.min_characters:
+        least = corpus.min_characters
+        return f"The corpus {source} has no document of {least} characters or more.\nLower min_characters."
+    return f"The corpus {source} is empty: {count} documents, none of them with text to train on."
 
 
 def read_documents(corpus: Corpus) -> list[str]:
     """The documents of a corpus that hold any text, in their order."""
-    texts = list(_local_texts(Path(corpus.source), corpus.text_field) if is_local(corpus.source) else _hub_texts(corpus))
+    texts = list(_local_texts(corpus) if is_local(corpus.source) else _hub_texts(corpus))
     if corpus.title_matches is not None or corpus.title_excludes is not None:
         articles = wikitext_articles("\n".join(text.rstrip("\n") for text in texts))
         texts = [
@@ -62,7 +164,21 @@ def read_documents(corpus: Corpus) -> list[str]:
         ]
         if not texts:
             raise UserError(f"The corpus {corpus.source} has {len(articles)} articles, but no title that was asked for.")
+    if corpus.detokenise:
+        texts = [detokenise(text) if is_tokenised(text) else text for text in texts]
     return [text for text in texts if text.strip() and len(text) >= corpus.min_characters]
+
+
+def find_documents(corpus: Corpus) -> SourceFiles:
+    """The files of a local corpus. Raises UserError where there are none that can be read."""
+    path = Path(corpus.source)
+    try:
+        found = find_files(path, TEXT_FILES)
+    except UserError as error:
+        raise UserError(f"The corpus {error}") from error
+    if not found.read:
+        raise nothing_to_read(found, "corpus", TEXT_FILES)
+    return found
 
 
 def wikitext_articles(text: str) -> list[tuple[str, str]]:
@@ -85,7 +201,7 @@ def split_held_out(documents: list[str], share: float) -> tuple[list[str], list[
 
 def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, split: bool) -> list[list[int]]:
     """Sequences of 2 to `max_tokens` tokens; each starts with what the tokenizer puts in front of a text."""
-    front = tokenizer("")["input_ids"]
+    front = special_tokens(tokenizer).prefix
     room = max_tokens - len(front)
     sequences = []
     for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
@@ -142,36 +258,33 @@ def _order(length: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(length), length)
 
 
-def _local_texts(path: Path, text_field: str) -> Iterator[str]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES and file.is_file())
-        if not files:
-            raise UserError(f"The corpus folder {path} holds no {', '.join(TEXT_FILES)} file.")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise UserError(f"The corpus {path} does not exist.\nGive a {', '.join(TEXT_FILES)} file, or a folder of them.")
-    for file in files:
-        for text in _file_texts(file, text_field):
-            if _NO_TEXT.search(text):
+def _local_texts(corpus: Corpus) -> Iterator[str]:
+    for file in find_documents(corpus).read:
+        for text in _file_texts(file, corpus.text_field):
+            if not is_text(text):
                 raise UserError(f"{file} is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8.")
             yield text
 
 
 def _file_texts(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).\nSave it as UTF-8.") from error
-    if path.suffix != ".jsonl":
+    """The documents of a file: all of it, or of a .jsonl file one per line."""
+    content = read_utf8(path).replace("\r\n", "\n").replace("\r", "\n")
+    if path.suffix.lower() != ".jsonl":
         yield content
         return
     for line, text in enumerate(content.split("\n"), start=1):
         if text.strip():
             try:
-                value = json.loads(text)[text_field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f'{path}, line {line}: expected a JSON object with the key "{text_field}".') from error
+                value = parse_json(text)[text_field]
+            except ParseError as error:
+                problem = f" It is {error.problem}." if error.is_valid else ""
+                raise UserError(
+                    f'{path}, line {line}: expected a JSON object with the key "{text_field}".{problem}'
+                ) from error
+            except (LookupError, TypeError) as error:
+                raise UserError(
+                    f'{path}, line {line}: expected a JSON object with the key "{text_field}".'
+                ) from error
             if not isinstance(value, str):
                 raise UserError(f'{path}, line {line}: "{text_field}" is no text.')
             yield value
@@ -179,4 +292,11 @@ def _file_texts(path: Path, text_field: str) -> Iterator[str]:
 
 def _hub_texts(corpus: Corpus) -> list[str]:
     rows = load_rows(corpus.source, corpus.subset, corpus.split, [corpus.text_field], corpus.without_access)
-    return [text for text in rows[corpus.text_field] if text is not None]
+    texts = list(rows[corpus.text_field])
+    for number, text in enumerate(texts):
+        if text is not None and not (isinstance(text, str) and is_text(text)):
+            raise UserError(
+                f'The data set {corpus.source}, row {number}: "{corpus.text_field}" is no text.\n'
+                "Choose another column: text_field."
+            )
+    return [text for text in texts if text is not None]

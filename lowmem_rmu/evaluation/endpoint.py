@@ -27,6 +27,8 @@ TRIES, FIRST_TRIES = 7, 3  # the second, as long as the server has never been he
 FIRST_WAIT = 1.0  # seconds; every further one takes twice as long
 LONGEST_WAIT = 300.0  # a server that asks for more is asked again another day
 TIMEOUT = httpx.Timeout(180.0, connect=20.0)  # a small machine takes its time over a few-shot prompt
+LONGEST_REPLY = 2**20  # bytes; one token with 20 log-probabilities takes a few thousand
+LONGEST_READING = 300.0  # seconds from the first byte of a reply to its last
 FEWER: dict[int, int | None] = {20: 5, 5: None}
 """How many of the likeliest tokens to ask for next where a server refuses so many: chats give 20 at most, old completions 5."""
 REFUSED = (400, 403, 422)
@@ -205,7 +207,7 @@ class _Server:
         while True:
             wait = 0.0
             try:
-                response = self.client.post(self.endpoint.address, json=body)
+                response = self._read_whole(body)
                 self.heard = True
                 if response.status_code not in (408, 429) and response.status_code < 500:
                     return response
@@ -218,6 +220,35 @@ class _Server:
                 raise UserError(f"{self.endpoint.address} {trouble}\n{patience} {KEPT}")
             if self.stopped.wait(wait + random.uniform(0.5, 1) * FIRST_WAIT * 2 ** (tried - 1)):
                 raise Interrupted
+
+
+    def _read_whole(self, body: dict[str, Any]) -> httpx.Response:
+        """Return the complete reply.
+
+        Raises UserError for one that is too long, httpx.RequestError where reading fails or takes too long.
+        """
+        content = bytearray()
+        with self.client.stream("POST", self.endpoint.address, json=body) as response:
+            began = time.monotonic()
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > LONGEST_REPLY:
+                    where = self.endpoint.address
+                    raise UserError(
+                        f"{where} answers one question with more than {LONGEST_REPLY:,} bytes.\n"
+                        f"Check the URL: it must belong to an OpenAI-compatible server. {KEPT}"
+                    )
+                if time.monotonic() - began > LONGEST_READING:
+                    trouble = f"its reply has not ended after {LONGEST_READING:.0f} seconds"
+                    raise httpx.ReadTimeout(trouble, request=response.request)
+                if self.stopped.is_set():
+                    raise Interrupted
+        # The content is decoded by now, so its encoding and its length as sent do not describe it.
+        headers = httpx.Headers(response.headers)
+        for name in ("content-encoding", "content-length", "transfer-encoding"):
+            headers.pop(name, None)
+        status = response.status_code
+        return httpx.Response(status, headers=headers, content=bytes(content), request=response.request)
 
 
 def _retry_after(response: httpx.Response) -> float:

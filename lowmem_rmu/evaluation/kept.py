@@ -10,7 +10,8 @@ from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, evaluate
 from lowmem_rmu.evaluation.scorer import find_batch_tokens
 from lowmem_rmu.processes import Processes
-from lowmem_rmu.runs import add_lines, read_lines, write_json, write_lines
+from lowmem_rmu.records import AnswerRow, KnownAnswer, file_digest, read_record
+from lowmem_rmu.runs import add_lines, make_private, read_lines, write_json, write_lines
 
 BASE_ANSWERS = ".base_answers"
 """The folder beside all runs that holds what base models have answered, for runs to come."""
@@ -32,17 +33,19 @@ def evaluate_and_keep(
     """
     if not processes.is_first:
         return evaluate(model, tokenizer, sets, batch_tokens, processes=processes)
-    before = read_lines(path)
-    write_lines(path, before)  # without the line that a kill may have torn
-    known = {row["prompt"]: row["logprobs"] for row in (read_lines(shared) if shared else []) + before}
+    before = read_lines(path, AnswerRow)
+    write_lines(path, before)  # without the line that a kill may have torn, and without damaged ones: they are asked again
+    known = {row["prompt"]: row["logprobs"] for row in (read_lines(shared, KnownAnswer) if shared else []) + before if row["logprobs"]}
 
     def keep(answers: list[Answer]) -> None:
-        add_lines(path, answers)
+        # The shared file comes first: after a kill in between, the run finds there what it lacks itself.
         if shared:
             add_lines(shared, [{"prompt": row["prompt"], "logprobs": row["logprobs"]} for row in answers])
+        add_lines(path, answers)
 
     evaluated = evaluate(model, tokenizer, sets, batch_tokens, known, keep, progress, processes)
     write_lines(path, evaluated.answers)
+    evaluated.scores["answers_sha256"] = file_digest(path)  # so that a later reader sees whether the file is still whole
     return evaluated
 
 
@@ -53,11 +56,12 @@ def fixed_batch_tokens(asked: int | str, model: nn.Module, pad_id: int, folder: 
     path = folder / "batch_tokens.json"
     if not path.exists():
         write_json(path, find_batch_tokens(model, pad_id))
-    return int(path.read_text(encoding="utf-8"))
+    tokens: int = read_record(path, int, "Delete it: it is measured again.")
+    return tokens
 
 
 def shared_answers(folder: Path, digest: str) -> Path:
     """Where the answers of the model with this digest are kept, in a folder of runs."""
     path = folder / BASE_ANSWERS / f"{digest}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent, exist_ok=True)
     return path

@@ -10,9 +10,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
+from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.prompts import Prompt, prompt
-from lowmem_rmu.evaluation.scorer import Request, Scorer, plan_batches
+from lowmem_rmu.evaluation.scorer import Request, Scorer, can_share_prefix, plan_batches
+from lowmem_rmu.model.logits import NOT_FINITE
 from lowmem_rmu.processes import Processes
 
 CHANCE = 1 / len(LETTERS)
@@ -68,7 +70,8 @@ def evaluate(
     known = processes.from_first(known)
     started, everything = time.monotonic(), ask(sets)
     places = by_prompt(everything)
-    logprobs = {digest: values for digest, values in (known or {}).items() if digest in places}
+    fitting = {digest: len(same[0].question.choices) for digest, same in places.items()}
+    logprobs = {digest: values for digest, values in (known or {}).items() if len(values) == fitting.get(digest)}
     done = [answer(each, values) for digest, values in logprobs.items() for each in places[digest]]
     known_before, work = len(done), Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens)
     for found in work.results(set(logprobs), processes):
@@ -98,7 +101,11 @@ def by_prompt(everything: list[Asked]) -> dict[str, list[Asked]]:
 
 def answer(each: Asked, logprobs: list[float]) -> Answer:
     """The choice with the highest log-probability; in the cloze form a character of its text, as the harness's `acc_norm` has it: an empty
-    text is never chosen."""
+    text is never chosen. Raises UserError where a log-probability is not a number."""
+    if any(math.isnan(value) for value in logprobs):
+        raise UserError(
+            f"The model gives no finite log-probabilities for question {each.index} of {each.asked.name}.\n{NOT_FINITE}"
+        )
     lengths = [len(choice) for choice in each.question.choices] if each.asked.scoring == "cloze" else [1] * len(logprobs)
     chosen = max(range(len(logprobs)), key=lambda choice: logprobs[choice] / lengths[choice] if lengths[choice] else -math.inf)
     return as_row(each, logprobs, chosen)
@@ -129,7 +136,7 @@ class Work:
             self.cut += kept != requests
             groups.setdefault(each.asked.name if kept == requests else "", []).extend(numbers)  # a cut prompt begins like no other
             self.requests += kept
-        self.batches = plan_batches(self.requests, groups.values(), batch_tokens)
+        self.batches = plan_batches(self.requests, groups.values(), batch_tokens, can_share_prefix(model))
 
     def results(self, known: set[str], processes: Processes) -> Iterator[dict[str, list[float]]]:
         """Log-probabilities by prompt, as they come. A batch is computed whole where any prompt in it is not known, so that its figures
@@ -150,19 +157,19 @@ class Work:
 
 def encode(tokenizer: Callable[..., Any], distinct: list[Asked]) -> Iterator[list[Request]]:
     """The requests of each prompt. Context and continuation are tokenised together and then parted, as the harness does it."""
-    contexts = tokenizer([each.prompt.context for each in distinct], verbose=False)["input_ids"] if distinct else []
+    contexts = encode_texts(tokenizer, [each.prompt.context for each in distinct])
     letters: tuple[int, ...] | None = None
     for each, context in zip(distinct, contexts, strict=True):
         if each.asked.scoring == "letters":
             letters = letters or _letters(tokenizer, each.prompt.context, context)
             yield [Request(tuple(context), (letters,))]
         else:
-            whole = tokenizer([each.prompt.context + continuation for continuation in each.prompt.continuations], verbose=False)["input_ids"]
+            whole = encode_texts(tokenizer, [each.prompt.context + continuation for continuation in each.prompt.continuations])
             yield [Request((*context, *ids[len(context) : -1]), tuple((token,) for token in ids[len(context) :])) for ids in whole]
 
 
 def _letters(tokenizer: Callable[..., Any], context: str, ids: list[int]) -> tuple[int, ...]:
-    whole = [tokenizer(f"{context} {letter}", verbose=False)["input_ids"] for letter in LETTERS]
+    whole = encode_texts(tokenizer, [f"{context} {letter}" for letter in LETTERS])
     if any(each[:-1] != ids for each in whole):
         raise UserError(
             'This tokenizer splits " A" into several tokens, so the letters cannot be compared by one forward pass.\n'

@@ -1,7 +1,7 @@
 """Held-out text: its loss, for topics that have no questions, and how far the unlearned model's predictions are from base."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,23 +10,34 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.corpora import Batch, pad
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.statistics import ratio_of_means
 from lowmem_rmu.model.adapters import base_only
-from lowmem_rmu.model.logits import POSITIONS, head_of, hidden_at, logits_at
+from lowmem_rmu.model.logits import NOT_FINITE, POSITIONS, head_of, hidden_at, logits_at
 
 
 @torch.inference_mode()
-def text_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> dict[str, Any]:
-    """Mean next-token loss in nats a token with its standard error over sequences, its exponential (the perplexity), and bits a byte.
+def text_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: list[list[int]],
+    batch_tokens: int,
+    written: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return the mean next-token loss in nats/token with its standard error over sequences, its exponential (the perplexity), and bits/byte.
 
-    At most `batch_tokens` tokens go through the model at once, padding included. Bytes are those of the text that is predicted, so that
-    models with other tokenizers can be compared.
+    At most `batch_tokens` tokens go through the model at once, padding included. `written` are the bytes of the text that are predicted in
+    each sequence, so that models with other tokenizers can be compared; without it there are no bits/byte (None).
     """
     sums = sequence_losses(model, tokenizer, sequences, batch_tokens)
     loss, stderr = mean_a_token(sums, sequences)
-    written = sum(len(text.encode()) - len(first.encode()) for text, first in _texts(tokenizer, sequences))
+    if not math.isfinite(loss):
+        raise UserError(f"The model's loss on held-out text is not finite.\n{NOT_FINITE}")
+    bits_per_byte = None if written is None else sum(sums) / math.log(2) / max(1, sum(written))
     return {
-        "loss": loss, "stderr": stderr, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": sum(sums) / math.log(2) / max(1, written),
+        "loss": loss, "stderr": stderr, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte,
         "tokens": sum(map(len, sequences)) - len(sequences), "sequences": len(sequences),
+        "sequence_losses": sums, "sequence_tokens": [len(each) - 1 for each in sequences],
     }
 
 
@@ -66,30 +77,13 @@ def _sums(batch: Batch, values: Iterator[Tensor]) -> list[float]:
 
 def mean_a_token(sums: list[float], sequences: list[list[int]]) -> tuple[float, float]:
     """Mean a predicted token of sums a sequence, which weigh by their length; the standard error is that of the ratio of two means."""
-    counts = [len(each) - 1 for each in sequences]
-    tokens, n = sum(counts), len(counts)
-    mean = sum(sums) / tokens
-    residuals = sum((total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True))
-    return mean, math.sqrt(residuals * n / (n - 1)) / tokens if n > 1 else 0.0
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> Iterator[tuple[str, str]]:
-    """The text of each sequence, and of its first token, which nothing predicts."""
-    for ids in sequences:
-        yield str(tokenizer.decode(ids, skip_special_tokens=True)), str(tokenizer.decode(ids[:1], skip_special_tokens=True))
-
-
-def _predicting(batch: Batch) -> Tensor:
-    """The positions whose next token is one of the text."""
-    positions = torch.zeros_like(batch.is_token)
-    positions[:, :-1] = batch.is_token[:, 1:]
-    return positions
+    return ratio_of_means(sums, [len(each) - 1 for each in sequences])
 
 
 def _losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
     """The next-token losses of all that follows a first token, row after row, piece by piece."""
     targets = batch.input_ids[:, 1:][batch.is_token[:, 1:]]
-    for logits, following in zip(logits_at(model, _predicting(batch), input_ids=batch.input_ids), targets.split(POSITIONS), strict=True):
+    for logits, following in zip(logits_at(model, batch.predicting, input_ids=batch.input_ids), targets.split(POSITIONS), strict=True):
         yield cross_entropy(logits, following, reduction="none")
 
 
@@ -98,7 +92,7 @@ def _divergences(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
 
     Two distributions and their product take six times the memory of logits, hence fewer positions than elsewhere.
     """
-    positions = _predicting(batch)
+    positions = batch.predicting
     unlearned = hidden_at(model, positions, input_ids=batch.input_ids)
     with base_only(model):
         base = hidden_at(model, positions, input_ids=batch.input_ids)

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.model.fit import is_out_of_memory
@@ -50,12 +50,27 @@ class RequestBatch:
     numbers: tuple[int, ...]
 
 
-def plan_batches(requests: Sequence[Request], groups: Iterable[Sequence[int]], batch_tokens: int) -> list[RequestBatch]:
+def can_share_prefix(model: nn.Module) -> bool:
+    """Return whether all that the model remembers of a prefix are keys and values, which any row of a batch can borrow.
+
+    Layers with a recurrent or convolutional state (Mamba, LFM2) and layers that use another layer's keys (Gemma 3n) say no.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if inner._is_stateful:
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers)
+
+
+def plan_batches(
+    requests: Sequence[Request], groups: Iterable[Sequence[int]], batch_tokens: int, shares_prefix: bool = True
+) -> list[RequestBatch]:
     """Batches of like length, the longest first, within `batch_tokens`. Requests of a group, such as a subject, share a prefix.
 
     Groups that fill no batch and share little are put together. The plan is a function of its arguments, so that a part of it can be
     computed elsewhere or later with the same result.
     """
+    if not shares_prefix:
+        return list(_batches(requests, [number for group in groups for number in group], batch_tokens, shares_prefix))
     alone: list[list[int]] = []
     together: list[int] = []
     for group in groups:
@@ -65,11 +80,13 @@ def plan_batches(requests: Sequence[Request], groups: Iterable[Sequence[int]], b
             alone.append(list(group))
         else:
             together += group
-    return [batch for group in [*alone, together] if group for batch in _batches(requests, group, batch_tokens)]
+    return [batch for group in [*alone, together] for batch in _batches(requests, group, batch_tokens)]
 
 
-def _batches(requests: Sequence[Request], group: list[int], batch_tokens: int) -> Iterator[RequestBatch]:
-    prefix = _common_prefix([requests[number] for number in group])
+def _batches(requests: Sequence[Request], group: list[int], batch_tokens: int, shares_prefix: bool = True) -> Iterator[RequestBatch]:
+    if not group:
+        return
+    prefix = _common_prefix([requests[number] for number in group]) if shares_prefix else 0
     if len(group) == 1 or prefix < WORTHWHILE * len(requests[group[0]].ids):
         prefix = 0
     batch: list[int] = []

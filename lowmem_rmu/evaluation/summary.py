@@ -1,45 +1,233 @@
 """What a run measured, as its `summary.json` has it, and what attacks on it found, as its `audit.json` has it."""
 
-import json
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import UserError, command_line
 from lowmem_rmu.evaluation.compare import Row
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.records import Object, StageCost, read_record
+from lowmem_rmu.runs import RunFolder, write_json
 
-SUMMARY = {"title", "model", "verdict", "rows", "texts", "samples", "stages", "limit"}
-"""What a `summary.json` of this version has at least; a row of it has the fields of `compare.Row`."""
-AUDIT = {"run", "items", "measured_in", "base", "unlearned", "verdict", "attacks", "controls"}
-ATTACK = {
-    "attack", "asks", "state", "reason", "foretold_seconds", "seconds", "peak_memory_bytes",
-    "best", "finding", "conditions", "sentences", "details",
-}  # fmt: skip
-"""What an `audit.json` of this version has at least, and each of its attacks."""
+GRADES = {"yes": "Yes", "partly": "Partly", "no": "No", "inconclusive": "Inconclusive", "unknown": "Not known"}
+"""The grades of a verdict (`compare.Grade`) as they are shown."""
+NOT_AUDITED, UNREADABLE = "not audited", "not readable"
+"""What stands for an audit's mark where there is none."""
+EARLIER_WORDS = {"cannot be told": "inconclusive"}
+"""Marks and findings as earlier versions called them in `audit.json` and `verification.json`."""
+
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """The shape of a held-out text in `summary.json`."""
+
+    name: str
+    role: str
+    tokens: int
+    base: float
+    base_stderr: float
+    unlearned: float | None
+    unlearned_stderr: float | None
+    change: float | None
+    change_stderr: float | None
+    base_bits_per_byte: float
+    unlearned_bits_per_byte: float | None
+    kl: float | None
+    kl_stderr: float | None
+    sequences: int | None = None
+    """Runs of earlier versions have none."""
+
+
+@dataclass(frozen=True)
+class BothAnswers:
+    """The shape of a prompt of the preset with what either side answered."""
+
+    prompt: str
+    base: str
+    unlearned: str | None
+
+
+@dataclass(frozen=True)
+class Grades:
+    """The shape of a run's verdict."""
+
+    forgotten: str
+    kept: str
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The shape of `summary.json`."""
+
+    title: str
+    model: str
+    verdict: Grades
+    rows: list[Row]
+    texts: list[TextRow]
+    samples: list[BothAnswers]
+    stages: list[StageCost]
+    limit: int | None
+    audit: str = "not audited"
+    """The audit's mark, once there is one."""
+
+
+@dataclass(frozen=True)
+class RecoveredShare:
+    """The shape of what an attack brought back under one condition."""
+
+    condition: str
+    attacked: float
+    recovered: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """The shape of an attack in `audit.json`."""
+
+    attack: str
+    asks: str
+    state: str
+    reason: str | None
+    foretold_seconds: float | None
+    seconds: float | None
+    peak_memory_bytes: int | None
+    best: RecoveredShare | None
+    finding: str | None
+    conditions: list[RecoveredShare]
+    sentences: list[str]
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AuditMark:
+    """The shape of an audit's verdict."""
+
+    mark: str
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class ControlModel:
+    """The shape of an audited model of which the truth is known."""
+
+    name: str
+    about: str
+    mark: str
+    attacks: dict[str, RecoveredShare | None]
+
+
+@dataclass(frozen=True)
+class AuditFile:
+    """The shape of `audit.json`."""
+
+    run: str
+    items: int
+    measured_in: str
+    base: float
+    unlearned: float
+    verdict: AuditMark
+    attacks: list[AttackResult]
+    controls: list[ControlModel]
+    floor: float | None = None
+    """What recovery counts from; audits of earlier versions have none."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What is said of a run in one line: two grades, and what attacks found. Every front end shows these
+    words."""
+
+    forgotten: str
+    kept: str
+    audit: str
+    """The audit's mark, or NOT_AUDITED."""
+
+    @classmethod
+    def of(cls, run: RunFolder, verdict: dict[str, Any]) -> "Headline":
+        return cls(verdict["forgotten"], verdict["kept"], audit_mark(run))
+
+    @property
+    def sentence(self) -> str:
+        return f"Forgotten: {self.forgotten}. Kept: {self.kept}. Audit: {self.audit}."
+
+    @property
+    def forgotten_words(self) -> str:
+        """The answer to "is it forgotten?": a plain yes only where an audit says that it is gone."""
+        if self.audit == "hidden" and self.forgotten in ("yes", "partly"):
+            return {"yes": "Only hidden", "partly": "Partly, and only hidden"}[self.forgotten]
+        if self.forgotten == "yes" and self.audit != "gone":
+            return f"Yes, {'audit inconclusive' if self.audit == 'inconclusive' else self.audit}"
+        return GRADES.get(self.forgotten, GRADES["unknown"])
+
+    @property
+    def forgotten_class(self) -> str:
+        """The grade by whose color it is shown."""
+        return "partly" if self.forgotten == "yes" and self.audit == "hidden" else self.forgotten
+
+    @property
+    def kept_words(self) -> str:
+        return GRADES.get(self.kept, GRADES["unknown"])
+
+    @property
+    def audit_class(self) -> str:
+        return {"gone": "yes", "hidden": "no"}.get(self.audit, "unknown")
 
 
 def read_summary(run: RunFolder) -> dict[str, Any]:
-    """What the run's `summary.json` holds. Raises UserError where it is missing, damaged, or of another version."""
+    """What the run's `summary.json` holds.
+
+    Raises UserError where it is missing, damaged, or of another version, or where the answers that it sums up are damaged.
+    """
     path, again = run.path / "summary.json", f"--resume --name {run.path.name}"
     if not path.exists():
         raise UserError(f"Run {run.path} has no summary.json: it has not finished.\nGo on with it: {again}")
-    summary = read_object(path, f"Have it written again: {again}")
+    what_next = f"Have it written again: {again}"
+    summary: dict[str, Any] = read_record(path, Summary, what_next)
     row_fields = {field.name for field in fields(Row)}
-    if not summary.keys() >= SUMMARY or not all(row.keys() >= row_fields for row in summary["rows"]):
-        raise UserError(f"{path} was written by another version of this program.\nHave it written again: {again}")
+    if lacking := [name for row in summary["rows"] for name in row_fields - row.keys()]:
+        raise UserError(f"{path} was written by another version of this program, or is damaged: it lacks {lacking[0]}.\n{what_next}")
+    for side in ("base", "unlearned"):
+        if run.evaluation(side).exists():
+            run.read_answers(side)
     return summary
 
 
 def read_audit(run: RunFolder) -> dict[str, Any] | None:
     """What the run's `audit.json` holds; None where it was not audited. Raises UserError where that is damaged, or of another version."""
-    path, again = run.audit_result, f"Audit it again: python -m lowmem_rmu audit {run.path} --again"
-    if not path.exists():
-        return None
-    audit = read_object(path, again)
-    if not audit.keys() >= AUDIT or not all(attack.keys() >= ATTACK for attack in audit["attacks"]):
-        raise UserError(f"{path} was written by another version of this program.\n{again}")
+    return read_audit_file(run.audit_result) if run.audit_result.exists() else None
+
+
+def read_audit_file(path: Path) -> dict[str, Any]:
+    """The same by the path of the file."""
+    again = command_line("python", "-m", "lowmem_rmu", "audit", path.parent, "--again")
+    audit: dict[str, Any] = read_record(path, AuditFile, f"Audit it again: {again}")
+    # Earlier versions had other words for the same.
+    audit["verdict"]["mark"] = EARLIER_WORDS.get(audit["verdict"]["mark"], audit["verdict"]["mark"])
+    for found in audit["attacks"]:
+        found["finding"] = EARLIER_WORDS.get(found["finding"], found["finding"])
     return audit
+
+
+def audit_mark(run: RunFolder) -> str:
+    """The mark that an audit gave the run; NOT_AUDITED where there was none, UNREADABLE where its file is
+    damaged."""
+    try:
+        audit = read_audit(run)
+        return audit["verdict"]["mark"] if audit else NOT_AUDITED
+    except (UserError, KeyError, TypeError):
+        return UNREADABLE
+
+
+def note_audit(run: RunFolder) -> None:
+    """Write the audit's mark into the run's `summary.json`, where there is one that can be read."""
+    with suppress(UserError):
+        summary = read_record(run.path / "summary.json", Object, "")
+        write_json(run.path / "summary.json", summary | {"audit": audit_mark(run)})
 
 
 def bounds_in_words(best: dict[str, Any]) -> str:
@@ -55,16 +243,3 @@ def recovered_in_words(best: dict[str, Any] | None) -> str:
 def known_in_words(audit: dict[str, Any], figure: float) -> str:
     """What a model knows: accuracy in percent, or the loss in nats a token."""
     return f"{100 * figure:.1f}" if audit["measured_in"] == "accuracy" else f"{figure:.2f}"
-
-
-def read_object(path: Path, what_next: str) -> dict[str, Any]:
-    """The JSON object in a file of a run. Raises UserError, which ends with `what_next`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.\n{what_next}") from error
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it does not hold a JSON object.\n{what_next}")
-    return content

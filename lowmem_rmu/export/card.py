@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from lowmem_rmu.evaluation.compare import LUCK, asked_how, counted
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.compare import asked_how, counted
 from lowmem_rmu.evaluation.multiple_choice import CHANCE
-from lowmem_rmu.evaluation.summary import known_in_words, read_audit, read_summary, recovered_in_words
+from lowmem_rmu.evaluation.statistics import LUCK
+from lowmem_rmu.evaluation.summary import Headline, known_in_words, read_audit, read_summary, recovered_in_words
 from lowmem_rmu.export.reproduce import sha256
 from lowmem_rmu.export.verification import Compared, Verification
+from lowmem_rmu.model.source import locate
+from lowmem_rmu.parsing import parse_yaml
 from lowmem_rmu.presets import Corpus, ModelSettings, Preset, is_local, recorded_preset, short_name
 from lowmem_rmu.runs import RunFolder, write_atomically
 
@@ -94,9 +97,10 @@ def model_card(run: RunFolder, kind: Kind, verification: Verification | None, fi
         "licence": ", ".join(terms.values()),
         "run": run.path.name,
         "created": config["created"][:10],
-        "versions": config["versions"],
+        "versions": config["versions"] | {"lowmem-rmu": config["versions"].get("lowmem-rmu", "not recorded")},
         "device": config["device"],
         "chance": f"{CHANCE:.0%}",
+        "verdict_line": Headline.of(run, summary["verdict"]).sentence if summary else None,
         "verification": verification and _verification(verification),
         "audit": _audit(read_audit(run)),
         "reproduce": "reproduce/preset.yaml" in files,
@@ -109,9 +113,12 @@ def model_card(run: RunFolder, kind: Kind, verification: Verification | None, fi
 def base_terms(model: ModelSettings, revision: str | None) -> dict[str, str]:
     """The base model's licence as its own card has it: `license`, `license_name`, `license_link`; nothing where that is not known."""
     try:
-        card = Path(model.name) / CARD if is_local(model.name) else Path(hf_hub_download(model.name, CARD, revision=revision))
-        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):  # there is none, it cannot be read, or the Hub cannot be reached
+        card = locate(model.name, revision).fetch(CARD)
+        header = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8")) if card else None
+        data = parse_yaml(header[2])[0] if header else None
+    except (UserError, OSError, ValueError):  # it cannot be read, or the Hub cannot be reached
+        return {}
+    if not isinstance(data, dict):
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
 

@@ -1,6 +1,5 @@
 """An export in the format that was asked for: written, verified and described in a folder that is there only once it is whole."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from lowmem_rmu.export.modelfile import modelfile
 from lowmem_rmu.export.reproduce import write_reproduce
 from lowmem_rmu.export.update import Base, Update, adapter_of, model_settings, update_of
 from lowmem_rmu.export.verification import Follow, Verification, follow_nothing, verify
-from lowmem_rmu.model.changes import CONFIG, WEIGHTS
+from lowmem_rmu.model.saved import CONFIG, WEIGHTS, read_adapter_settings
 from lowmem_rmu.presets import is_local, short_name
 from lowmem_rmu.runs import RunFolder, write_atomically, write_json
 
@@ -77,7 +76,7 @@ def _or_told(act: Callable[[], Any], otherwise: str, sentences: list[str]) -> An
 def write_adapter(run: RunFolder, wanted: Wanted, folder: Path) -> list[str]:
     """A plain PEFT adapter: its settings and its weights. It names its model, but no place on this machine."""
     settings, adapter = model_settings(run), adapter_of(run)
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    config = read_adapter_settings(adapter)
     if is_local(settings.name):
         config["base_model_name_or_path"] = short_name(settings.name)
     write_json(folder / CONFIG, config)
@@ -122,6 +121,11 @@ def told(merged: Merged) -> list[str]:
         sentences.append(
             f"{counted(len(merged.linked), 'other file')} of weights linked: the same file as the original's, in two places."
             " Never write into it; --copy makes copies."
+        )
+    if merged.untied:
+        sentences.append(
+            "The checkpoint stores a separate head though its config.json ties it to the embeddings:"
+            " the export's config.json has tie_word_embeddings: false."
         )
     if not merged.checked:
         sentences.append("The run did not record what its model's matrices were: that the checkpoint is still the same could not be checked.")

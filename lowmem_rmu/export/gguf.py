@@ -35,9 +35,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.gguf_tokenizer import add_tokenizer, end_tokens
-from lowmem_rmu.model.changes import BEFORE, CONFIG, FIRST_FACTOR, SECOND_FACTOR, WEIGHTS
-from lowmem_rmu.model.loading import load_config, load_tokenizer, skeleton
-from lowmem_rmu.model.shards import find_files, open_weights
+from lowmem_rmu.model.changes import BEFORE, FIRST_FACTOR, SECOND_FACTOR
+from lowmem_rmu.model.loading import checked_tensors, load_config, load_tokenizer, skeleton
+from lowmem_rmu.model.saved import WEIGHTS, read_adapter_settings
+from lowmem_rmu.model.shards import open_weights
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import replaced
 
@@ -83,6 +84,7 @@ def write_gguf(checkpoint: Path, to: Path, kind: Kind, change: Change | None = N
     """
     settings = ModelSettings(name=str(checkpoint.absolute()))
     config, tokenizer = _known_config(settings), load_tokenizer(settings)
+    tensors = checked_tensors(settings, config)  # and a head that the checkpoint stores is none that is tied
     planned = _plan(config, kind)
     _check_space(to, sum(tensor.size for tensor in planned))
     with replaced(to, durable=True) as beside, _writer(beside) as writer:
@@ -91,7 +93,7 @@ def write_gguf(checkpoint: Path, to: Path, kind: Kind, change: Change | None = N
         writer.add_file_type(TYPES[kind][1])
         _add_shape(writer, config)
         add_tokenizer(writer, tokenizer, end_tokens(checkpoint, tokenizer), config.vocab_size)
-        with open_weights(find_files(settings.name, "main", None), None) as weights:
+        with open_weights(sorted({tensor.file for tensor in tensors.values()}), None) as weights:
             _check_weights(checkpoint, planned, weights)
             _write_tensors(writer, planned, lambda tensor: _read(config, weights, change, tensor))
 
@@ -259,8 +261,7 @@ def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
 
 
 def _plain_lora(adapter: Path) -> LoraConfig:
-    if not (adapter / CONFIG).is_file():
-        raise UserError(f"{adapter} holds no adapter.\nRun the unlearn stage first.")
+    read_adapter_settings(adapter)
     config = LoraConfig.from_pretrained(str(adapter))
     if config.modules_to_save:
         raise UserError(f"The adapter {adapter} holds whole matrices, which a GGUF adapter cannot.\nExport the merged model as GGUF instead.")

@@ -50,10 +50,10 @@ class LlamaTokenizer:
     def __init__(self, file: Path) -> None:
         self._llama = import_module("llama_cpp").Llama(str(file), vocab_only=True, verbose=False)
 
-    def __call__(self, text: str | list[str], verbose: bool = False) -> dict[str, Any]:
+    def __call__(self, text: str | list[str], verbose: bool = False, add_special_tokens: bool = True) -> dict[str, Any]:
         if isinstance(text, list):
             return {"input_ids": [self(each)["input_ids"] for each in text]}
-        return {"input_ids": self._llama.tokenize(text.encode(), add_bos=True, special=True)}
+        return {"input_ids": self._llama.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
 
 
 def score(file: Path, asked: list[list[Request]]) -> Iterator[list[float]]:

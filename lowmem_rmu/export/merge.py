@@ -13,22 +13,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
-from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.folder import check_room, copy_bytes, link_or_copy, new_folder, same_disk, write_whole
 from lowmem_rmu.export.update import Base, Update, update_of
 from lowmem_rmu.model.shards import INDEX, SINGLE
+from lowmem_rmu.model.source import BESIDE, CONFIG_FILE, locate, read_json
 from lowmem_rmu.model.stored import StoredTensor, as_bytes
-from lowmem_rmu.presets import is_local
-from lowmem_rmu.runs import RunFolder
-
-BESIDE = (
-    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece.bpe.model", "chat_template.json*", "chat_template.jinja",
-    "additional_chat_templates/*.jinja", "*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""Files that belong to a model besides its weights, by name. The card of the base model is not the merged one's."""
+from lowmem_rmu.runs import RunFolder, write_json
 
 
 @dataclass(frozen=True)
@@ -43,6 +35,8 @@ class Merged:
     copied: list[str]
     checked: bool
     """Whether the checkpoint was seen to be the one that the run was made with."""
+    untied: bool = False
+    """Whether config.json was corrected: the checkpoint stores a head that it calls tied."""
 
 
 def merge(run: RunFolder, to: Path, base: Base = "original", link: bool = True) -> Merged:
@@ -66,8 +60,10 @@ def write_merged(update: Update, folder: Path, link: bool = True) -> Merged:
     for name, file in beside.items():
         (folder / name).parent.mkdir(exist_ok=True)
         link_or_copy(file, folder / name, link=False)  # some are edited by hand: the original's must not change with them
+    if update.untied:  # what was measured has the stored head, and so has what is loaded by programs that believe config.json
+        write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"tie_word_embeddings": False})
     copied = [shard.name for shard in kept if shard.name not in linked]
-    return Merged(len(update.adapted_names), [shard.name for shard in rewritten], linked, copied, update.checked)
+    return Merged(len(update.adapted_names), [shard.name for shard in rewritten], linked, copied, update.checked, update.untied)
 
 
 @contextmanager
@@ -107,9 +103,7 @@ def rewrite(shard: Path, to: Path, tensors: Iterable[StoredTensor], update: Upda
 def files_beside(update: Update) -> dict[str, Path]:
     """The files that belong to the model besides its weights, by their names in its folder."""
     settings, shard = update.settings, next(iter(update.tensors.values())).file
-    if not is_local(settings.name):
-        with hub_errors("model", settings.name):
-            snapshot_download(settings.name, revision=settings.revision, allow_patterns=list(BESIDE))
+    locate(settings.name, settings.revision).fetch_small_files()
     files = [file for file in (*shard.parent.glob("*"), *shard.parent.glob("*/*.jinja")) if file.is_file()]
     named = {file.relative_to(shard.parent).as_posix(): file for file in files}
     index = [INDEX] if shard.name != SINGLE else []

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from lowmem_rmu.errors import UserError, causes
+from lowmem_rmu.errors import UserError, causes, is_unreachable
 from lowmem_rmu.export.card import CARD, SUMS
 
 LOGIN = "Give one: `hf auth login`, or the environment variable HF_TOKEN. (https://huggingface.co/settings/tokens makes them.)"
@@ -71,7 +70,7 @@ def _message(repo_id: str, chain: list[BaseException]) -> str | None:
     for error in chain:
         if isinstance(error, HfHubHTTPError):
             return _refusal(repo_id, error.response.status_code)
-        if isinstance(error, httpx.TransportError | OfflineModeIsEnabled | ConnectionError):
+        if isinstance(error, OfflineModeIsEnabled) or is_unreachable(error):
             return f"{repo_id} cannot be uploaded: the Hub cannot be reached.\nCheck the network, and run the same command again."
     return None
 

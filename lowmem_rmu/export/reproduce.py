@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from lowmem_rmu.data.corpora import TEXT_FILES, read_documents
+from lowmem_rmu.data.documents import find_files
+from lowmem_rmu.data.questions import QUESTION_FILES
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Corpus, Preset, is_local, recorded_preset, short_name
 from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_json
@@ -19,7 +21,7 @@ from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_
 PRESET, REQUIREMENTS, RECORD = "preset.yaml", "requirements.txt", "record.json"
 TEXTS, BASE = "texts", "base_model"
 """Folders beside them: the run's own texts, and a base model that is not on the Hub."""
-READ = (*TEXT_FILES, ".csv")
+READ = tuple({*TEXT_FILES, *QUESTION_FILES})
 """Files of a folder that a corpus or a task reads."""
 CHECKPOINT = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
 TERMS = ("LICENSE", "LICENCE", "NOTICE")
@@ -110,9 +112,9 @@ def files_of(source: Path) -> Iterator[tuple[Path, str]]:
     """The files that a corpus or a task reads, each with its name within a folder; "" for a file by itself."""
     if source.is_file():
         yield source, ""
-    for file in sorted(source.rglob("*")):
-        if file.is_file() and file.suffix in READ:
-            yield file, file.relative_to(source).as_posix()
+        return
+    for file in find_files(source, READ).read:
+        yield file, file.relative_to(source).as_posix()
 
 
 def checkpoint_files(base: Path) -> list[Path]:
@@ -135,7 +137,8 @@ def _header(name: str, place: str, config: dict[str, Any], copied: Copied) -> st
 def _requirements(config: dict[str, Any]) -> str:
     """What pip takes; a build such as `+cpu` is chosen by the machine."""
     versions = dict(config["versions"])
-    first = f"# Python {versions.pop('python')}, lowmem-rmu {versions.pop('lowmem-rmu')}, on {config['device']} ({config['device_name']})\n"
+    python, own = (versions.pop(name, "not recorded") for name in ("python", "lowmem-rmu"))
+    first = f"# Python {python}, lowmem-rmu {own}, on {config['device']} ({config['device_name']})\n"
     return first + "".join(f"{package}=={version.partition('+')[0]}\n" for package, version in versions.items())
 
 

@@ -1,6 +1,5 @@
 """What a run made of its model's checkpoint: which tensors are others now, and each of them merged, whole or a few rows at a time."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.changes import Change, read_changes
-from lowmem_rmu.model.shards import fetch
-from lowmem_rmu.model.stored import StoredTensor, checkpoint_tensors
-from lowmem_rmu.presets import ModelSettings, is_local, recorded_preset
+from lowmem_rmu.model.loading import checked_tensors, load_config
+from lowmem_rmu.model.saved import read_adapter_settings
+from lowmem_rmu.model.source import locate
+from lowmem_rmu.model.stored import StoredTensor
+from lowmem_rmu.presets import ModelSettings, preset_of_run
+from lowmem_rmu.records import read_record
 from lowmem_rmu.runs import RunFolder
 
 Base = Literal["original", "dequantised"]
@@ -42,6 +44,8 @@ class Update:
     instead: OtherValues | None
     checked: bool
     """Whether the checkpoint was seen to be the run's own: runs of older versions recorded nothing to compare it with."""
+    untied: bool = False
+    """Whether the checkpoint stores another head than the embeddings that its config.json ties it to."""
 
     @property
     def adapted_names(self) -> frozenset[str]:
@@ -67,35 +71,37 @@ def update_of(run: RunFolder, base: Base = "original") -> Update:
     """Raises UserError where the run has no adapter, or where its model is not to be had as it was: missing, quantised, or another one."""
     adapter, settings = adapter_of(run), model_settings(run)
     _check_unquantised(settings)
-    tensors = checkpoint_tensors(settings)
+    config = load_config(settings)
+    says_tied = bool(config.tie_word_embeddings)
+    tensors = checked_tensors(settings, config)
     changes = read_changes(adapter, settings, tensors)
     checked = _check_same(run, settings, tensors, changes)
-    return Update(settings, tensors, changes, _dequantised(run, settings, tensors) if base == "dequantised" else None, checked)
+    instead = _dequantised(run, settings, tensors) if base == "dequantised" else None
+    return Update(settings, tensors, changes, instead, checked, untied=says_tied and not config.tie_word_embeddings)
 
 
 def adapter_of(run: RunFolder) -> Path:
-    """Raises UserError where the run has none yet."""
+    """Raises UserError where the run has none yet, or it is damaged."""
     if not run.adapter.exists():
         raise UserError(f"Run {run.path} has no adapter yet.\nGo on with it until it has unlearned: --resume --name {run.path.name}")
+    read_adapter_settings(run.adapter)
     return run.adapter
 
 
 def model_settings(run: RunFolder) -> ModelSettings:
     """The run's model, pinned to the revision that it was made with."""
-    config = run.config
-    settings = recorded_preset(config["settings"], run.path).model
-    return settings if is_local(settings.name) else settings.model_copy(update={"revision": config["model_revision"]})
+    return preset_of_run(run.config, run.path).model
 
 
 def _check_unquantised(settings: ModelSettings) -> None:
-    with hub_errors("model", settings.name):
-        config = fetch(settings.name, "config.json", settings.revision or "main")
-    if config is None:
-        where = f"The model folder {settings.name}" if is_local(settings.name) else f"The model {settings.name}"
-        raise UserError(f"{where} holds no config.json, or is gone.\nPut back the model that the run was made with.")
-    if quantisation := json.loads(config.read_text(encoding="utf-8")).get("quantization_config"):
+    try:
+        config = locate(settings.name, settings.revision).read_config()
+    except UserError as error:
+        raise UserError(f"{str(error).splitlines()[0]}\nPut back the model that the run was made with.") from error
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
         raise UserError(
-            f"The model {settings.name} is quantised already ({quantisation.get('quant_method', 'by an unnamed method')}):"
+            f"The model {settings.name} is quantised already ({method or 'by an unnamed method'}):"
             " nothing can be added to its weights.\nPut back the original checkpoint."
         )
 
@@ -104,7 +110,7 @@ def _check_same(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, S
     """Whether it could be checked. Raises UserError where the matrices that the adapter changes are not those that the run saw."""
     if not run.matrices.exists():
         return False
-    recorded = json.loads(run.matrices.read_text(encoding="utf-8"))
+    recorded = read_record(run.matrices, dict[str, str], "Delete it to export without the check that the checkpoint is still the same.")
     other = [name for name in changes if tensors[name].digest() != recorded.get(name)]
     if other:
         raise UserError(

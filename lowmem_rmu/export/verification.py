@@ -7,11 +7,11 @@ accuracy (`compare.change_interval`). Tasks that sum up subjects count, their su
   that fall may have come back. *survived*: the whole interval lies within that quarter; *came back*: the whole of it lies beyond.
 - Any other task that the unlearned model answers better than guessing: at most a quarter of what lies above guessing may be lost, in the same
   way *intact* or *lost*. It is asked because a file that is damaged has forgotten everything, the forget set too.
-- *cannot be told*: the interval has the limit within it, there are too few questions. *nothing to tell*: the run did not forget the task, or
+- *inconclusive*: the interval has the limit within it, there are too few questions. *nothing to tell*: the run did not forget the task, or
   the unlearned model guessed at it.
 
 The mark. *the update did not survive*: a task came back. Else *damaged*: a task was lost. Else *verified*: every task that was forgotten
-survived, there is at least one, and at least one other is intact. Else *cannot be told*. Of several ways to load an export the worst counts.
+survived, there is at least one, and at least one other is intact. Else *inconclusive*. Of several ways to load an export the worst counts.
 """
 
 import gc
@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -30,26 +31,36 @@ from rich.text import Text
 
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.compare import LUCK, by_luck, change_interval, compare_tasks, rows_as_json
+from lowmem_rmu.evaluation.compare import TOLERATED, compare_tasks, rows_as_json
 from lowmem_rmu.evaluation.kept import fixed_batch_tokens
 from lowmem_rmu.evaluation.multiple_choice import Answer, Progress, ask, evaluate
+from lowmem_rmu.evaluation.statistics import LUCK, by_luck, change_interval
+from lowmem_rmu.evaluation.summary import EARLIER_WORDS
 from lowmem_rmu.export.llama import ask_llama, is_adapter, llama_is_there
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.fit import is_out_of_memory
 from lowmem_rmu.model.loading import load_config, load_model, load_tokenizer, unquantised_modules
 from lowmem_rmu.model.memory import gib, memory_available, plan
 from lowmem_rmu.model.shards import give_back_freed_memory
-from lowmem_rmu.presets import ModelSettings, Preset, Role, recorded_preset
-from lowmem_rmu.runs import RunFolder, read_lines, write_json
+from lowmem_rmu.presets import ModelSettings, Preset, Role, preset_of_run
+from lowmem_rmu.records import read_record
+from lowmem_rmu.runs import RunFolder, write_json
 
 FILE = "verification.json"
-TOLERATED = 1 / 4
-"""Of what was forgotten, so much may come back; of what is known above guessing, so much may be lost."""
 
-Mark = Literal["the update did not survive", "damaged", "cannot be told", "verified"]
-MARKS: tuple[Mark, ...] = ("the update did not survive", "damaged", "cannot be told", "verified")
+def in_todays_words(word: Any) -> Any:
+    """Return a mark or finding as this version calls it."""
+    return EARLIER_WORDS.get(word, word) if isinstance(word, str) else word
+
+
+Mark = Annotated[
+    Literal["the update did not survive", "damaged", "inconclusive", "verified"], BeforeValidator(in_todays_words)
+]
+MARKS: tuple[Mark, ...] = ("the update did not survive", "damaged", "inconclusive", "verified")
 """The worst first."""
-Finding = Literal["survived", "came back", "intact", "lost", "cannot be told", "nothing to tell"]
+Finding = Annotated[
+    Literal["survived", "came back", "intact", "lost", "inconclusive", "nothing to tell"], BeforeValidator(in_todays_words)
+]
 Precision = Literal["none", "nf4", "int8"]
 Follow = Callable[[str, list[QuestionSet]], Progress]
 """Told what is asked next, gives what hears questions done and accuracy so far and may ask to stop, as `evaluate` has it."""
@@ -132,18 +143,36 @@ def verify(run: RunFolder, artefact: Path, device: torch.device, follow: Follow 
     return verification
 
 
+def read_verification(artefact: Path) -> dict[str, Any] | None:
+    """Read the `verification.json` of an export, in the words of this version; None where there is none.
+
+    Raises UserError where it is damaged.
+    """
+    path = artefact / FILE
+    if not path.exists():
+        return None
+    found: dict[str, Any] = read_record(path, Verification, "Export the run again.")
+    found["mark"] = in_todays_words(found["mark"])
+    for checked in found["checked"]:
+        checked["mark"] = in_todays_words(checked["mark"])
+        for task in checked["tasks"]:
+            task["finding"] = in_todays_words(task["finding"])
+    return found
+
+
 def read_run(folder: RunFolder) -> Run:
     """Questions and answers of a run. Raises UserError."""
-    preset = recorded_preset(folder.config["settings"], folder.path)
+    preset = preset_of_run(folder.config, folder.path)
     sets = load_questions(preset.evaluation)
-    base, unlearned = (read_lines(folder.answers(side)) for side in ("base", "unlearned"))
     asked, go_on = [each.prompt.digest for each in ask(sets)], f"--resume --name {folder.path.name}"
-    for side, answers in {"base": base, "unlearned": unlearned}.items():
+    given: dict[str, list[Answer]] = {}
+    for side in ("base", "unlearned"):
         if not folder.evaluation(side).exists():
             raise UserError(f"Run {folder.path} has not measured {side}, so there is nothing to hold an export against.\nGo on with it: {go_on}")
-        if [row["prompt"] for row in answers] != asked:
+        given[side] = folder.read_answers(side)
+        if [row["prompt"] for row in given[side]] != asked:
             raise UserError(f"The questions of run {folder.path} have changed since it asked {side}.\nPut the old ones back, or make the run anew.")
-    return Run(folder, preset, sets, base, unlearned)
+    return Run(folder, preset, sets, given["base"], given["unlearned"])
 
 
 def ways_to_load(preset: Preset, artefact: Path) -> dict[str, Ask]:
@@ -275,8 +304,8 @@ def _finding(role: Role, limit: float | None, low: float, high: float) -> Findin
     if limit is None:
         return "nothing to tell"
     if role == "forgotten":
-        return "survived" if high <= limit else "came back" if low > limit else "cannot be told"
-    return "intact" if low >= limit else "lost" if high < limit else "cannot be told"
+        return "survived" if high <= limit else "came back" if low > limit else "inconclusive"
+    return "intact" if low >= limit else "lost" if high < limit else "inconclusive"
 
 
 def mark_of(tasks: Iterable[Compared]) -> Mark:
@@ -289,12 +318,12 @@ def mark_of(tasks: Iterable[Compared]) -> Mark:
         return "the update did not survive"
     if "lost" in others:
         return "damaged"
-    return "verified" if forgotten == {"survived"} and "intact" in others else "cannot be told"
+    return "verified" if forgotten == {"survived"} and "intact" in others else "inconclusive"
 
 
 def worst(marks: Iterable[Mark | None]) -> Mark:
     """Of several ways to load an export; where it was asked in none, nothing can be told."""
-    return min((mark for mark in marks if mark), key=MARKS.index, default="cannot be told")
+    return min((mark for mark in marks if mark), key=MARKS.index, default="inconclusive")
 
 
 def verification_tables(verification: Verification) -> Group:

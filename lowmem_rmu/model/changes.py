@@ -1,6 +1,5 @@
 """What a saved adapter makes of the tensors of a checkpoint as it is stored: which ones it changes, and into what."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.saved import WEIGHTS, read_adapter_settings
 from lowmem_rmu.model.stored import Part, StoredTensor, checkpoint_tensors, stored_tensors
 from lowmem_rmu.presets import ModelSettings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BEFORE, FIRST_FACTOR, SECOND_FACTOR = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 """Of the names in a PEFT adapter: before those of modules, and after."""
-OTHER_KINDS = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "velora_config")
+OTHER_KINDS = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern", "velora_config")
 
 
 class Change(Protocol):
@@ -92,8 +91,8 @@ class SavedAdapter:
 
     @classmethod
     def open(cls, folder: Path) -> "SavedAdapter":
-        """Raises UserError where it is no LoRA of the plain kind."""
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        """Raises UserError where it is damaged, or no LoRA of the plain kind."""
+        config = read_adapter_settings(folder)
         other = [key for key in OTHER_KINDS if config.get(key)] if config["peft_type"] == "LORA" else [config["peft_type"]]
         if other:
             raise UserError(f"The adapter {folder} is no plain LoRA ({other[0]}), so it cannot be merged here.\nLoad it with PEFT instead.")
@@ -117,11 +116,17 @@ class SavedAdapter:
         name = self.parameters[part.parameter]
         if name in self.tensors:
             return Whole(self.tensors[name])
+        if lacking := [name + factor for factor in (FIRST_FACTOR, SECOND_FACTOR) if name + factor not in self.tensors]:
+            raise UserError(f"The adapter {self.folder} is damaged: it lacks {lacking[0]}.\nPut it back from a copy.")
         a, b = (self.tensors[name + factor].whole().float() for factor in (FIRST_FACTOR, SECOND_FACTOR))
         rank = self.config["r"]
+        if name not in self.experts and not len(a) == b.shape[1] == rank:
+            raise UserError(
+                f"The adapter {self.folder} does not fit its settings: {name} is of rank {len(a)}, but r is {rank}.\nPut it back from a copy."
+            )
         scaling = self.config["lora_alpha"] / rank
         if name not in self.experts:
-            return LowRank(a, b, scaling)
+            return LowRank(b.T, a.T, scaling) if part.transposed else LowRank(a, b, scaling)
         a, b = a.reshape(-1, rank, a.shape[1]), b.reshape(len(b), rank, -1).permute(2, 0, 1)  # as PEFT lays experts out
         if part.transposed:
             a, b = b.mT, a.mT
@@ -146,9 +151,11 @@ def read_changes(folder: Path, settings: ModelSettings, tensors: Mapping[str, St
 
 
 def _parts(adapter: SavedAdapter, settings: ModelSettings, tensors: Mapping[str, StoredTensor]) -> dict[str, Part]:
-    """Most checkpoints name their tensors as the model does; the others take transformers, which is large."""
+    """Most checkpoints name and lay out their tensors as the model does; the others take transformers, which is large."""
     if not adapter.experts and adapter.parameters.keys() <= tensors.keys():
-        return {name: Part(name) for name in adapter.parameters}
+        as_named = {name: Part(name) for name in adapter.parameters}
+        if all(adapter.change(part).shape == (tensors[name].height, tensors[name].width) for name, part in as_named.items()):
+            return as_named
     from lowmem_rmu.model.loading import load_config
     from lowmem_rmu.model.names import model_parts
 

@@ -22,7 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def model_digest(settings: ModelSettings, device: torch.device, unquantised: Sequence[str] = ()) -> str:
     """Of the weights' and the tokenizer's content, the precision, the kind of device and the versions of the packages."""
     config = load_config(settings).to_diff_dict()
-    weights = find_files(settings.name, settings.revision or "main", None)
+    weights = find_files(settings.name, settings.revision, None)
     tokenizer = [file for name in TOKENIZER_FILES if (file := weights[0].parent / name).exists()]
     deciding: dict[str, Any] = {
         "files": {file.name: content_digest(file) for file in [*weights, *tokenizer]},

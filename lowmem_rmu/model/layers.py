@@ -16,8 +16,19 @@ from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_rmu.errors import UserError
+
+LAYER_LISTS = ("layers", "h", "blocks")  # names of a decoder's list of layers; GPT-2, Falcon and Bloom: h; MPT: blocks
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the model calls a layer with, after the hidden states: by position (GPT-2) or by name (most others)."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,30 +36,51 @@ class Trunk:
     """What enters the first updated layer: `hidden` `(batch, sequence, hidden)`, and the arguments that each layer is called with."""
 
     hidden: Tensor
-    layer_arguments: list[dict[str, Any]]
-
-    def first(self, samples: int | None) -> "Trunk":
-        """The same for the batch's first samples alone; None: for all. (What has one row for the whole batch keeps it.)"""
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(cut(each) for each in value)
-            return value[:samples] if isinstance(value, Tensor) and value.dim() > 1 else value
-
-        return Trunk(self.hidden[:samples], [{name: cut(value) for name, value in arguments.items()} for arguments in self.layer_arguments])
+    layer_arguments: list[Arguments]
 
 
 class _Recorded(Exception):
     """Ends a forward pass once every updated layer's arguments are known."""
 
 
+class LayerOutput(Tensor):
+    """Hidden states in place of a layer's output: most decoders take that as a tensor, some (Falcon, Bloom) as the first item of a tuple."""
+
+    # What is computed from it is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's list of layers, whatever wraps it. Raises UserError for an architecture without one."""
+    """Return the decoder's list of layers, whatever wraps it. Raises UserError for an architecture without one."""
+    return _named_layers(model)[1]
+
+
+def layers_name(model: nn.Module) -> str:
+    """Return the name of that list within the decoder: `layers` in most models, `h` in GPT-2 and Falcon."""
+    return _named_layers(model)[0]
+
+
+def _named_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = getattr(inner.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UserError(f"{type(inner).__name__} is no decoder with a list of layers, which is what RMU steers.")
-    return layers
+    decoder: nn.Module = inner.get_decoder()
+    lists = {name: module for name, module in decoder.named_children() if isinstance(module, nn.ModuleList)}
+    for name in LAYER_LISTS:
+        if name in lists:
+            return name, lists[name]
+    raise UserError(f"{type(inner).__name__} is no decoder with a list of layers, which is what RMU steers.")
+
+
+def linear_shapes(layer: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes `(outputs, inputs)` of a layer's linear modules by name; GPT-2's `Conv1D` is one, stored transposed."""
+    return {
+        name: module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
 
 
 def is_expert_weight(name: str, parameter: Tensor) -> bool:
@@ -71,17 +103,17 @@ def run_trunk(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
     The model's own forward pass prepares masks and position embeddings, so that every architecture gets what it needs.
     With `hidden` (what an earlier run of the same tokens gave) the layers below are left out.
     """
-    layers, calls = list(decoder_layers(model)), list[tuple[Tensor, dict[str, Any]]]()
+    layers, calls = list(decoder_layers(model)), list[tuple[Tensor, Arguments]]()
     below = layers[: updated.start] if hidden is not None else []
 
-    def passed_on(hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states
+    def passed_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states.as_subclass(LayerOutput)
 
-    def recorded(hidden_states: Tensor, **arguments: Any) -> Tensor:
-        calls.append((hidden_states, arguments))
+    def recorded(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+        calls.append((hidden_states, Arguments(positional, named)))
         if len(calls) == updated.stop - updated.start:
             raise _Recorded
-        return hidden_states
+        return hidden_states.as_subclass(LayerOutput)
 
     with torch.no_grad(), lent_forward(below, passed_on), lent_forward(layers[updated], recorded), suppress(_Recorded):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -93,9 +125,9 @@ def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkp
     hidden = trunk.hidden
     for layer, arguments in zip(decoder_layers(model)[updated], trunk.layer_arguments, strict=True):
         if activation_checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
+            hidden = checkpoint(layer, hidden, *arguments.positional, use_reentrant=False, **arguments.named)
         else:
-            hidden = layer(hidden, **arguments)
+            hidden = layer(hidden, *arguments.positional, **arguments.named)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     return hidden.to(trunk.hidden.device)  # where it began, should the model lie on several devices
 

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,11 +21,28 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from lowmem_rmu.errors import UserError, hub_errors
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import trained_modules
-from lowmem_rmu.model.quantisation import Nf4Config
-from lowmem_rmu.model.shards import find_files, is_needed, open_weights
+from lowmem_rmu.model.contents import check_contents, tied_otherwise
+from lowmem_rmu.model.quantisation import READ_DIRECTLY, Nf4Config
+from lowmem_rmu.model.shards import is_needed, open_weights
+from lowmem_rmu.model.source import COPY_AGAIN, Source, locate, read_json
+from lowmem_rmu.model.stored import StoredTensor, checkpoint_tensors
 from lowmem_rmu.presets import ModelSettings, Preset, is_local
+
+LOGGER = logging.getLogger(__name__)
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Where `config.json` says that the weights are quantized: transformers, old compressed-tensors, MLX."""
+MOST = {
+    "num_hidden_layers": 2_000, "n_layer": 2_000, "n_layers": 2_000, "num_layers": 2_000, "vocab_size": 50_000_000,
+    "hidden_size": 1_000_000, "n_embd": 1_000_000, "d_model": 1_000_000, "intermediate_size": 10_000_000,
+    "num_attention_heads": 100_000, "n_head": 100_000, "num_key_value_heads": 100_000,
+    "num_local_experts": 100_000, "num_experts": 100_000, "n_routed_experts": 100_000,
+}  # fmt: skip
+"""Sizes in `config.json`, and the largest that is taken for one: far beyond any model."""
+CUSTOM_CODE = "it needs code that comes with it (auto_map), and this program never runs a model's own code"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -49,23 +65,98 @@ def resolve_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
-    """The model's own configuration. Raises UserError where there is none, or where its weights are quantised already."""
-    _check_local(settings.name)
-    with hub_errors("model", settings.name):
-        try:
-            config = AutoConfig.from_pretrained(settings.name, revision=settings.revision, trust_remote_code=False)
-        except ValueError as error:
-            raise UserError(f"The model {settings.name} cannot be read: {error}") from error
-    if getattr(config, "quantization_config", None):
+    """The model's own configuration.
+
+    Raises UserError where there is none, where it is damaged or of a model that this program cannot run, and where the weights are
+    quantised already.
+    """
+    source = locate(settings.name, settings.revision)
+    content = source.read_config()
+    if "model_type" not in content and "auto_map" not in content:
+        raise UserError(f"The config.json of the {source.words} names no model_type.\nGive a folder with a transformers model, or a Hub id.")
+    if says_quantized(content):
         raise UserError(f"The model {settings.name} is quantised already.\nGive the original checkpoint: it is brought to 4-bit while loading.")
+    check_sizes(settings.name, content)
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # each model's configuration checks its own values, and raises what it likes
+        if "auto_map" in content and "trust_remote_code" in str(error):
+            raise UserError(f"The model {settings.name} cannot be read: {CUSTOM_CODE}.\nGive a model of transformers.") from error
+        raise UserError(f"The model {settings.name} cannot be read: {_reason(error)}.\n{COPY_AGAIN}") from error
+    config.name_or_path = settings.name
+    check_supported(settings.name, config)
+    if settings.quantisation == "nf4" and config.model_type in READ_DIRECTLY:
+        raise UserError(f"A {config.model_type} model does not work in 4-bit.\nSet model.quantisation=none.")
     return config
 
 
+def says_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether `config.json`, or a section of it, says that the weights are quantized."""
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return any(section.get(key) for section in sections for key in QUANTIZATION_KEYS)
+
+
+def check_sizes(name: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for sizes in `config.json` that no model has: their mere layers would fill the memory."""
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, most in MOST.items():
+            size, least = section.get(key), 0 if "experts" in key else 1
+            if isinstance(size, int) and not least <= size <= most:
+                raise UserError(
+                    f"The config.json of the model {name} gives {key} as {size:.6g}, which no model has ({least} to {most:,}).\n"
+                    "It is damaged: download or copy it again."
+                )
+
+
+def check_supported(name: str, config: PretrainedConfig) -> None:
+    """Raise UserError for a model that writes no text token by token, or that reads more than text."""
+    kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    is_whole = config.get_text_config() is config or getattr(config, "is_encoder_decoder", False)
+    if not is_whole:
+        raise UserError(
+            f"The model {name} is a {kind}, which has parts for more than text.\n"
+            "Only language models can be loaded: give a checkpoint of its text part alone."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"The model {name} is a {kind}, no causal language model.\nGive a decoder such as a Llama, Mistral, Qwen or Gemma.")
+
+
+def _reason(error: Exception) -> str:
+    """What a library says of a file that it does not read, in a line without its full stop."""
+    return " ".join(str(error).split())[:400].rstrip(".") or type(error).__name__
+
+
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without its weights, on torch's meta device: nothing is allocated."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    """The model without its weights, on torch's meta device: nothing is allocated. Raises UserError where its sizes do not go together."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a model's own code raises at a size that it cannot have
+        raise UserError(
+            f"The model {config.name_or_path} cannot be built as its config.json describes it: {_reason(error)}.\n"
+            "Download or copy it again, or choose another."
+        ) from error
     return model
+
+
+def checked_tensors(settings: ModelSettings, config: PretrainedConfig, layers: int | None = None) -> dict[str, StoredTensor]:
+    """The tensors that the model, or its first `layers` layers, read of the checkpoint.
+
+    Every use of a checkpoint begins here. Raises UserError where it cannot be had or would be misread (see `check_contents`). Where the
+    checkpoint stores another matrix for what `config` ties, `config` is corrected: the stored matrix counts.
+    """
+    tensors = {name: tensor for name, tensor in checkpoint_tensors(settings, layers).items() if is_needed(name, layers)}
+    model = skeleton(config)
+    check_contents(settings.name, model, tensors)
+    if config.tie_word_embeddings and tied_otherwise(model, tensors):
+        config.tie_word_embeddings = False
+    return tensors
+
+
+def check_checkpoint(settings: ModelSettings, layers: int | None = None) -> None:
+    """Check a checkpoint before any work where it is a folder of this machine; one of the Hub is checked once its files are here."""
+    if is_local(settings.name):
+        checked_tensors(settings, load_config(settings), layers)
 
 
 def unquantised_modules(preset: Preset) -> list[str]:
@@ -74,13 +165,63 @@ def unquantised_modules(preset: Preset) -> list[str]:
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; padding falls back to the end-of-sequence token."""
-    _check_local(settings.name)
-    with hub_errors("model", settings.name):
-        tokenizer = AutoTokenizer.from_pretrained(settings.name, revision=settings.revision, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    """Return the model's tokenizer as `fit_tokenizer` leaves it. Raises UserError where it cannot be read or is another model's."""
+    config = load_config(settings.model_copy(update={"quantisation": "none"}))
+    source = locate(settings.name, settings.revision)
+    folder = source.fetch_small_files()
+    # Without its vocabulary, transformers would make an empty tokenizer.
+    there = {name for name in TOKENIZERS if (folder / name).is_file()}
+    if not there or (there == {"vocab.json"} and not (folder / "merges.txt").is_file()):
+        raise UserError(f"The {source.words} holds no tokenizer: {TOKENIZERS[0]} is missing.\nCopy the tokenizer's files into it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the libraries for tokenizers raise whatever they like, bare Exceptions among it
+        raise UserError(_unread_tokenizer(source, error)) from error
+    tokenizer.name_or_path = settings.name
+    fit_tokenizer(tokenizer, config.get_text_config().vocab_size, settings.name)
     return tokenizer
+
+
+def _unread_tokenizer(source: Source, error: Exception) -> str:
+    """Why a tokenizer cannot be read, and what to do. Raises UserError where one of its files is damaged."""
+    # What transformers says of a damaged file names neither the file nor what is wrong with it.
+    contents = {file.name: read_json(file) for name in TOKENIZER_JSON if (file := source.folder / name).is_file()}
+    begin = f"The tokenizer of the {source.words} cannot be read"
+    is_custom = "auto_map" in contents.get("tokenizer_config.json", {})
+    if is_custom and ("trust_remote_code" in str(error) or TOKENIZERS[0] not in contents):
+        return f"{begin}: {CUSTOM_CODE}.\nGive a model whose tokenizer is one of transformers, in a {TOKENIZERS[0]}."
+    if TOKENIZERS[0] in contents:
+        return f"{begin}: {_reason(error)}.\nDownload or copy its files again."
+    return (
+        f"{begin}: it is there in an older form only, without {TOKENIZERS[0]}.\nConvert it once: pip install sentencepiece protobuf"
+        " tiktoken, then in Python AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+    )
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
+    """Give the tokenizer a padding token that the model has, and no chat template where that fails.
+
+    Padding falls back to the end-of-sequence token, then to token 0: no result depends on it. Raises UserError where words become
+    tokens beyond the `embeddings` of the model.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
+    beyond = {number: word for word, number in tokenizer.get_vocab().items() if number >= embeddings and word not in special}
+    if beyond:
+        number = min(beyond)
+        raise UserError(
+            f'The tokenizer of {name} has the word "{beyond[number]}" as token {number}, but the model has only tokens 0 to {embeddings - 1}.\n'
+            "Give the tokenizer that the model was trained with, or resize the model's embeddings to the tokenizer."
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embeddings:
+        ends = tokenizer.eos_token_id is not None and tokenizer.eos_token_id < embeddings
+        tokenizer.pad_token = tokenizer.eos_token if ends else tokenizer.convert_ids_to_tokens(0)
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it can fail in any way
+        LOGGER.warning("The chat template of %s fails (%s). Prompts are given to the model as plain text instead.", name, error)
+        tokenizer.chat_template = None
 
 
 def load_model(
@@ -95,18 +236,19 @@ def load_model(
     `quantisation` takes the place of the settings' own: nothing is trained in `int8`, but what is given away may be run in it.
     Raises UserError where the checkpoint cannot be had, is cut short or lacks weights.
     """
-    config, revision = load_config(settings), settings.revision or "main"
-    with hub_errors("model", settings.name):
-        files = find_files(settings.name, revision, layers)
+    config = load_config(settings)
+    files = sorted({tensor.file for tensor in checked_tensors(settings, config, layers).values()})
     with open_weights(files, layers) as weights:
         place: torch.device | Literal["auto"] = "auto" if settings.device_map == "auto" else device
         how, dtype = quantisation or settings.quantisation, resolve_dtype(settings, device)
         model, missing = build_model(config, weights, place, layers, how, dtype, unquantised)
     _check_complete(settings.name, [name for name in missing if is_needed(name, layers)])
+    _check_embeddings(settings.name, model)
     model.name_or_path = model.config.name_or_path = settings.name
     if layers is None:
+        folder = locate(settings.name, settings.revision).fetch_small_files()
         with suppress(OSError):  # not every checkpoint has one
-            model.generation_config = GenerationConfig.from_pretrained(settings.name, revision=revision)
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -127,7 +269,8 @@ def build_model(
     """
     config = deepcopy(config)
     if layers is not None:
-        _cut(config, layers)
+        keep_layers(config, layers)
+        config.tie_word_embeddings = True  # a head that is tied to the embeddings costs nothing until it is taken away
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels that are not used here
     disable_progress_bar()  # of reading files; downloads keep theirs
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -154,12 +297,14 @@ _QUANTISERS: dict[str, Callable[[torch.dtype, Sequence[str]], BitsAndBytesConfig
 }
 
 
-def _cut(config: PretrainedConfig, layers: int) -> None:
-    """Leaves the first layers. A head that is tied to the embeddings costs nothing until it is taken away."""
+def keep_layers(config: PretrainedConfig, layers: int) -> None:
+    """Leave the first layers of a model's shape."""
+    whole = config.num_hidden_layers
+    # What is listed per layer (layer_types, mlp_layer_types, no_rope_layers, ...) is cut along.
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == whole:
+            setattr(config, name, value[:layers])
     config.num_hidden_layers = layers
-    config.tie_word_embeddings = True
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
 
 
 def _check_complete(name: str, missing: list[str]) -> None:
@@ -170,6 +315,20 @@ def _check_complete(name: str, missing: list[str]) -> None:
         )
 
 
+def _check_embeddings(name: str, model: PreTrainedModel) -> None:
+    """Raise UserError for a checkpoint of zeros (a download that was reserved on the disk, but never filled) or of no numbers."""
+    embeddings: Any = model.get_input_embeddings()
+    weight = embeddings.weight
+    if weight.device.type == "meta":
+        return
+    # Without a copy: embeddings may be the largest tensor of a model.
+    lowest, highest = (float(value) for value in weight.aminmax())
+    largest = max(-lowest, highest)
+    if not 0 < largest < float("inf"):
+        what = "are all zero" if largest == 0 else "hold values that are not finite"
+        raise UserError(f"The checkpoint {name} is damaged: its embeddings {what}.\n{COPY_AGAIN}")
+
+
 def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights for a CPU kernel that has no autograd.
 
@@ -178,12 +337,6 @@ def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _check_local(name: str) -> None:
-    if is_local(name) and not (Path(name) / "config.json").is_file():
-        what = "holds no config.json" if Path(name).is_dir() else "does not exist"
-        raise UserError(f"The model folder {name} {what}.\nGive a folder with config.json, *.safetensors and tokenizer files, or a Hub id.")
 
 
 def describe_weights(model: torch.nn.Module) -> dict[str, Any]:

@@ -15,7 +15,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lowmem_rmu.model.layers import lent_forward
 
+NOT_FINITE = (
+    "Its numbers overflow, or it is damaged. In float16 try model.dtype=bfloat16 or float32;"
+    " else check the checkpoint and the adapter."
+)
+"""What to do about a model whose logits are not finite."""
 POSITIONS = 128
+
+
+class Decoded(BaseModelOutputWithPast):
+    """Stand in for any decoder's output: fields that only some decoders have (`router_logits`, `cache`) are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Iterator[Tensor]:
@@ -33,8 +46,8 @@ def hidden_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
 def head_of(model: nn.Module, hidden: Tensor, **inputs: Any) -> Tensor:
     """The model's own forward over what its decoder gave, so that whatever it does to its logits (scaling, capping) is done."""
     inner = _inner(model)
-    decoded = BaseModelOutputWithPast(last_hidden_state=hidden[None])
-    with lent_forward([inner.get_decoder()], lambda **_: decoded):
+    decoded = Decoded(last_hidden_state=hidden[None])
+    with lent_forward([inner.get_decoder()], lambda *_, **__: decoded):
         logits: Tensor = inner(**inputs, use_cache=False).logits[0]
     return logits.float().to(inputs["input_ids"].device)  # a model on several devices ends on another than it began
 

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.model import shards
 from lowmem_rmu.model.adapters import check_layers
-from lowmem_rmu.model.layers import decoder_layers, expert_shapes
-from lowmem_rmu.model.loading import load_config, resolve_dtype, skeleton
+from lowmem_rmu.model.layers import decoder_layers, expert_shapes, linear_shapes
+from lowmem_rmu.model.loading import check_sizes, check_supported, load_config, resolve_dtype, skeleton
 from lowmem_rmu.model.logits import POSITIONS
 from lowmem_rmu.model.quantisation import PIECE
 from lowmem_rmu.presets import Preset, Rmu, is_local
@@ -38,31 +40,60 @@ class Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Parameters by where they live: `layer_linear` and `layer_other` a decoder layer, `embedding`, `head` (0 where it is tied)."""
+class LayerWeights:
+    """Parameters of one decoder layer. Layers of one model can differ: dense below, a mixture of experts above (DeepSeek-V3)."""
 
-    layers: int
-    layer_linear: int
-    layer_other: int
-    embedding: int
-    head: int
+    linear: int
+    other: int
     largest_linear: int
     experts: int
-    """Of a layer's mixture of experts, which are among `layer_linear`: dequantised all at once."""
+    """Of its mixture of experts, which are among `linear`: dequantised all at once."""
+    intermediate: int
+    """Width of the MLP for one token: of a mixture, that of all experts which a token takes."""
     adapted: tuple[Linear, ...]
-    """What is adapted in a layer."""
+    """What an adapter changes where the layer has one."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters by where they live: decoder layers, `embedding`, `head` (0 where it is tied)."""
+
+    by_layer: tuple[LayerWeights, ...]
+    embedding: int
+    head: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.by_layer)
+
+    @property
+    def largest_linear(self) -> int:
+        return max(layer.largest_linear for layer in self.by_layer)
+
+    @property
+    def experts(self) -> int:
+        """The largest mixture of experts of a layer."""
+        return max(layer.experts for layer in self.by_layer)
 
     def total(self) -> int:
         return self.up_to(self.layers) + self.head
 
     def up_to(self, layers: int) -> int:
         """Of a model that is cut to its first layers."""
-        return layers * (self.layer_linear + self.layer_other) + self.embedding
+        return sum(layer.linear + layer.other for layer in self.by_layer[:layers]) + self.embedding
 
     def learning(self, rmu: Rmu) -> int:
         """Parameters that learn."""
-        sizes = [each.inputs * each.outputs if rmu.trainable == "weights" else rmu.rank * (each.inputs + each.outputs) for each in self.adapted]
-        return len(rmu.adapter_layers) * sum(size * each.matrices for size, each in zip(sizes, self.adapted, strict=True))
+        total = 0
+        for module in (module for index in rmu.adapter_layers for module in self.by_layer[index].adapted):
+            low_rank = rmu.rank * (module.inputs + module.outputs)
+            total += module.matrices * (module.inputs * module.outputs if rmu.trainable == "weights" else low_rank)
+        return total
+
+    def adapted(self, rmu: Rmu) -> tuple[Linear, ...]:
+        """What is adapted in the adapter layer where that is widest."""
+        layers = [self.by_layer[index].adapted for index in rmu.adapter_layers]
+        return max(layers, key=lambda adapted: sum(module.inputs + module.outputs for module in adapted))
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,7 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
     return peaks[0] if peaks else psutil.Process().memory_info().rss
 
@@ -100,7 +131,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (switch := Path("/proc/self/clear_refs")).exists():
-        switch.write_text("5")
+        switch.write_text("5", encoding="ascii")
 
 
 def memory_available(device: torch.device) -> int:
@@ -115,29 +146,56 @@ def config_for_plan(preset: Preset) -> PretrainedConfig:
     if preset.model.config is None or is_local(preset.model.name):
         return load_config(preset.model)
     shape = dict(preset.model.config)
-    return AutoConfig.for_model(shape.pop("model_type"), **shape)
+    check_sizes(preset.model.name, shape)
+    try:
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    except Exception as error:  # each model's configuration checks its own values, and raises what it likes
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"model.config of the preset is no configuration of a model: {reason}.\nLeave it out, or correct it.") from error
+    check_supported(preset.model.name, config)
+    return config
 
 
 def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
-    """Counts the weights of the skeleton."""
+    """Count the weights of the skeleton."""
     model = skeleton(config)
-    layers = decoder_layers(model)
-    experts = expert_shapes(layers[0])
-    shapes = {name: module.weight.shape for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)} | experts
-    adapted = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in modules}
-    linear = sum(shape.numel() for shape in shapes.values())
     embeddings: Any = model.get_input_embeddings()
     embedding = embeddings.weight.numel()
     return Weights(
-        layers=len(layers),
-        layer_linear=linear,
-        layer_other=sum(parameter.numel() for parameter in layers[0].parameters()) - linear,
+        by_layer=tuple(_count_layer(layer, modules, config.get_text_config()) for layer in decoder_layers(model)),
         embedding=embedding,
         head=0 if config.tie_word_embeddings else embedding,
-        largest_linear=max(shape.numel() for shape in shapes.values()),
-        experts=sum(shape.numel() for shape in experts.values()),
-        adapted=tuple(Linear(shape[-1], shape[-2], "attn" not in name, prod(shape[:-2])) for name, shape in adapted.items()),
     )
+
+
+def _count_layer(layer: nn.Module, modules: list[str], config: Any) -> LayerWeights:
+    hidden, experts = config.hidden_size, expert_shapes(layer)
+    shapes = linear_shapes(layer) | experts
+    linear = sum(shape.numel() for shape in shapes.values())
+    # A name that experts have means them alone, not the shared expert.
+    of_experts = {name.rpartition(".")[2] for name in experts}
+    adapted = {
+        name: shape for name, shape in shapes.items()
+        if (leaf := name.rpartition(".")[2]) in modules and (name in experts or leaf not in of_experts)
+    }  # fmt: skip
+    # Outside of attention, what leads to or from the hidden size has the MLP's width on its other side. Fused gates have it twice.
+    widths = [hidden]
+    for name, shape in shapes.items():
+        if hidden in shape[-2:] and not _in_attention(name) and "gate" not in name:
+            width = shape[-1] * shape[-2] // hidden
+            widths.append(width * getattr(config, "num_experts_per_tok", 1) if name in experts else width)
+    return LayerWeights(
+        linear=linear,
+        other=sum(parameter.numel() for parameter in layer.parameters()) - linear,
+        largest_linear=max((shape.numel() for shape in shapes.values()), default=0),
+        experts=sum(shape.numel() for shape in experts.values()),
+        intermediate=max(widths),
+        adapted=tuple(Linear(shape[-1], shape[-2], not _in_attention(name), prod(shape[:-2])) for name, shape in adapted.items()),
+    )
+
+
+def _in_attention(module_name: str) -> bool:
+    return "attn" in module_name or "attention" in module_name
 
 
 def plan(preset: Preset, device: torch.device, stages: Sequence[str] = STAGES) -> list[StageNeed]:
@@ -151,7 +209,14 @@ def plan(preset: Preset, device: torch.device, stages: Sequence[str] = STAGES) -
     ]
     planned = [need for need in planned if need.stage in stages]
     planned = [replace(need, working=max(need.working, needs.loading())) for need in planned[:1]] + planned[1:]
-    return [replace(need, working=need.working + BUFFERS) for need in planned] if device.type == "cpu" else planned
+    if device.type == "cpu":
+        return [replace(need, working=need.working + BUFFERS + _kept_by_libc(need.working)) for need in planned]
+    return planned
+
+
+def _kept_by_libc(working: int) -> int:
+    """Return what glibc keeps of freed blocks for later: at most twice the largest block that it keeps, as far as there was so much."""
+    return min(working // 2, 2 * shards.LARGEST_KEPT)
 
 
 class Needs:
@@ -161,23 +226,25 @@ class Needs:
     """
 
     def __init__(self, preset: Preset, device: torch.device) -> None:
-        config: Any = config_for_plan(preset)
+        whole = config_for_plan(preset)
+        config: Any = whole.get_text_config()
         self.preset, self.rmu, self.device = preset, preset.rmu, device
-        self.weights = count_weights(config, preset.rmu.modules)
+        self.weights = count_weights(whole, preset.rmu.modules)
         check_layers(preset.rmu, self.weights.layers)
         self.nf4 = preset.model.quantisation == "nf4"
         self.e = torch.empty((), dtype=resolve_dtype(preset.model, device)).element_size()
         self.vocabulary, self.h = config.vocab_size, config.hidden_size
-        self.i = config.intermediate_size * getattr(config, "num_experts_per_tok", 1)
-        self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.a = config.num_attention_heads * self.d
-        self.kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * self.d
+        self.i = max(layer.intermediate for layer in self.weights.by_layer)
+        heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
+        self.d = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.a = heads * self.d
+        self.kv = (getattr(config, "num_key_value_heads", None) or heads) * self.d
 
     def weights_held(self, layers: int | None) -> int:
         """The first layers without a head, or (None) the whole model."""
-        weights, count = self.weights, self.weights.layers if layers is None else layers
-        other = count * weights.layer_other + weights.embedding + (weights.head if layers is None else 0)
-        linear = count * weights.layer_linear
+        weights, held = self.weights, self.weights.by_layer[:layers]
+        other = sum(layer.other for layer in held) + weights.embedding + (weights.head if layers is None else 0)
+        linear = sum(layer.linear for layer in held)
         whole = weights.learning(self.rmu) if self.rmu.trainable == "weights" else 0
         return int((linear - whole) * (NF4_BYTES if self.nf4 else self.e) + (other + whole) * self.e)
 
@@ -197,7 +264,7 @@ class Needs:
         """A forward pass without gradients at its widest: within an MLP, or an adapter."""
         residuals = (4 * self.h + 2 * self.d) * self.e  # embeddings, the layer's input, the residual stream, the normed input; rotations
         plain = 2 * self.i * self.e * tokens + max(self.i * self.e * tokens, self.dequantised())
-        adapters = [tokens * self._in_adapter(module) for module in self.weights.adapted if adapted]
+        adapters = [tokens * self._in_adapter(module) for module in self.weights.adapted(self.rmu) if adapted]
         return residuals * tokens + max(plain, *adapters, 0)
 
     def _in_adapter(self, module: Linear) -> int:
@@ -211,7 +278,8 @@ class Needs:
         corpora = [topic.corpus for topic in self.preset.topics.values()] + self.preset.retain.corpora
         tokens = evaluation.planned_batch_tokens if evaluation.tasks or any(corpus.held_out for corpus in corpora) else 0
         # Hidden states, those that are asked for; the logits of a few, the same in float32, and their log-probabilities.
-        logits = 2 * tokens * self.h * self.e + POSITIONS * self.vocabulary * (self.e + 2 * FLOAT32)
+        widest = max(POSITIONS * self.vocabulary * (self.e + 2 * FLOAT32), self.head_copy() + POSITIONS * self.vocabulary * self.e)
+        logits = 2 * tokens * self.h * self.e + widest
         # For the divergence on retain text the unlearned side's hidden states wait while base runs.
         waiting = tokens * self.h * self.e if adapted and any(corpus.held_out for corpus in self.preset.retain.corpora) else 0
         return max(self.forward(tokens, adapted) + waiting, logits + waiting, self.answering() if evaluation.prompts else 0)
@@ -219,7 +287,11 @@ class Needs:
     def answering(self) -> int:
         """A sample answer: the keys and values of all its tokens, and one dequantised matrix."""
         tokens = PROMPT_TOKENS + self.preset.evaluation.max_new_tokens
-        return tokens * self.weights.layers * 2 * self.kv * self.e + self.forward(PROMPT_TOKENS, adapted=False)
+        return tokens * self.weights.layers * 2 * self.kv * self.e + max(self.forward(PROMPT_TOKENS, adapted=False), self.head_copy())
+
+    def head_copy(self) -> int:
+        """Return the bytes of the head's weights in another layout, which oneDNN makes for each product in 16 bits on a CPU."""
+        return self.weights.embedding * self.e if self.device.type == "cpu" and self.e < FLOAT32 else 0
 
     def unlearning(self) -> int:
         """Learning parameters with gradient and moments, and the activations of the forget or the retain batch."""
@@ -244,7 +316,7 @@ class Needs:
 
     def kept(self, first: bool) -> int:
         """Bytes a token that autograd keeps of an updated layer; of the first only from its first adapter on, for its input learns nothing."""
-        adapted, widths = self.weights.adapted, 2 * self.kv
+        adapted, widths = self.weights.adapted(self.rmu), 2 * self.kv
         if self.rmu.padding == "paper":
             widths = 2 * self.a  # under a mask, keys and values are repeated for every query
         inputs = [(module.in_mlp, module.inputs) for module in adapted]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_rmu.model.loading import skeleton
 from lowmem_rmu.model.stored import Part
@@ -44,4 +45,5 @@ def fuses_experts(converter: WeightConverter) -> bool:
 
 
 def _is_transposed(model: PreTrainedModel, parameter: str) -> bool:
-    return bool(getattr(model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False))
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))

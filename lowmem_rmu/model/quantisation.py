@@ -10,6 +10,7 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -17,6 +18,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from lowmem_rmu.model.layers import is_expert_weight
 
 METHOD = "nf4_with_experts"
+READ_DIRECTLY = ("mamba", "falcon_mamba")  # model types that compute with a module's weight instead of calling the module
 BLOCK, PIECE = 64, 2**22  # weights that share a quantisation constant; that are quantised at once
 
 
@@ -40,6 +42,8 @@ class _QuantiseAsLoaded(Bnb4bitQuantize):
     def convert(self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **more: Any) -> Any:  # type: ignore[override]
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
+            if getattr(get_module_from_name(model, name)[0], "source_cls", None) is Conv1D:  # GPT-2 keeps (inputs, outputs)
+                weight = weight.T.contiguous()
             if weight.shape == model.get_parameter(name).shape:  # else it stays on the list of what is missing
                 put_in_4_bit(*get_module_from_name(model, name), weight)
                 missing_keys.discard(name)
@@ -65,7 +69,10 @@ def put_in_4_bit(module: nn.Module, name: str, weight: Tensor) -> None:
     else:
         setattr(module, name, nn.Parameter(packed, requires_grad=False))
         replace_parameter_4bit_prequantized(module, name, constants, weight.device)
-    module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would draw it anew
+    # Or transformers would draw it again.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, QuantState]:

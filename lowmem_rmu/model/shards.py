@@ -1,7 +1,6 @@
 """The files of a checkpoint: only those that are needed are opened or downloaded, and one weight is read at a time."""
 
 import ctypes
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -11,20 +10,18 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import is_local
+from lowmem_rmu.errors import UserError, not_reachable
+from lowmem_rmu.model.source import Source, check_no_pointer, locate, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # GPT-2, Falcon and Bloom: h; MPT: blocks
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of its settings, in malloc.h
 LARGEST_KEPT = 32 * 2**20  # bytes
-ABOVE_THE_LAYERS = re.compile(r"((?!embed)\w+\.)?(norm|final_norm|final_layernorm|final_layer_norm|lm_head|embed_out)\.(weight|bias)")
+ABOVE_THE_LAYERS = re.compile(r"((?!embed)\w+\.)?(norm|final_norm|final_layernorm|final_layer_norm|ln_f|norm_f|lm_head|embed_out)\.(weight|bias)")
 
 
 def is_needed(name: str, layers: int | None) -> bool:
@@ -40,21 +37,38 @@ def needed_files(weight_map: dict[str, str], layers: int | None) -> list[str]:
     return sorted({file for name, file in weight_map.items() if is_needed(name, layers)})
 
 
-def find_files(name: str, revision: str, layers: int | None) -> list[Path]:
+def find_files(name: str, revision: str | None, layers: int | None) -> list[Path]:
     """The safetensors files to read, downloaded where `name` is on the Hub. Raises UserError where one is missing."""
-    with suppress(LocalEntryNotFoundError):  # offline: of a sharded checkpoint, only the index is here
-        if single := fetch(name, SINGLE, revision):
-            return [single]
-    if (index := fetch(name, INDEX, revision)) is None:
-        place = f"model folder {name}" if is_local(name) else f"model {name}"
-        others = _pickled(name)
-        only = f", only {', '.join(others)}" if others else ""
-        raise UserError(f"The {place} holds no *.safetensors file{only}.\nOther formats are not read: pickled weights can run code.")
-    files = {file: fetch(name, file, revision) for file in needed_files(_weight_map(index), layers)}
-    missing = [file for file, path in files.items() if path is None]
-    if missing:
-        raise UserError(f"The checkpoint {name} lacks {', '.join(missing)}, which its index names.\nDownload or copy it again.")
+    source = locate(name, revision)
+    if single := source.fetch(SINGLE):
+        return [single]
+    if (index := source.fetch(INDEX)) is None:
+        raise _without_weights(source)
+    files = {file: source.fetch(file) for file in needed_files(_weight_map(index), layers)}
+    if missing := [file for file, path in files.items() if path is None]:
+        raise source.lacks(missing)
     return [path for path in files.values() if path]
+
+
+def _without_weights(source: Source) -> UserError:
+    """The error for a checkpoint with neither the one file nor an index; it names what is there instead."""
+    if source.commit and source.listed is None:
+        return not_reachable("model", source.name)
+    there = sorted(source.listed if source.listed is not None else (path.name for path in source.folder.glob("*")))
+    shards = [file for file in there if file.endswith(".safetensors") and "/" not in file]
+    if shards:
+        return UserError(
+            f"The {source.words} holds {_named(shards)}, but no {INDEX}, which says which weights lie in which file.\n"
+            f"Download {INDEX} from where the model is from; a checkpoint in one file has the name {SINGLE}."
+        )
+    others = [file for file in there if Path(file).suffix in PICKLED]
+    only = f", only {_named(others)}" if others else ""
+    return UserError(f"The {source.words} holds no *.safetensors file{only}.\nOther formats are not read: pickled weights can run code.")
+
+
+def _named(files: list[str]) -> str:
+    """Up to three names, and how many more there are."""
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ def give_back_freed_memory() -> None:
 
 def open_file(file: Path) -> Any:
     """A safetensors file of a checkpoint. Raises UserError where it is damaged."""
+    check_no_pointer(file)
     try:
         return safe_open(file, framework="pt", backend="pread")
     except SafetensorError as error:
@@ -119,30 +134,15 @@ def cut_short(file: Path, why: str = "") -> UserError:
     return UserError(f"The checkpoint's file {file} is damaged or cut short{why}.\nDownload or copy it again.")
 
 
-def fetch(name: str, file: str, revision: str) -> Path | None:
-    """Where the file lies on this machine, after a download if need be; None where the checkpoint has no such file."""
-    if is_local(name):
-        path = Path(name) / file
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except RemoteEntryNotFoundError:
-        return None
-
-
-def commit_of(name: str, revision: str) -> str | None:
-    """The commit of a model of the Hub that `revision` stands for on this machine, as its cache has it; None for a local folder."""
-    config = None if is_local(name) else fetch(name, "config.json", revision)
-    return config.parent.name if config and config.parent.parent.name == "snapshots" else None
-
-
-def _pickled(name: str) -> list[str]:
-    """Files of weights in a format that is not read; of a model on the Hub none is known."""
-    return sorted(path.name for path in Path(name).glob("*") if path.suffix in PICKLED) if is_local(name) else []
-
-
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The checkpoint's index {index} is damaged or cut short.\nDownload or copy it again.") from error
+    """The file of every weight. Raises UserError for an index that is damaged, or that names files of other folders."""
+    weight_map = read_json(index, "The checkpoint's index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"The checkpoint's index {index} is damaged or cut short: it has no weight_map.\nDownload or copy it again.")
+    outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file or "\\" in file or file == "..")
+    if outside:
+        raise UserError(
+            f"The checkpoint's index {index} names {outside[0]}, which is not in its folder.\n"
+            "The files of a checkpoint lie together, next to the index: copy them there and correct the index."
+        )
+    return weight_map

@@ -130,5 +130,5 @@ def _stored(file: Path, name: str, data: int, place: dict[str, Any]) -> StoredTe
 def checkpoint_tensors(settings: ModelSettings, layers: int | None = None) -> dict[str, StoredTensor]:
     """Every tensor of a model's checkpoint, or of those files that hold its first layers. Raises UserError where it cannot be had."""
     with hub_errors("model", settings.name):
-        files = find_files(settings.name, settings.revision or "main", layers)
+        files = find_files(settings.name, settings.revision, layers)
     return {name: tensor for file in files for name, tensor in stored_tensors(file).items()}

@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import load_questions
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.model.loading import load_model, load_tokenizer
@@ -291,4 +292,5 @@ def build(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(build)

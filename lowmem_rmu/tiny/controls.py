@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from lowmem_rmu.audit.audited import prepare
 from lowmem_rmu.audit.suite import ATTACKS, Audit
 from lowmem_rmu.audit.tables import audit_tables
 from lowmem_rmu.audit.verdict import CONTROLS
+from lowmem_rmu.console import Console, prepare_streams
 from lowmem_rmu.model.adapters import save_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import ModelSettings, load_preset
@@ -140,4 +140,5 @@ def build(
 
 
 if __name__ == "__main__":
+    prepare_streams()
     typer.run(build)

@@ -1,6 +1,5 @@
 """The tab to ask whether what a run forgot is gone or only hidden: attacks in a process of its own, and what they found."""
 
-import html
 import json
 import math
 import sys
@@ -11,19 +10,25 @@ from typing import Any
 
 import gradio as gr
 import torch
+from markupsafe import Markup
 
 from lowmem_rmu.audit.suite import ATTACKS
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.summary import read_audit
 from lowmem_rmu.report import render_audit
 from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.turns import one_at_a_time
 from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.choice import offered, run_dropdown
 from lowmem_rmu.ui.guard import failure, guarded, on_the_page, printed_in
+from lowmem_rmu.ui.markup import complaint, paragraph
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 REFRESH_SECONDS = 2.0
-NOTHING = "<p>Not audited yet.</p>"
-STOPPED = "<p><strong>Stopped</strong>; nothing is lost. Audit goes on with it.</p>"
+NOTHING = Markup("<p>Not audited yet.</p>")
+NOT_ASKED = "not asked for"
+"""The reason that an audit names for an attack that nobody chose."""
+STOPPED = Markup("<p><strong>Stopped</strong>; nothing is lost. Audit goes on with it.</p>")
 
 
 def minutes(budget: str) -> float | None:
@@ -68,11 +73,11 @@ def progress(folder: RunFolder) -> str:
     printed = printed_in(folder.audit_output)
     last = printed[-1] if printed else ""
     if jobs.is_audited_now(folder):
-        return f"<p><strong>At work</strong>: {html.escape(last or 'starting')} …</p>"
+        return paragraph("At work", f": {last or 'starting'} …")
     if printed is None:
         return "" if folder.audit_result.exists() else NOTHING
     if last.startswith("Audited: "):
-        return "<p><strong>Done</strong></p>"
+        return paragraph("Done")
     if last.startswith(("Stopped", "Stopping", "Waiting: ")):  # a process that waits ends at once
         return STOPPED
     return failure(printed, "Audit goes on where it was.")
@@ -83,7 +88,7 @@ def found(folder: RunFolder) -> str:
     try:
         return render_audit(folder)
     except UserError as error:
-        return f"<pre class='rmu-error'>{html.escape(on_the_page(str(error)))}</pre>"
+        return complaint(on_the_page(str(error)))
 
 
 def seen_of(folder: RunFolder) -> str:
@@ -93,12 +98,20 @@ def seen_of(folder: RunFolder) -> str:
     return folder.path.name
 
 
+def attacks_of(folder: RunFolder) -> list[str]:
+    """The attacks that the run's audit was asked for; all where there was none. Raises UserError where it cannot be read."""
+    audit = read_audit(folder)
+    rows = audit["attacks"] if audit else []
+    asked_for = [row["attack"] for row in rows if row["attack"] in ATTACKS and row["reason"] != NOT_ASKED]
+    return asked_for or list(ATTACKS)
+
+
 class AuditTab:
     """The tab's widgets, and what its events do."""
 
     def __init__(self, runs_dir: Path, device: torch.device) -> None:
         self.runs_dir, self.device = runs_dir, device
-        self.run = gr.Dropdown([], label="Run", info="Runs that have finished unlearning.")
+        self.run = run_dropdown(label="Run", info="Runs that have finished unlearning.")
         offered = [(f"{name}: {attack.asks}", name) for name, attack in ATTACKS.items()]
         self.attacks = gr.CheckboxGroup(offered, value=list(ATTACKS), label="Attacks", elem_classes="rmu-presets")
         told = "What does not fit is named instead. Empty: as long as it takes."
@@ -115,13 +128,20 @@ class AuditTab:
         shown = [self.told, self.found, self.seen]
         gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
         self.run.change(guarded(self.show), [self.run], shown, **QUIET)
+        self.run.change(guarded(self.choose), [self.run], [self.attacks], **QUIET)
         self.audit_button.click(guarded(self.start), [self.run, self.attacks, self.budget, self.over], [*shown, self.over], **QUIET)
         self.stop_button.click(guarded(self.stop), [self.run], shown, **QUIET)
         self.timer.tick(guarded(self.tick), [self.run, self.seen], shown, queue=False, **QUIET)
 
     def refresh(self, name: str | None) -> Any:
         names = [run.path.name for run in RunFolder.all(self.runs_dir) if run.adapter.exists()]
-        return gr.update(choices=names, value=name if name in names else next(iter(names), None))
+        return offered(names, name)
+
+    def choose(self, name: str | None) -> Any:
+        """Turn the fields to the attacks of the run's last audit; without one all are chosen."""
+        with suppress(UserError):  # none is chosen, it is gone, or its audit is damaged: `show` says so
+            return attacks_of(RunFolder.open(self.runs_dir, name or ""))
+        return gr.skip()
 
     def start(self, name: str | None, attacks: list[str], budget: str, over: bool) -> tuple[Any, ...]:
         """Shows how far it is, and takes the mark from "start over": the next click is to go on."""

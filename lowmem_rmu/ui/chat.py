@@ -2,6 +2,7 @@
 
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.processing_utils import save_bytes_to_cache
-from markupsafe import escape
+from markupsafe import Markup, escape
 
 from lowmem_rmu.chat import SIDES, ChatModel, Sampling, Turn, as_json, as_markdown, check_adapter, check_prompt, check_sampling, memory_told, parting
 from lowmem_rmu.data.questions import load_questions
@@ -26,13 +27,19 @@ from lowmem_rmu.presets import SMALLEST_BATCH, is_local
 from lowmem_rmu.runs import RunFolder, write_atomically
 from lowmem_rmu.turns import POLL_SECONDS, tickets
 from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.choice import offered, run_dropdown
 from lowmem_rmu.ui.guard import guarded
+from lowmem_rmu.ui.markup import joined
 
 LABELS = {"base": "Base (before)", "unlearned": "Unlearned (after)"}
 ROOM_FOR_A_RUN = "The chat model was unloaded to make room for a run."
 BY_BUTTON = "The chat model was unloaded; its memory is free again."
 NOTHING_YET = '<p class="parting-note">The place where the two answers part shows up here.</p>'
 REFRESH_SECONDS = 3.0
+WAIT_SECONDS = 1.0
+"""Between two looks at whether it is one's turn."""
+MOST_WAITING = 16
+"""Pages that are told their place in the line; more of them wait in Gradio's own queue."""
 CONVERSATION_TOKENS = 2048
 """Of a conversation that the foretold memory has room for."""
 SUGGESTED = 2
@@ -50,10 +57,28 @@ CSS = """
 """
 
 
+class Line:
+    """Those who want an answer, in the order in which they asked: one model makes one answer at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: list[object] = []
+
+    @contextmanager
+    def joined(self) -> Iterator[Callable[[], int]]:
+        """Take the last place until the block ends. Gives a function that says how many are in front: 0 means that it is one's turn."""
+        place = object()
+        self._waiting.append(place)
+        try:
+            yield lambda: self._waiting.index(place)
+        finally:
+            self._waiting.remove(place)
+
+
 class LoadedModel:
     """The chat model of this process: one at most, loaded when it is asked for and let go of when its memory is wanted."""
 
     def __init__(self) -> None:
+        self.line = Line()
         self._lock = Lock()
         self._model: ChatModel | None = None
         self._state: tuple[Path, int] | None = None
@@ -193,13 +218,14 @@ def where_they_part(base: str, unlearned: str) -> str:
     common = parting(base, unlearned)
     if base == unlearned:
         note = "Both answers are the same, word for word." if base else "Neither side has answered anything."
-        return f'<div class="parting" tabindex="0"><p class="parting-note">{note}</p><p class="parting-common">{escape(base)}</p></div>'
-    begin = escape(base[:common]) if common else "They part at the first word."
-    sides = "".join(
-        f'<p class="parting-{side}"><b>{LABELS[side]} goes on:</b>{escape(text[common:].strip() or "(nothing more)")}</p>'
+        content = Markup('<p class="parting-note">{}</p><p class="parting-common">{}</p>').format(note, base)
+        return Markup('<div class="parting" tabindex="0">{}</div>').format(content)
+    begin = base[:common] if common else "They part at the first word."
+    sides = joined(
+        Markup('<p class="parting-{}"><b>{} goes on:</b>{}</p>').format(side, LABELS[side], text[common:].strip() or "(nothing more)")
         for side, text in (("base", base), ("unlearned", unlearned))
     )
-    return f'<div class="parting" tabindex="0"><p class="parting-common">{begin}</p>{sides}</div>'
+    return Markup('<div class="parting" tabindex="0"><p class="parting-common">{}</p>{}</div>').format(begin, sides)
 
 
 def read_sampling(system_prompt: str | None, temperature: Any, length: Any, seed: Any) -> Sampling:
@@ -262,7 +288,10 @@ def ask(
     """One prompt, outside any conversation: `{"base": ..., "unlearned": ...}`. Loads the run's model if need be."""
     run, sampling = chosen_run(runs_dir, run_name), read_sampling("", temperature, max_new_tokens, seed)
     check_prompt(prompt)
-    return model.load(run, device).answers(prompt, sampling)
+    with model.line.joined() as in_front:
+        while in_front():
+            time.sleep(WAIT_SECONDS / 10)
+        return model.load(run, device).answers(prompt, sampling)
 
 
 def chosen_run(runs_dir: Path, name: str | None) -> RunFolder:
@@ -296,7 +325,7 @@ class ChatTab:
             "One model is in memory: it answers as it was, then as it is now."
         )
         with gr.Row(equal_height=False):
-            self.run = gr.Dropdown(self._run_names(), label="Run", info="Runs that have finished unlearning, newest first.", scale=4, min_width=240)
+            self.run = run_dropdown(label="Run", info="Runs that have finished unlearning, newest first.", scale=4, min_width=240)
             with gr.Column(scale=3, min_width=240), gr.Row():
                 self.refresh_button = gr.Button("Refresh", size="sm", min_width=80)
                 self.load_button = gr.Button("Load", size="sm", min_width=80)
@@ -341,7 +370,7 @@ class ChatTab:
         """Connects the events."""
         typed = [self.run, self.prompt, self.system_prompt, self.temperature, self.length, self.seed, self.conversation]
         shown = [self.status, self.prompt, *self.panes.values(), self.parting, *self.downloads, self.conversation, self.stop]
-        sending = self._on(partial(gr.on, [self.send_button.click, self.prompt.submit]), self.send, typed, shown)
+        sending = self._on(partial(gr.on, [self.send_button.click, self.prompt.submit]), self.send, typed, shown, concurrency_limit=MOST_WAITING)
         self._on(self.stop_button.click, self.stop_answer, [self.stop], [])
         self._on(self.new_button.click, self.new_conversation, [], shown, cancels=[sending])
         self._on(self.load_button.click, self.load, [self.run], [self.status])
@@ -358,8 +387,7 @@ class ChatTab:
     def refresh(self, chosen: str | None) -> Update:
         """The runs there are now; what was chosen stays chosen where it is still there."""
         names = self._run_names()
-        chosen = chosen if chosen in names else next(iter(names), None)
-        return {self.run: gr.Dropdown(choices=names, value=chosen)} | self.choose_run(chosen)
+        return {self.run: offered(names, chosen)} | self.choose_run(chosen or next(iter(names), None))
 
     def tick(self, seen: str) -> tuple[Any, Any]:
         """Another page, or a run, may have loaded or unloaded the model."""
@@ -367,7 +395,10 @@ class ChatTab:
         return (now if seen else gr.skip(), now) if now != seen else (gr.skip(), gr.skip())
 
     def choose_run(self, name: str | None) -> Update:
-        prompts = suggested_prompts(chosen_run(self.runs_dir, name)) if name else []
+        try:
+            prompts = suggested_prompts(chosen_run(self.runs_dir, name)) if name else []
+        except UserError as error:  # it was renamed or deleted meanwhile, which is no mistake of who reads this
+            return {self.suggestions: gr.Dataset(samples=[], visible=False), self.status: f"{self.model.status} {error}"}
         labels, samples = [label for label, _ in prompts], [[prompt] for _, prompt in prompts]
         return {self.suggestions: gr.Dataset(samples=samples, sample_labels=labels, visible=bool(prompts)), self.status: self._told(name)}
 
@@ -400,21 +431,34 @@ class ChatTab:
         """Loads the model if need be, then shows both answers while they are being made."""
         check_prompt(prompt)
         run, sampling = chosen_run(self.runs_dir, name), read_sampling(system_prompt, temperature, length, seed)
+        stop = Event()
         try:
-            if not self.model.is_of(run):
-                yield {self.status: self._loading(run)}
-            model = self.model.load(run, self.device)
-            conversation = conversation if conversation.run == model.run else Conversation.begin(model)
-            model.check(prompt, sampling, conversation.turns)
-            yield from self._answering(run, model, conversation, prompt, sampling)
+            with self.model.line.joined() as in_front:
+                yield from self._waiting(in_front, stop)
+                if stop.is_set():
+                    yield {self.stop: None, self.status: self.model.status}
+                    return
+                if not self.model.is_of(run):
+                    yield {self.status: self._loading(run)}
+                model = self.model.load(run, self.device)
+                conversation = conversation if conversation.run == model.run else Conversation.begin(model)
+                model.check(prompt, sampling, conversation.turns)
+                yield from self._answering(run, model, conversation, prompt, sampling, stop)
         except Exception:
             yield {self.prompt: prompt, self.status: self.model.status}
             raise
 
+    def _waiting(self, in_front: Callable[[], int], stop: Event) -> Iterator[Update]:
+        """Say how many answers come before this one, until it is its turn or nobody wants it any more."""
+        while (others := in_front()) and not stop.is_set():
+            answers = "1 other answer comes" if others == 1 else f"{others} other answers come"
+            yield {self.status: f"Waiting: {answers} before yours. Stop takes you out of the line.", self.stop: stop}
+            time.sleep(WAIT_SECONDS)
+
     def _answering(
-        self, run: RunFolder, model: ChatModel, conversation: Conversation, prompt: str, sampling: Sampling
+        self, run: RunFolder, model: ChatModel, conversation: Conversation, prompt: str, sampling: Sampling, stop: Event
     ) -> Iterator[Update]:
-        turn, stop = Turn(prompt, "", "", sampling), Event()
+        turn = Turn(prompt, "", "", sampling)
         yield {self.status: f"{self.model.status} It is answering.", self.prompt: "", self.stop: stop} | self._panes(conversation, turn)
         with closing(model.stream(prompt, sampling, stop, conversation.turns)) as pieces:
             for side, text in pieces:

@@ -1,10 +1,9 @@
 """The tab to take a result away: what each format is for, the export as a process of its own, and what verifying it found."""
 
-import html
-import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,14 +11,17 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.processing_utils import save_bytes_to_cache
+from markupsafe import Markup
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.formats import FORMATS, KINDS
-from lowmem_rmu.export.verification import FILE
+from lowmem_rmu.export.verification import read_verification
 from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.turns import one_at_a_time
 from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui.choice import offered, run_dropdown
 from lowmem_rmu.ui.guard import failure, guarded, printed_in
+from lowmem_rmu.ui.markup import complaint, joined, paragraph, table
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 REFRESH_SECONDS = 2.0
@@ -34,7 +36,7 @@ KIND_WORDS = {
     "q8_0": "q8_0: half as large, hardly rounded",
     "q4_0": "q4_0: a quarter as large, rounded most",
 }
-NOTHING = "<p>Not exported yet.</p>"
+NOTHING = Markup("<p>Not exported yet.</p>")
 LARGEST_DOWNLOAD = 200 * 2**20
 """Bytes of an export that is offered as a zip file; a larger one is taken from its folder."""
 
@@ -68,14 +70,14 @@ def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
         jobs.spawn(folder.path.parent.resolve(), folder.export_name, command, output_of(place))
 
 
-def progress(folder: RunFolder, place: Path) -> str:
+def progress(folder: RunFolder, place: Path) -> Markup:
     """What has become of an export, as HTML."""
     if place.exists():
-        where = html.escape(str(place.relative_to(folder.path.parent.parent)))
-        return f"<p><strong>Done</strong>: {size_of(place) / 1e6:,.1f} MB in {where}</p>{verification_html(place)}"
+        where = str(place.relative_to(folder.path.parent.parent))
+        return joined([paragraph("Done", f": {size_of(place) / 1e6:,.1f} MB in {where}"), verification_html(place)])
     printed = printed_in(output_of(place))
     if jobs.is_exported_now(folder) and printed is not None:
-        return f"<p><strong>At work</strong>: {html.escape(printed[-1] if printed else 'starting')} …</p>"
+        return paragraph("At work", f": {printed[-1] if printed else 'starting'} …")
     if printed is None:
         return NOTHING
     return failure(printed, "Do it again.")
@@ -85,28 +87,61 @@ def size_of(place: Path) -> int:
     return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
 
-def verification_html(place: Path) -> str:
-    """The table of what the export answered, beside base and unlearned."""
-    path = place / FILE
-    if not path.exists():
-        return "<p>It was not verified: the run asked no questions, or they cannot be asked again.</p>"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    parts = [f"<p>Asked the run's own questions: <strong>{html.escape(found['mark'])}</strong>.</p>"]
-    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Task", "base", "unlearned", "exported", "Found"))
-    for way in found["checked"]:
-        name = html.escape(way["name"])
-        if way["mark"] is None:
-            parts.append(f"<p>{name}: not asked: {html.escape(way['reason'])}</p>")
-            continue
-        rows = "".join(
-            f"<tr><th scope='row'>{html.escape(task['task'])}</th>"
-            + "".join(f"<td>{task[side]:.1%} ± {task[f'{side}_stderr']:.1%}</td>" for side in ("base", "unlearned", "exported"))
-            + f"<td>{html.escape(task['finding'])}</td></tr>"
-            for task in way["tasks"]
-        )
-        table = f"<table class='rmu-table'><caption>{name}: {way['mark']}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        parts.append(f"<div class='rmu-scroll' tabindex='0'>{table}</div>")
-    return "".join(parts)
+def verification_html(place: Path) -> Markup:
+    """The table of what the export answered, next to base and unlearned."""
+    try:
+        found = read_verification(place)
+    except UserError as error:
+        return complaint(str(error))
+    if found is None:
+        return Markup("<p>It was not verified: the run asked no questions, or they cannot be asked again.</p>")
+    checked = joined(_checked(way) for way in found["checked"])
+    return Markup("<p>Asked the run's own questions: <strong>{}</strong>.</p>").format(found["mark"]) + checked
+
+
+def _checked(way: dict[str, Any]) -> Markup:
+    """One way to load the export."""
+    if way["mark"] is None:
+        return Markup("<p>{}: not asked: {}</p>").format(way["name"], way["reason"])
+    sides = ("base", "unlearned", "exported")
+    rows = [
+        (task["task"], *(f"{task[side]:.1%} ± {task[f'{side}_stderr']:.1%}" for side in sides), task["finding"]) for task in way["tasks"]
+    ]
+    return table(("Task", *sides, "Found"), rows, caption=f"{way['name']}: {way['mark']}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the tab's fields say is to be exported."""
+
+    format: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.format} {self.kind}" if self.format == "gguf" else self.format
+
+
+def forms() -> list[Form]:
+    """Every export that a run can have."""
+    return [Form(format, kind) for format in FORMATS for kind in (KINDS if format == "gguf" else KINDS[:1])]
+
+
+def last_form(folder: RunFolder) -> Form | None:
+    """What was exported last, or is being exported; None where nothing was."""
+    begun = []
+    for form in forms():
+        place = place_of(folder, form.format, form.kind)
+        times = [path.stat().st_mtime for path in (place, output_of(place)) if path.exists()]
+        begun += [(max(times), form)] if times else []
+    return max(begun, key=lambda pair: pair[0])[1] if begun else None
+
+
+def others_html(folder: RunFolder, shown: Path) -> Markup:
+    """The run's other exports, so that none is made twice."""
+    places = {form: place_of(folder, form.format, form.kind) for form in forms()}
+    there = [form.name for form, place in places.items() if place.exists() and place != shown]
+    return Markup("<p>Also exported: {}.</p>").format(", ".join(there)) if there else Markup("")
 
 
 class ExportTab:
@@ -114,7 +149,7 @@ class ExportTab:
 
     def __init__(self, runs_dir: Path, device: torch.device) -> None:
         self.runs_dir, self.device = runs_dir, device
-        self.run = gr.Dropdown([], label="Run", info="Runs that have finished unlearning.")
+        self.run = run_dropdown(label="Run", info="Runs that have finished unlearning.")
         formats, kinds = ([(words, key) for key, words in each.items()] for each in (FORMAT_WORDS, KIND_WORDS))
         self.format = gr.Radio(formats, value="adapter", label="Format", elem_classes="rmu-presets")
         self.kind = gr.Radio(kinds, value="q8_0", label="How its numbers are stored", elem_classes="rmu-presets", visible=False)
@@ -128,13 +163,24 @@ class ExportTab:
         chosen, shown = [self.run, self.format, self.kind], [self.told, self.download, self.seen]
         gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
         self.format.change(guarded(self.show_kinds), [self.format], [self.kind], **QUIET)
+        self.run.change(guarded(self.choose), [self.run], [self.format, self.kind], **QUIET)
         gr.on([self.run.change, self.format.change, self.kind.change], guarded(self.show), chosen, shown, **QUIET)
         self.export_button.click(guarded(self.start), chosen, shown, **QUIET)
         self.timer.tick(guarded(self.tick), [*chosen, self.seen], shown, queue=False, **QUIET)
 
     def refresh(self, name: str | None) -> Any:
         names = [run.path.name for run in RunFolder.all(self.runs_dir) if run.adapter.exists()]
-        return gr.update(choices=names, value=name if name in names else next(iter(names), None))
+        return offered(names, name)
+
+    def choose(self, name: str | None) -> tuple[Any, Any]:
+        """Turn the fields to what was exported last of a run; without such they stay as they are."""
+        try:
+            form = last_form(RunFolder.open(self.runs_dir, name or ""))
+        except UserError:  # none is chosen, or it is gone: `show` says so
+            form = None
+        if form is None:
+            return gr.skip(), gr.skip()
+        return form.format, form.kind if form.format == "gguf" else gr.skip()
 
     def show_kinds(self, format: str) -> Any:
         return gr.update(visible=format == "gguf")
@@ -151,7 +197,10 @@ class ExportTab:
             return NOTHING, gr.update(value=None, interactive=False), NOTHING
         folder = RunFolder.open(self.runs_dir, name)
         place = place_of(folder, format, kind)
-        return self._shown(folder, place, progress(folder, place))
+        return self._shown(folder, place, self._told(folder, place))
+
+    def _told(self, folder: RunFolder, place: Path) -> Markup:
+        return progress(folder, place) + others_html(folder, place)
 
     def _shown(self, folder: RunFolder, place: Path, told: str) -> tuple[str, Any, str]:
         nothing = gr.update(value=None, interactive=False)
@@ -166,7 +215,8 @@ class ExportTab:
             folder = RunFolder.open(self.runs_dir, name or "")
         except UserError:  # none is chosen, or it was renamed or deleted meanwhile
             return gr.skip(), gr.skip(), gr.skip()
-        told = progress(folder, place := place_of(folder, format, kind))
+        place = place_of(folder, format, kind)
+        told = self._told(folder, place)
         return self._shown(folder, place, told) if told != seen else (gr.skip(), gr.skip(), gr.skip())
 
 

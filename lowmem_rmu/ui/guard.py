@@ -1,6 +1,5 @@
 """What every event of the page goes through: a user's mistake becomes a message, anything else a plain apology and a line in the log."""
 
-import html
 import inspect
 import logging
 import re
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from markupsafe import escape
+from markupsafe import Markup, escape
 
 from lowmem_rmu.errors import UserError, is_disk_full
+from lowmem_rmu.ui.markup import complaint, joined, paragraph
 
 LOG = logging.getLogger(__name__)
 LINES = 3
@@ -39,8 +39,10 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 def on_the_page(message: str) -> str:
     """A message whose options of the command line are said in the page's words."""
     lines = [line for line in message.splitlines() if not line.strip().startswith("--stages")]
-    text = re.sub(r"(python -m lowmem_rmu\.run \S+ )?--resume --name \S+", "Resume, under Runs.", "\n".join(lines)).replace("--set ", "")
-    return re.sub(r"(python -m lowmem_rmu audit \S+ )?--again", 'check "Start over" under Audit', text)
+    text = "\n".join(lines).replace("--set ", "")
+    word = r"(?:'[^']*'|\S)+"  # quoted where it holds spaces
+    text = re.sub(rf"(python -m lowmem_rmu\.run {word} )?--resume --name \S+", "Resume, under Runs.", text)
+    return re.sub(rf"(python -m lowmem_rmu audit {word} )?--again", 'check "Start over" under Audit', text)
 
 
 def printed_in(output: Path) -> list[str] | None:
@@ -48,11 +50,11 @@ def printed_in(output: Path) -> list[str] | None:
     return output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.exists() else None
 
 
-def failure(printed: list[str], what_next: str) -> str:
+def failure(printed: list[str], what_next: str) -> Markup:
     """The end of what a process printed that failed, as HTML: a user's mistake in its words, of anything else only that it ended."""
     text = "\n".join(printed)
     told = f"Its process ended before it was done. {what_next}" if "Traceback" in text or not printed else "\n".join(printed[-LINES:])
-    return f"<p><strong>Failed</strong></p><pre class='rmu-error'>{html.escape(on_the_page(told))}</pre>"
+    return joined([paragraph("Failed"), complaint(on_the_page(told))])
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Runs as processes of their own: started, stopped and found again by what lies in the runs folder."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,10 +15,13 @@ import torch
 import yaml
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.summary import read_summary
 from lowmem_rmu.model.memory import peak_of, plan
+from lowmem_rmu.parsing import ParseError, parse_yaml
 from lowmem_rmu.presets import Preset, load_preset, recorded_preset
+from lowmem_rmu.records import StepTime
 from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json
-from lowmem_rmu.turns import Ticket, one_at_a_time, take_ticket, tickets
+from lowmem_rmu.turns import Ticket, free_name, one_at_a_time, process_of, take_ticket, tickets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE_SECONDS = 20.0
@@ -70,20 +72,13 @@ def reserve(runs_dir: Path, preset_name: str, name: str | None) -> RunFolder:
     with one_at_a_time(runs_dir):
         if name is not None:
             return RunFolder.reserve(runs_dir, _free(runs_dir, name).name)
-        wanted, number = RunFolder.new_name(preset_name), 1
-        while (runs_dir / _numbered(wanted, number)).exists():
-            number += 1
-        return RunFolder.reserve(runs_dir, _numbered(wanted, number))
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}-{number}"
+        return RunFolder.reserve(runs_dir, free_name(runs_dir, RunFolder.new_name(preset_name)))
 
 
 def _free(runs_dir: Path, name: str) -> Path:
     """Where a run of this name would go. Raises UserError for a name that is taken or none."""
     path = RunFolder.inside(runs_dir, name)
-    if path.exists():
+    if (path.exists() and not RunFolder(path).is_leftover) or process_of(runs_dir, name):
         raise UserError(f"Run {name} exists already.\nChoose another name.")
     return path
 
@@ -121,17 +116,34 @@ def needed_by(ticket: Ticket, device: torch.device) -> int | None:
 def resume(folder: RunFolder) -> None:
     """Goes on with a run that was stopped or interrupted.
 
-    Raises UserError where it is under way, has nothing to go on with, or has settings that this version does not know.
+    Raises UserError where it is under way or finished, has nothing to go on with, or has settings that this
+    version does not know.
     """
     with one_at_a_time(folder.path.parent):  # asked twice at once, it goes on once
         if state_of(folder).is_live:
             raise UserError(f"Run {folder.path.name} is under way already.")
+        if is_finished(folder):
+            raise UserError(
+                f"Run {folder.path.name} is finished: nothing of it is left to do.\n"
+                "See its results, or start a new run."
+            )
         if folder.is_reserved:
             _launch(folder, _preset_file(folder).stem, "auto", resume=False)
         else:
             preset_name, device = folder.config["preset"], folder.config["device"]
             _write_settings(folder, preset_name, recorded_preset(folder.config["settings"], folder.path).model_dump())
             _launch(folder, preset_name, device, resume=True)
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Whether every stage is done, and the summary and the report can be read."""
+    if folder.read_status().get("state") != "done" or not (folder.path / "report.html").exists():
+        return False
+    with suppress(UserError):
+        read_summary(folder)
+        results = [folder.evaluation("base"), folder.adapter, folder.evaluation("unlearned")]
+        return all(path.exists() for path in results)
+    return False
 
 
 def _write_settings(folder: RunFolder, preset_name: str, settings: dict[str, Any]) -> None:
@@ -150,8 +162,11 @@ def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> N
 
 def spawn(runs_dir: Path, name: str, command: list[str], output: Path) -> None:
     """A process that outlives this one, with its number under `name`; what it prints is added to `output`. Within `one_at_a_time`."""
+    in_utf8 = os.environ | {"PYTHONIOENCODING": "utf-8"}  # the page reads the output as UTF-8, whatever the system's own encoding is
     with output.open("ab") as printed:
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=in_utf8, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
+        )
         take_ticket(runs_dir, name, process.pid)
     if os.name == "posix":
         psutil.Process(process.pid).nice(NICENESS)
@@ -191,7 +206,7 @@ def delete(folder: RunFolder) -> None:
     """Raises UserError while it is under way."""
     with one_at_a_time(folder.path.parent):
         _check_rests(folder, "deleted")
-        shutil.rmtree(folder.path)
+        folder.remove()
 
 
 def rename(folder: RunFolder, name: str) -> RunFolder:
@@ -207,7 +222,11 @@ def _follow_own_text(folder: RunFolder, before: str) -> None:
     """Own text lies in the run's folder, which was called `before`: the settings name its place anew, and the run stays as old as it was."""
     now = str(folder.path.resolve())
     for path in folder.path.glob("*.yaml"):
-        _write_settings(folder, path.stem, _moved(yaml.safe_load(path.read_text(encoding="utf-8")), before, now))
+        with suppress(
+            ParseError, UnicodeDecodeError
+        ):  # a damaged one stays as it is: to resume with it is refused by name
+            settings, _ = parse_yaml(path.read_text(encoding="utf-8"))
+            _write_settings(folder, path.stem, _moved(settings, before, now))
     if not folder.is_reserved and (moved := _moved(folder.config, before, now)) != folder.config:
         path = folder.path / "config.json"
         as_of = path.stat()
@@ -235,21 +254,21 @@ def _check_rests(folder: RunFolder, what: str) -> None:
 
 def is_exported_now(folder: RunFolder) -> bool:
     """Whether a process exports it, or waits for its turn to."""
-    return _ticket(folder, folder.export_name) is not None
+    return process_of(folder.path.parent, folder.export_name) is not None
 
 
 def is_audited_now(folder: RunFolder) -> bool:
     """Whether a process audits it, or waits for its turn to."""
-    return _ticket(folder, folder.audit_name) is not None
+    return process_of(folder.path.parent, folder.audit_name) is not None
 
 
 def stop_audit(folder: RunFolder) -> None:
     """Asks the audit of a run to stop after its step; asked again it stops at once. Raises UserError where none is under way."""
-    ticket = _ticket(folder, folder.audit_name)
-    if ticket is None:
+    process = process_of(folder.path.parent, folder.audit_name)
+    if process is None:
         raise UserError(f"Run {folder.path.name} is not being audited.")
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(ticket.pid).terminate()
+        process.terminate()
 
 
 def find(runs_dir: Path, name: str | None) -> RunFolder:
@@ -272,7 +291,9 @@ def names(runs_dir: Path) -> list[str]:
 
 def _began(folder: RunFolder) -> float:
     """When it was reserved, or became a run (seconds since 1970)."""
-    return (folder.output if folder.is_reserved else folder.path / "config.json").stat().st_mtime
+    with suppress(OSError):  # deleted just now
+        return (folder.output if folder.is_reserved else folder.path / "config.json").stat().st_mtime
+    return 0.0
 
 
 def state_of(folder: RunFolder) -> RunState:
@@ -281,7 +302,7 @@ def state_of(folder: RunFolder) -> RunState:
     told = status.get("state", "failed" if folder.is_reserved else "interrupted")
     if place:
         return RunState(name, "waiting", place=place)
-    if place is None and told in ("waiting", "running") and not _writes(status):
+    if place is None and told in ("waiting", "running") and folder.writer is None:
         told = "interrupted"
     if place == 0 and told != "running":
         return RunState(name, "starting")
@@ -290,20 +311,15 @@ def state_of(folder: RunFolder) -> RunState:
     return RunState(name, told, status.get("stage", ""), step, total, 0, left, status.get("error"))
 
 
-def _writes(status: dict[str, float]) -> bool:
-    """Whether the process that wrote the status lives: one that never took a number."""
-    pid = int(status.get("pid", 0))
-    return status.get("state") == "running" and pid != os.getpid() and psutil.pid_exists(pid)
-
-
 def _seconds_left(folder: RunFolder, status: dict[str, float]) -> float | None:
     """Of the stage: by the pace of the last steps, or by that of the stage so far."""
-    rest = status["total"] - status["step"]
-    if status["stage"] == STAGES[1]:
-        seconds = [row["seconds"] for row in read_lines(folder.metrics)[-20:]]
+    rest = status.get("total", 0) - status.get("step", 0)
+    if status.get("stage") == STAGES[1]:
+        seconds = [row["seconds"] for row in read_lines(folder.metrics, StepTime)[-20:]]
         return rest * sum(seconds) / len(seconds) if seconds else None
     began = status.get("stage_began")
-    return rest * (status["heartbeat"] - began) / status["step"] if began and status["step"] else None
+    step = status.get("step")
+    return rest * (status.get("heartbeat", began) - began) / step if began and step else None
 
 
 def _ticket(folder: RunFolder, name: str) -> Ticket | None:

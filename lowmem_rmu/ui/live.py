@@ -1,12 +1,14 @@
 """What a run is doing now, as HTML and as curves, read from its folder."""
 
-import html
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from lowmem_rmu.chat import SIDES
+from lowmem_rmu.records import StepRow, TaskMark
 from lowmem_rmu.runs import STAGES, RunFolder, read_lines
+from lowmem_rmu.ui import markup
 from lowmem_rmu.ui.jobs import RunState
 
 STAGE_WORDS = {
@@ -19,6 +21,12 @@ STAGE_WORDS = {
 }
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
 NORMS = {"forget_norm": "forget set", "retain_norm": "retain set"}
+DIVERGENCES = {
+    "retain_kl": "text to keep",
+    "question_kl": "questions to keep",
+    "topic_kl": "topic",
+    "topic_question_kl": "questions about the topic",
+}
 OUTPUT_LINES = 3
 MISSING = "–"
 TRACE = "(most recent call"
@@ -27,24 +35,27 @@ TRACE = "(most recent call"
 
 def progress(state: RunState, folder: RunFolder) -> str:
     """State, stage, how far, time left, and what has been found so far."""
-    parts = [f"<p class='rmu-state rmu-{state.state}'><strong>{html.escape(state.name)}</strong>: {state.words}</p>"]
+    parts = [Markup("<p class='rmu-state rmu-{}'><strong>{}</strong>: {}</p>").format(state.state, state.name, state.words)]
     if state.is_live and state.stage in STAGE_WORDS:
         parts.append(_bar(state))
     if state.state in ("failed", "interrupted"):
-        parts.append(f"<pre class='rmu-error'>{html.escape(complaint(state, folder))}</pre>")
-    return "".join(parts) + _figures(folder) + _answers(folder)
+        parts.append(markup.complaint(complaint(state, folder)))
+    return markup.joined([*parts, _figures(folder), _answers(folder)])
 
 
-def _bar(state: RunState) -> str:
+def can_go_on(state: RunState) -> bool:
+    """Tell whether Resume has something to do: a run that is done would be run again."""
+    return state.state in ("stopped", "interrupted", "failed")
+
+
+def _bar(state: RunState) -> Markup:
     number = STAGES.index(state.stage) + 1 if state.stage in STAGES else 0
     words = STAGE_WORDS[state.stage] + (f" (stage {number} of {len(STAGES)})" if number else "")
     if not state.total:
-        return f"<p>{words} …</p>"
+        return Markup("<p>{} …</p>").format(words)
     left = f", about {_duration(state.seconds_left)} left" if state.seconds_left is not None else ""
-    return (
-        f"<p>{words}: {state.step:,} of {state.total:,}{left}</p>"
-        f"<progress max='{state.total}' value='{state.step}' aria-label='{words}'></progress>"
-    )
+    count = Markup("<p>{}: {:,} of {:,}{}</p>").format(words, state.step, state.total, left)
+    return count + Markup("<progress max='{}' value='{}' aria-label='{}'></progress>").format(state.total, state.step, words)
 
 
 def complaint(state: RunState, folder: RunFolder) -> str:
@@ -56,39 +67,35 @@ def complaint(state: RunState, folder: RunFolder) -> str:
     return state.error or "\n".join(told.splitlines()[-OUTPUT_LINES:])
 
 
-def _figures(folder: RunFolder) -> str:
-    rows = read_lines(folder.metrics)
+def _figures(folder: RunFolder) -> Markup:
+    rows = read_lines(folder.metrics, StepRow)
     if not rows:
-        return ""
+        return Markup("")
     last = rows[-1]
     shown = {"Step": f"{last['step']:,}", **{words: f"{last[key]:.4g}" for key, words in LOSSES.items()}}
     shown |= {f"Activation norm, {words}": f"{last[key]:.4g}" for key, words in NORMS.items() if last.get(key) is not None}
     return _list(shown)
 
 
-def _answers(folder: RunFolder) -> str:
+def _answers(folder: RunFolder) -> Markup:
     """Right answers so far, a row a task."""
     told: dict[str, dict[str, str]] = {}
     for side in SIDES:
-        answers = pd.DataFrame(read_lines(folder.answers(side)))
+        answers = pd.DataFrame(read_lines(folder.answers(side), TaskMark))
         if len(answers):
             tasks = answers.assign(task=answers["task"].astype(str)).groupby("task", sort=False)["correct"].agg(["mean", "size"])
             for name, row in tasks.iterrows():
                 told.setdefault(str(name), {})[side] = f"{row['mean']:.1%} of {int(row['size']):,}"
     if not told:
-        return ""
-    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Task", *SIDES))
-    rows = (
-        f"<tr><th scope='row'>{html.escape(name)}</th>{''.join(f'<td>{shares.get(side, MISSING)}</td>' for side in SIDES)}</tr>"
-        for name, shares in told.items()
-    )
-    table = f"<table class='rmu-table'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<details open><summary>Right answers so far</summary><div class='rmu-scroll rmu-tall' tabindex='0'>{table}</div></details>"
+        return Markup("")
+    rows = [(name, *(shares.get(side, MISSING) for side in SIDES)) for name, shares in told.items()]
+    table = markup.table(("Task", *SIDES), rows, tall=True)
+    return Markup("<details open><summary>Right answers so far</summary>{}</details>").format(table)
 
 
-def _list(shown: dict[str, str]) -> str:
-    pairs = (f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in shown.items())
-    return f"<dl class='rmu-figures'>{''.join(pairs)}</dl>"
+def _list(shown: dict[str, str]) -> Markup:
+    pairs = (Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(key, value) for key, value in shown.items())
+    return Markup("<dl class='rmu-figures'>{}</dl>").format(markup.joined(pairs))
 
 
 def _duration(seconds: float) -> str:
@@ -97,14 +104,16 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def curves(folder: RunFolder | None) -> tuple[pd.DataFrame | None, pd.DataFrame | None, pd.DataFrame | None]:
-    """Forget loss, retain loss and activation norms by step, in the long form that a plot takes; None where there are none yet.
+def curves(folder: RunFolder | None) -> list[pd.DataFrame | None]:
+    """Return forget loss, retain loss, activation norms, and what the guard saw, by step; None where there are none yet.
+
+    Frames are in the long form that a plot takes.
 
     A plot keeps the axes and colours of the first frame it is given, so that an empty one would stay empty.
     """
-    rows = read_lines(folder.metrics) if folder else []
+    rows = read_lines(folder.metrics, StepRow) if folder else []
     losses = [_long(rows, {key: None}) for key in LOSSES]
-    return losses[0], losses[1], _long(rows, NORMS)
+    return [*losses, _long(rows, NORMS), _long(rows, DIVERGENCES)]
 
 
 def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame | None:

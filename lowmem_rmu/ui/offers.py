@@ -1,15 +1,17 @@
 """The presets as this machine sees them, and a preset with the settings that somebody chose on the page."""
 
-import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available, peak_of, plan
 from lowmem_rmu.presets import Preset, load_preset, preset_names
+from lowmem_rmu.ui import markup
 
 TIGHT = 0.85
 """Of what is free: a plan above this share runs only if nothing else wants memory meanwhile."""
@@ -91,25 +93,31 @@ def table_html(device: torch.device) -> str:
         (row["preset"], ", ".join(row["forgets"]), _count(row["parameters"]), gib(int(row["gpu_memory_gib"] * 2**30)), f"{row['fit']}. {row['why']}")
         for row in table(device)
     ]
-    head = "".join(f"<th scope='col'>{each}</th>" for each in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='rmu-scroll' tabindex='0'><table class='rmu-table'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return markup.table(heads, rows)
 
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
-def chosen(preset_name: str | None, changes: dict[str, Any], lines: str = "") -> Preset:
+def chosen(
+    preset_name: str | None, changes: dict[str, Any], lines: str = "", labels: Mapping[str, str] | None = None
+) -> Preset:
     """The preset with other settings: `changes` by dotted path, and `key.path=value` a line. Raises UserError for every mistake at once.
 
+    `labels` say by dotted path what the page calls the field of a change, for messages.
     No line may name another model or another text: from a page, only what lies in the runs folder or in a preset is read.
     """
     if not preset_name or preset_name not in preset_names():
         raise UserError("Choose one of the presets first.")
     given = [f"{path}={'null' if value is None else value}" for path, value in changes.items()]
     given += [line.strip() for line in lines.splitlines() if line.strip() and not line.strip().startswith("#")]
-    preset = load_preset(preset_name, given)
+    # A line that says a field's setting once more is what counts, and what a mistake of it has to name.
+    in_lines = {line.partition("=")[0].strip() for line in lines.splitlines()}
+    of_fields = {
+        path: label for path, label in (labels or {}).items() if path in changes and path not in in_lines
+    }
+    preset = load_preset(preset_name, given, of_fields)
     if _places(preset.model_dump()) != _places(load_preset(preset_name).model_dump()):
         raise UserError(
             "A setting names another model, text or questions: that cannot be done from the page.\n"
@@ -129,12 +137,12 @@ def _places(settings: Any) -> list[str]:
 def plan_html(preset: Preset, device: torch.device) -> str:
     """The memory plan, a row a stage, and whether it fits."""
     needs, free = plan(preset, device), memory_available(device)
-    rows = "".join(
-        f"<tr><th scope='row'>{need.stage}</th><td><strong>{gib(need.total)}</strong></td><td>{gib(need.weights)}</td>"
-        f"<td>{gib(need.working)}</td><td>{gib(need.cache) if need.cache else '–'}</td></tr>"
-        for need in needs
-    )
+    rows = []
+    for need in needs:
+        together = Markup("<strong>{}</strong>").format(gib(need.total))
+        cache = gib(need.cache) if need.cache else "–"
+        rows.append((need.stage, together, gib(need.weights), gib(need.working), cache))
     words = fit(peak_of(needs), free)
-    head = "".join(f"<th scope='col'>{each}</th>" for each in ("Stage", "Together", "Model", "Working", "Cache"))
-    verdict = f"<p class='rmu-fit'><strong>{words.capitalize()}</strong>: {gib(peak_of(needs))} at most, {gib(free)} free on this machine now.</p>"
-    return f"{verdict}<div class='rmu-scroll' tabindex='0'><table class='rmu-table'><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+    amounts = f"{gib(peak_of(needs))} at most, {gib(free)} free on this machine now."
+    verdict = Markup("<p class='rmu-fit'><strong>{}</strong>: {}</p>").format(words.capitalize(), amounts)
+    return markup.joined([verdict, markup.table(("Stage", "Together", "Model", "Working", "Cache"), rows)])

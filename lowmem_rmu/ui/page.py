@@ -34,6 +34,9 @@ progress { width: 100%; }
 FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """Of the machine itself: none is fetched from elsewhere."""
 
+TRANSLATIONS = {"common.complete": "Done"}
+"""Words that Gradio announces to screen readers and has in none of its languages: it would read out the key."""
+
 
 def style() -> str:
     return CSS + chat.CSS + app_stylesheet()

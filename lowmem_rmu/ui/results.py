@@ -7,15 +7,23 @@ from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
+from markupsafe import Markup
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.report import read_summary, render_comparison, render_parts
 from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.ui.choice import offered, run_dropdown
 from lowmem_rmu.ui.guard import guarded
 
+LOADING = "<p>Looking for finished runs …</p>"
 EMPTY = "<p>No finished run yet. Start one under Unlearn.</p>"
 NO_OTHER = ("no other run", "")
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+def reading(name: str) -> Markup:
+    """What stands in place of a run's results until they are there."""
+    return Markup("<p>Reading the results of {} …</p>").format(name)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,9 @@ class Results:
     def refresh_on(self, *triggers: Callable[..., Any]) -> Any:
         """Lists the runs anew at these events, such as `tab.select` and `demo.load`. What is chosen stays so as long as it is there."""
         chosen = [self.run, self.other]
-        return gr.on(triggers, guarded(self.refresh), chosen, chosen, **QUIET)
+        event = gr.on(triggers, guarded(self.refresh), chosen, chosen, **QUIET)
+        event.success(guarded(self.tell_none), [self.run], [self.parts], **QUIET)
+        return event
 
     def open_on(self, trigger: Callable[..., Any], name: gr.components.Component) -> Any:
         """Shows the run that `name` holds at this event of another tab. Gives the event, for `.success` to change to this tab."""
@@ -46,14 +56,21 @@ class Results:
     def refresh(self, name: str | None, other: str | None) -> tuple[Any, Any]:
         """What is to be chosen from, for both lists; the newest run where none is chosen or the chosen one is gone."""
         names = choices(self.runs_dir)
-        name = name if name in names else next(iter(names), None)
-        other = other if other in names else NO_OTHER[1]
-        return gr.update(choices=names, value=name), gr.update(choices=[NO_OTHER, *names], value=other)
+        return offered(names, name), gr.update(choices=[NO_OTHER, *names])
+
+    def tell_none(self, name: str | None) -> Any:
+        """Say that there is no finished run, once that is known."""
+        return gr.skip() if name or choices(self.runs_dir) else EMPTY
 
     def opened(self, name: str | None) -> tuple[Any, Any]:
         """The same with this run chosen. Raises UserError where it has no results."""
         results(self.runs_dir, name or "")
-        return self.refresh(name, None)
+        names = choices(self.runs_dir)
+        return gr.update(choices=names, value=name), gr.update(choices=[NO_OTHER, *names], value=NO_OTHER[1])
+
+    def clear(self, name: str | None) -> tuple[str, Any, Any]:
+        """Take away what belongs to the run that was chosen before, its report too."""
+        return (reading(name) if name else EMPTY), gr.update(value=None, interactive=False), gr.update(value="", visible=False)
 
     def show(self, name: str | None) -> Iterator[tuple[Any, Any]]:
         """A run's results and its report. One that cannot be shown leaves nothing of the run before it standing."""
@@ -99,16 +116,20 @@ class Results:
 def build(runs_dir: Path) -> Results:
     """The widgets of the tab, inside the tab that is open."""
     with gr.Row():
-        run = gr.Dropdown([], label="Run", info="Finished runs, newest first", scale=3, min_width=220)
-        other = gr.Dropdown([NO_OTHER], value=NO_OTHER[1], label="Compare with", info="Task by task", scale=3, min_width=220)
+        run = run_dropdown(label="Run", info="Finished runs, newest first", scale=3, min_width=220)
+        other = run_dropdown([NO_OTHER], value=NO_OTHER[1], label="Compare with", info="Task by task", scale=3, min_width=220)
     with gr.Row():
         refresh = gr.Button("Refresh", min_width=120)
         download = gr.DownloadButton("Download the report", interactive=False, min_width=120)
-    comparison, parts = gr.HTML(visible=False, apply_default_css=False), gr.HTML(EMPTY, apply_default_css=False)
+    comparison, parts = gr.HTML(visible=False, apply_default_css=False), gr.HTML(LOADING, apply_default_css=False)
     tab = Results(runs_dir, run, other, parts, download)
     # Whatever changes what is chosen (a hand, Refresh, another tab) is followed by showing it.
-    run.change(guarded(tab.show), [run], [parts, download], api_visibility="private")
-    gr.on([run.change, other.change], guarded(tab.compare), [run, other], [comparison], **QUIET)
+    # What was shown goes at once, and what is still being read for the run before it does not come any more.
+    cleared = run.change(guarded(tab.clear), [run], [parts, download, comparison], queue=False, trigger_mode="multiple", **QUIET)
+    shown = cleared.then(guarded(tab.show), [run], [parts, download], api_visibility="private")
+    run.change(None, cancels=[shown])
+    cleared.then(guarded(tab.compare), [run, other], [comparison], **QUIET)
+    other.change(guarded(tab.compare), [run, other], [comparison], **QUIET)
     tab.show_after(tab.refresh_on(refresh.click))
     return tab
 

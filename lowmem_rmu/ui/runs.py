@@ -11,8 +11,10 @@ import gradio as gr
 import yaml
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.summary import Headline
 from lowmem_rmu.runs import RunFolder
-from lowmem_rmu.ui import jobs
+from lowmem_rmu.ui import jobs, live
+from lowmem_rmu.ui.choice import offered, run_dropdown
 from lowmem_rmu.ui.guard import guarded
 
 COLUMNS = ["Run", "State", "Preset", "Verdict", "Size"]
@@ -31,16 +33,15 @@ def rows(runs_dir: Path) -> list[list[str]]:
 
 def _config(folder: RunFolder) -> dict[str, Any]:
     """Empty where there is none or it is damaged: such a run is listed too, and can be deleted."""
-    with suppress(OSError, ValueError):
-        return folder.config if isinstance(folder.config, dict) else {}
+    with suppress(UserError):
+        return folder.config
     return {}
 
 
 def _verdict(folder: RunFolder) -> str:
     path = folder.path / "summary.json"
     try:
-        verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
-        return f"Forgotten: {verdict['forgotten']}. Kept: {verdict['kept']}."
+        return Headline.of(folder, json.loads(path.read_text(encoding="utf-8"))["verdict"]).sentence
     except (OSError, ValueError, KeyError, TypeError):
         return "–"
 
@@ -60,13 +61,13 @@ class RunsTab:
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
         self.table = gr.Dataframe(headers=COLUMNS, value=[], interactive=False, wrap=True, label="Runs")
-        self.run = gr.Dropdown([], label="Run", info="What the buttons below are for.")
+        self.run = run_dropdown(label="Run", info="What the buttons below are for.")
         with gr.Row():
             self.open_button = gr.Button("Show results", min_width=120)
             self.resume_button = gr.Button("Resume", min_width=120)
             self.delete_button = gr.Button("Delete …", variant="stop", min_width=120)
         with gr.Row(visible=False) as self.question:
-            self.sure = gr.Markdown()
+            self.sure, self.asked_about = gr.Markdown(), gr.State(None)
             self.really_button = gr.Button("Delete for good", variant="stop", min_width=120)
             self.keep_button = gr.Button("Keep it", min_width=120)
         with gr.Row():
@@ -83,13 +84,14 @@ class RunsTab:
         self.resume_button.click(guarded(self.resume), [self.run], listed, **QUIET)
         self.table.select(guarded(self.chosen), [], [self.run], **QUIET)
         self.rename_button.click(guarded(self.rename), [self.run, self.new_name], listed, **QUIET)
-        self.delete_button.click(guarded(self.ask), [self.run], [self.question, self.sure], **QUIET)
+        gr.on([self.run.change, self.table.change], guarded(self.buttons), [self.run], [self.resume_button], **QUIET)
+        self.delete_button.click(guarded(self.ask), [self.run], [self.question, self.sure, self.asked_about], **QUIET)
         self.keep_button.click(lambda: gr.update(visible=False), [], [self.question], **QUIET)
-        self.really_button.click(guarded(self.delete), [self.run], [*listed, self.question], **QUIET)
+        self.really_button.click(guarded(self.delete), [self.asked_about, self.run], [*listed, self.question], **QUIET)
 
     def refresh(self, name: str | None) -> tuple[Any, Any]:
-        names = jobs.names(self.runs_dir)
-        return rows(self.runs_dir), gr.update(choices=names, value=name if name in names else next(iter(names), None))
+        """The table, and the runs to choose from; what is chosen stays."""
+        return rows(self.runs_dir), offered(jobs.names(self.runs_dir), name)
 
     def chosen(self, event: gr.SelectData) -> str:
         """The run whose row was clicked."""
@@ -106,12 +108,22 @@ class RunsTab:
     def rename(self, name: str | None, new_name: str) -> tuple[Any, Any]:
         if not new_name.strip():
             raise UserError("Type the new name first.")
-        return self.refresh(jobs.rename(jobs.find(self.runs_dir, name), new_name.strip()).path.name)
+        renamed = jobs.rename(jobs.find(self.runs_dir, name), new_name.strip()).path.name
+        return rows(self.runs_dir), gr.update(choices=jobs.names(self.runs_dir), value=renamed)
 
-    def ask(self, name: str | None) -> tuple[Any, str]:
+    def ask(self, name: str | None) -> tuple[Any, str, str]:
+        """Ask before deleting, and keep which run was asked about: another may be chosen meanwhile."""
         folder = jobs.find(self.runs_dir, name)
-        return gr.update(visible=True), f"Delete **{folder.path.name}** ({_size(folder)})? This cannot be undone."
+        question = f"Delete **{folder.path.name}** ({_size(folder)})? This cannot be undone."
+        return gr.update(visible=True), question, folder.path.name
 
-    def delete(self, name: str | None) -> tuple[Any, Any, Any]:
+    def buttons(self, name: str | None) -> Any:
+        """Resume is there for a run that can go on."""
+        with suppress(UserError):  # none is chosen, or it is gone
+            return gr.update(interactive=live.can_go_on(jobs.state_of(jobs.find(self.runs_dir, name))))
+        return gr.update(interactive=False)
+
+    def delete(self, name: str | None, chosen: str | None = None) -> tuple[Any, Any, Any]:
+        """Delete the run that was asked about; `chosen` is the one that is chosen by now."""
         jobs.delete(jobs.find(self.runs_dir, name))
-        return *self.refresh(None), gr.update(visible=False)
+        return *self.refresh(chosen if chosen != name else None), gr.update(visible=False)

@@ -1,20 +1,22 @@
 """Text that somebody drops on the page as forget or retain set: read and shown at once, and kept in the run's own folder."""
 
-import html
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 
+from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.corpora import TEXT_FILES, read_documents, tokenise
+from lowmem_rmu.data.documents import what_it_is, what_to_do, why_left_out
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.loading import load_tokenizer
 from lowmem_rmu.presets import Corpus, Preset, Retain, Topic
 from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.ui.markup import joined, paragraph
 
 HELD_OUT = 0.1
 SHOWN = 3
@@ -87,7 +89,9 @@ def _copied(files: Sequence[str], to: Path) -> dict[Path, str]:
     copies = {}
     for number, path in enumerate(map(Path, sorted(files)), start=1):
         if path.suffix.lower() not in TEXT_FILES:
-            raise UserError(f"{path.name} is no text that can be read here.\nGive {', '.join(TEXT_FILES)} files.")
+            raise UserError(
+                f"{path.name} is {what_it_is(path)}, which is not read here.\n{what_to_do(path, TEXT_FILES)}"
+            )
         copy = to.resolve() / f"{number:04}{path.suffix.lower()}"
         shutil.copyfile(path, copy)
         copies[copy] = path.name
@@ -95,11 +99,21 @@ def _copied(files: Sequence[str], to: Path) -> dict[Path, str]:
 
 
 def texts_among(files: Sequence[str]) -> list[str]:
-    """Of a folder's files those that are text. Raises UserError where there are none."""
-    found = [file for file in files if Path(file).suffix.lower() in TEXT_FILES]
+    """Of a folder's files those that are read, by the command line's rules. Raises UserError without any."""
+    left_out = left_out_of(files)
+    found = [file for file in files if Path(file).name not in left_out]
     if not found:
-        raise UserError(f"There is no text in this folder.\nGive one with {', '.join(TEXT_FILES)} files.")
+        held = f" It holds {', '.join(list(left_out)[:SHOWN])}." if left_out else ""
+        raise UserError(
+            f"There is no text in this folder.{held}\nGive one with {', '.join(TEXT_FILES)} files."
+        )
     return found
+
+
+def left_out_of(files: Sequence[str]) -> dict[str, str]:
+    """By name, why a file of a folder is not read: hidden, about the data, or of another kind."""
+    reasons = {name: why_left_out(PurePath(name), TEXT_FILES) for name in (Path(file).name for file in files)}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
@@ -113,9 +127,9 @@ def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
     if tokenizer:
         sequences = tokenise(documents, tokenizer, preset.retain.max_tokens, split=True)
         amount = f"{sum(map(len, sequences)):,} tokens in {len(sequences):,} samples"
-    lines = [f"<p><strong>{len(files)} file{_s(files)}, {len(documents):,} document{_s(documents)}, {amount}.</strong> {_advice(documents)}</p>"]
-    lines += [f"<blockquote>{html.escape(text.strip()[:CHARACTERS])} …</blockquote>" for text in documents[:SHOWN]]
-    return "".join(lines)
+    counts = f"{len(files)} file{_s(files)}, {len(documents):,} document{_s(documents)}, {amount}."
+    samples = [Markup("<blockquote>{} …</blockquote>").format(text.strip()[:CHARACTERS]) for text in documents[:SHOWN]]
+    return joined([paragraph(counts, f" {_advice(documents)}"), *samples])
 
 
 def _advice(documents: list[str]) -> str:

@@ -1,15 +1,17 @@
 """The tab where a run begins: a preset, own text, settings and what they cost; and what the run is doing."""
 
-import html
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
+from markupsafe import escape
 
 from lowmem_rmu.data.corpora import TEXT_FILES
+from lowmem_rmu.data.documents import NAMES_SHOWN
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.fit import check_fits
 from lowmem_rmu.model.memory import peak_of, plan
@@ -18,11 +20,14 @@ from lowmem_rmu.runs import STAGES, RunFolder
 from lowmem_rmu.turns import tickets
 from lowmem_rmu.ui import jobs, live, offers
 from lowmem_rmu.ui.chat import LoadedModel
+from lowmem_rmu.ui.choice import offered, run_dropdown
 from lowmem_rmu.ui.guard import guarded, on_the_page
-from lowmem_rmu.ui.texts import Own, describe, texts_among, with_own_text
+from lowmem_rmu.ui.markup import complaint
+from lowmem_rmu.ui.texts import Own, describe, left_out_of, texts_among, with_own_text
 
 DEFAULT = "tiny"
 REFRESH_SECONDS = 1.5
+PLOTS = ("Forget loss", "Retain loss", "Activation norm", "Divergence from base, nats per token")
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 MATTER = {
     "rmu.steps": ("Steps", "How long it trains. More steps forget more, and may cost more of the rest."),
@@ -85,6 +90,17 @@ def changes_of(preset_name: str, values: list[Any]) -> dict[str, Any]:
     return {path: int(value) if path in WHOLE and value is not None and float(value).is_integer() else value for path, value in changed.items()}
 
 
+def labels_of(changes: dict[str, Any]) -> dict[str, str]:
+    """What the page calls the field of each change, by dotted path; one field may change several topics."""
+    return {path: MATTER[path if path in MATTER else path.rpartition(".")[2]][0] for path in changes}
+
+
+def chosen_by(preset_name: str, lines: str, values: list[Any]) -> Preset:
+    """The preset as the fields and the lines of the page have it. Raises UserError."""
+    changes = changes_of(preset_name, values) if preset_name else {}
+    return offers.chosen(preset_name, changes, lines, labels_of(changes))
+
+
 class UnlearnTab:
     """The tab's widgets, and what its events do."""
 
@@ -114,7 +130,7 @@ class UnlearnTab:
         with gr.Column(min_width=260):
             files, shown = gr.File(label=label, file_count="multiple", file_types=list(TEXT_FILES), height=140), gr.HTML()
             folder = gr.UploadButton(f"{label}: a whole folder", file_count="directory", size="sm")
-            folder.upload(guarded(texts_among), [folder], [files], **QUIET)
+            folder.upload(guarded(self.take_folder), [folder], [files], **QUIET)
             return files, shown
 
     def _add_settings(self) -> None:
@@ -141,10 +157,10 @@ class UnlearnTab:
             self.start_button = gr.Button("Start", variant="primary", min_width=120)
             self.stop_button = gr.Button("Stop", variant="stop", min_width=120)
             self.resume_button = gr.Button("Resume", min_width=120)
-        self.run = gr.Dropdown([], label="Run shown", info="Closing this page stops nothing: a run goes on, and is found here again.")
+        self.run = run_dropdown(label="Run shown", info="Closing this page stops nothing: a run goes on, and is found here again.")
         self.progress = gr.HTML("<p>No run yet.</p>")
         with gr.Row():
-            self.plots = [self._plot(title) for title in ("Forget loss", "Retain loss", "Activation norm")]
+            self.plots = [self._plot(title) for title in PLOTS]
         self.seen = gr.State(("", []))
         self.timer = gr.Timer(REFRESH_SECONDS)
 
@@ -164,15 +180,28 @@ class UnlearnTab:
         self.stop_button.click(guarded(self.stop), [self.run], [], **QUIET)
         self.resume_button.click(guarded(self.resume), [self.run], [], **QUIET)
         self.run.change(guarded(self.show), [self.run], shown, queue=False, **QUIET)
+        self.progress.change(guarded(self.buttons), [self.run], [self.stop_button, self.resume_button], queue=False, **QUIET)
         self.timer.tick(guarded(self.tick), [self.run, self.seen], shown, queue=False, **QUIET)
         gr.on([load, self.run.focus], guarded(self.refresh), [self.run], [self.run], queue=False, **QUIET)
 
     def show_plan(self, preset_name: str, lines: str, *values: Any) -> str:
         """A mistake is told in the plan's place: nobody wants a message for every key."""
         try:
-            return offers.plan_html(offers.chosen(preset_name, changes_of(preset_name, list(values)), lines), self.device)
+            return offers.plan_html(chosen_by(preset_name, lines, list(values)), self.device)
         except UserError as error:
-            return f"<p class='rmu-error'>{html.escape(on_the_page(str(error)))}</p>"
+            return complaint(on_the_page(str(error)))
+
+    def take_folder(self, files: list[str]) -> list[str]:
+        """The files of a folder that are read; says which are not."""
+        found, left_out = texts_among(files), left_out_of(files)
+        if left_out:
+            gr.Info(
+                "Left out: "
+                + ", ".join(
+                    f"{escape(name)} ({reason})" for name, reason in list(left_out.items())[:NAMES_SHOWN]
+                )
+            )
+        return found
 
     def _describer(self, what: str) -> Callable[[list[str] | None, str], str]:
         return lambda files, preset_name: describe(files, load_preset(preset_name), what)
@@ -183,7 +212,7 @@ class UnlearnTab:
         if forget and not topic.strip():
             raise UserError("Say in a word or two what your text is about.")
         own = Own(forget or [], retain or [], topic)
-        preset = offers.chosen(preset_name, changes_of(preset_name, list(values)) if preset_name else {}, lines)
+        preset = chosen_by(preset_name, lines, list(values))
         folder = self.unlearning.start(preset_name, preset, own, name)
         return gr.update(choices=jobs.names(self.runs_dir), value=folder.path.name)
 
@@ -194,10 +223,16 @@ class UnlearnTab:
     def resume(self, name: str | None) -> None:
         jobs.resume(jobs.find(self.runs_dir, name))
 
+    def buttons(self, name: str | None) -> tuple[Any, Any]:
+        """Stop is there for a run under way, Resume for one that can go on."""
+        with suppress(UserError):  # none is chosen, or it is gone
+            state = jobs.state_of(jobs.find(self.runs_dir, name))
+            return gr.update(interactive=state.is_live), gr.update(interactive=live.can_go_on(state))
+        return gr.update(interactive=False), gr.update(interactive=False)
+
     def refresh(self, name: str | None) -> Any:
         """The runs there are; without one chosen, that which is under way or else the newest."""
-        names = jobs.names(self.runs_dir)
-        return gr.update(choices=names, value=name if name in names else next(iter(names), None))
+        return offered(jobs.names(self.runs_dir), name)
 
     def show(self, name: str | None) -> tuple[Any, ...]:
         """What the run shown is doing, the runs there are, and both as they are seen now."""
@@ -215,8 +250,7 @@ class UnlearnTab:
         return *self._told(name), jobs.names(self.runs_dir)
 
     def _shown(self, name: str | None, told: str, folder: RunFolder | None, names: list[str]) -> tuple[Any, ...]:
-        choices = gr.update(choices=names, value=name or next(iter(names), None))
-        return told, *live.curves(folder), choices, (told, names)
+        return told, *live.curves(folder), offered(names, name), (told, names)
 
     def _told(self, name: str | None) -> tuple[str, RunFolder | None]:
         if not name:

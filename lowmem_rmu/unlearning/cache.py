@@ -47,7 +47,7 @@ class HiddenStateCache:
         if self.folder is None:
             self.entries[key] = entry
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         with replaced(self.folder / f"{key}{SUFFIX}") as beside:
             save_file(entry, beside)
         self.entries[key] = self.folder / f"{key}{SUFFIX}"

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Topic
-from lowmem_rmu.unlearning.losses import mean_norm
+from lowmem_rmu.presets import Rmu, Topic
+from lowmem_rmu.unlearning.losses import mean_norm, median_norm
 
-CUES = ("You are a novice at {}", "You are an expert at {}")
-"""Whose frozen activations tell the contrastive target which way to go: to the first, away from the second."""
+CUES = {
+    "unit": ("You are a novice in {} who often makes mistakes.", "You are a world-class expert in {}."),
+    "raw": ("You are a novice at {}", "You are an expert at {}"),
+}
+"""By `contrastive_direction`, the sentences whose last activations give the contrastive direction: to the first, away from the second.
+
+Those of `unit` are the authors' (`get_steering_vec` in the code of arXiv 2403.03218v1), those of `raw` are of earlier versions of lowmem-rmu.
+"""
 SCALES = (1e-2, 1e3)
 """A control vector shorter or longer than so many activation norms is a mistake: the paper's own are within a factor of 100."""
 
@@ -48,11 +54,14 @@ class Random:
 
 
 class Adaptive(Random):
-    """Adaptive RMU: c is `scale` times the mean norm of the topic's first batch (arXiv 2408.06223)."""
+    """Adaptive RMU: c is `scale` times the norm of the topic's first batch, on average over its tokens (arXiv 2408.06223).
 
-    def __init__(self, unit: Tensor, scale: float) -> None:
+    The average is the paper's mean, or the median with `uses_median`.
+    """
+
+    def __init__(self, unit: Tensor, scale: float, uses_median: bool = False) -> None:
         super().__init__(unit, None)
-        self.scale = scale
+        self.scale, self.uses_median = scale, uses_median
 
     @property
     def needs_all(self) -> bool:  # type: ignore[override]
@@ -60,38 +69,49 @@ class Adaptive(Random):
 
     def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
         if self.coefficient is None:
-            self.coefficient = self.scale * mean_norm(frozen, counted)
+            average = median_norm if self.uses_median else mean_norm
+            self.coefficient = self.scale * average(frozen, counted)
         return super().of(frozen, counted)
 
 
 class Contrastive:
-    """CUT, the paper's first version: every token's frozen activation, moved by `c * difference`."""
+    """CUT, the paper's first version (arXiv 2403.03218v1): every token's frozen activation, moved by `c * direction`.
+
+    `direction` `(hidden,)` points from an expert's activation to a novice's. The authors' code scales it to unit length; with
+    `contrastive_direction: raw` it is the difference itself.
+    """
 
     needs_all = True
 
-    def __init__(self, difference: Tensor, coefficient: float | None) -> None:
-        self.difference, self.coefficient = difference, coefficient
+    def __init__(self, direction: Tensor, coefficient: float | None) -> None:
+        self.direction, self.coefficient = direction, coefficient
 
     def length(self) -> float:
-        return (self.coefficient or math.nan) * self.difference.norm().item()
+        return (self.coefficient or math.nan) * self.direction.norm().item()
 
     def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
         assert self.coefficient is not None
-        return frozen + self.coefficient * self.difference.to(frozen.device)
+        return frozen + self.coefficient * self.direction.to(frozen.device)
 
 
 def cues(name: str, topic: Topic) -> list[str]:
     """The texts whose frozen activations the topic's target is made of: those of a novice and of an expert, or none."""
-    return [cue.format(topic.about or name) for cue in CUES] if topic.steering == "contrastive" else []
+    if topic.contrastive_direction is None or topic.steering != "contrastive":
+        return []
+    return [cue.format(topic.about or name) for cue in CUES[topic.contrastive_direction]]
 
 
-def make_target(name: str, topic: Topic, seed: int, hidden_size: int, cued: list[Tensor]) -> Target:
+def make_target(name: str, topic: Topic, rmu: Rmu, hidden_size: int, cued: list[Tensor]) -> Target:
     """The topic's target, on the CPU. `cued` are the frozen activations `(hidden,)` of the last tokens of its `cues`."""
     if topic.steering == "contrastive":
         novice, expert = cued
-        return Contrastive(novice - expert, topic.steering_coefficient)
-    unit = unit_vector(hidden_size, f"{seed} {name}")
-    return Adaptive(unit, topic.adaptive_scale) if topic.steering == "adaptive" else Random(unit, topic.steering_coefficient)
+        difference = novice.float() - expert.float()
+        # Equal activations have no direction: a length of 0 is refused before the first step (`check_scale`).
+        is_unit = topic.contrastive_direction == "unit" and difference.norm() > 0
+        direction = difference / difference.norm() if is_unit else difference
+        return Contrastive(direction.to(novice.dtype), topic.steering_coefficient)
+    unit = unit_vector(hidden_size, f"{rmu.seed} {name}")
+    return Adaptive(unit, topic.adaptive_scale, rmu.masks_sinks) if topic.steering == "adaptive" else Random(unit, topic.steering_coefficient)
 
 
 def unit_vector(hidden_size: int, seed: str) -> Tensor:

@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lowmem_rmu.__main__ import app
+from lowmem_rmu.audit.suite import Settings, claim
+from lowmem_rmu.run import print_summary
 from lowmem_rmu.runs import RunFolder
 
 
@@ -32,11 +34,38 @@ def test_costs_come_first_then_the_table_and_the_verdict(run: RunFolder) -> None
     assert "Gone, or only hidden?" in (run.path / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_run_knows_what_its_audit_found(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """In its summary, in its report and wherever its headline is printed, once an audit has ended, and before that it was not audited."""
+    before = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
+    print_summary(run, as_json=False)
+    said = capsys.readouterr().out
+    assert before["audit"] == "not audited"
+    assert f"Audit: not audited.\nGone, or only hidden? python -m lowmem_rmu audit {run.path}\n" in said
+    assert audit(run, "--attacks", "requantisation").exit_code == 0
+    after = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
+    assert after == before | {"audit": "inconclusive"}, "not all attacks were run"
+    print_summary(run, as_json=False)
+    assert "Audit: inconclusive.\n" in capsys.readouterr().out
+    assert ">Inconclusive</dd>" in (run.path / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_plan_tries_nothing(run: RunFolder) -> None:
     result = audit(run, "--plan")
     assert result.exit_code == 0, result.output
     assert all(name in result.stderr for name in ("relearning", "suffix", "MiB"))
+    assert "20 questions: if it is gone, the audit says so with a probability of about 0%. For 80% it takes about " in result.stderr
     assert not run.audit_result.exists()
+    assert not run.audit.exists(), "settings of a plan would bind the next audit"
+
+
+def test_the_plan_of_other_settings_leaves_an_earlier_audit_as_it_is(run: RunFolder) -> None:
+    claim(run.audit, run.audit_result, Settings(20), again=False)
+    (run.audit / "suffix.jsonl").write_text('{"key": "first", "value": 1}\n')
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for options in ([], ["--again"]):
+        result = audit(run, "--plan", *options)
+        assert result.exit_code == 0, result.output
+        assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def test_a_budget_that_is_too_small_is_said_for_each_attack(run: RunFolder) -> None:

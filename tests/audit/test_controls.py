@@ -25,6 +25,9 @@ class Silent:
     def advanced(self, done: int, figures: dict[str, float | str]) -> None:
         pass
 
+    def noted(self, sentence: str) -> None:
+        pass
+
     def asks_to_stop(self) -> bool:
         return False
 

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from lowmem_rmu.audit.recovery import fairly_best, fieller, less_what_base_gains, recovery, student
+from lowmem_rmu.audit.recovery import attack_recovery, fairly_best, fieller, less_what_base_gains, recovery
+from lowmem_rmu.evaluation.statistics import family_noise
 
 KNEW, FORGOT = [1.0] * 100, [0.0] * 75 + [1.0] * 25
 
@@ -33,6 +34,38 @@ def test_nothing_and_everything_recovered_lie_within_their_intervals_although_no
     assert 0.9 < everything.low < 1 < everything.high
 
 
+def test_recovery_counts_from_guessing_where_unlearned_knows_less() -> None:
+    """100 of 1,000 right, and an attack that has the model guess again: nothing came back."""
+    unlearned, guessing = [1.0] * 100 + [0.0] * 900, [0.0] * 750 + [1.0] * 250
+    knew = [1.0, 1.0, 0.0] * 333 + [1.0]
+    from_unlearned, from_guessing = recovery(knew, unlearned, guessing, True), recovery(knew, unlearned, guessing, True, chance=0.25)
+    assert from_unlearned.low is not None
+    assert from_unlearned.low > 0.2
+    assert from_guessing.recovered == pytest.approx(0.0)
+    assert from_guessing.high is not None
+    assert from_guessing.high < 0.1
+
+
+def test_a_base_that_guesses_has_nothing_to_recover() -> None:
+    assert recovery(FORGOT, [0.0] * 100, KNEW, True, chance=0.25).recovered is None
+
+
+def test_of_texts_nothing_can_be_guessed() -> None:
+    assert recovery([-1.0, -2.0], [-5.0, -6.0], [-3.0, -4.0], False).recovered == pytest.approx(0.5)
+
+
+def test_an_attack_is_bounded_by_its_best_condition_below_and_by_every_condition_above() -> None:
+    half, most = [0.0] * 35 + [1.0] * 65, [0.0] * 25 + [1.0] * 75
+    values, chosen, found = attack_recovery({"half": half, "most": most, "none": FORGOT}, KNEW, FORGOT, True, 0.25, family=6)
+    alone = [recovery(KNEW, FORGOT, each, True, 0.25) for each in (half, most, FORGOT)]
+    assert found.high == max(each.high for each in alone if each.high is not None)
+    corrected = [recovery(KNEW, FORGOT, each, True, 0.25, family_noise(6 * 3)) for each in (half, most, FORGOT)]
+    assert found.low == max(each.low for each in corrected if each.low is not None)
+    assert found.low < max(each.low for each in alone if each.low is not None), "corrected for 18 ways"
+    assert set(chosen) <= {"half", "most"}
+    assert 0.5 < sum(values) / 100 < 0.8
+
+
 def test_few_questions_are_told_widely_and_too_few_not_at_all() -> None:
     few = fieller(KNEW[:12], FORGOT[70:82], FORGOT[70:82], are_questions=True)
     many = fieller(KNEW, FORGOT, FORGOT, are_questions=True)
@@ -58,11 +91,6 @@ def test_texts_have_the_interval_of_few_numbers() -> None:
         bounds = fieller(list(base), list(base - lost), list(attacked), are_questions=False)
         hits += bounds is not None and bounds[0] <= 0.5 <= bounds[1]
     assert 0.92 < hits / 400 < 0.98
-
-
-@pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)])
-def test_students_quantiles(freedom: int, quantile: float) -> None:
-    assert student(freedom) == pytest.approx(quantile, rel=0.01)
 
 
 def test_the_best_of_many_conditions_of_pure_luck_gains_nothing() -> None:

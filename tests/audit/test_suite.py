@@ -11,8 +11,21 @@ import torch
 from lowmem_rmu.audit import suite
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import Audited
-from lowmem_rmu.audit.suite import ATTACKS, Audit, Settings, bytes_needed, open_audit
+from lowmem_rmu.audit.suite import (
+    ATTACKS,
+    FAMILY,
+    MOST_QUESTIONS,
+    Audit,
+    Forgotten,
+    Settings,
+    bytes_needed,
+    claim,
+    open_audit,
+    planned,
+    read_forgotten,
+)
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
 
 CPU = torch.device("cpu")
@@ -31,6 +44,9 @@ class Patient:
 
     def advanced(self, done: int, figures: dict[str, float | str]) -> None:
         self.pieces.append(str(figures[""]))
+
+    def noted(self, sentence: str) -> None:
+        pass
 
     def asks_to_stop(self) -> bool:
         return len(self.pieces) == (int(self.stop_before) if self.stop_before else -1)
@@ -85,9 +101,11 @@ def test_base_unlearned_and_attacked_side_by_side(run: RunFolder) -> None:
     assert (content["items"], content["measured_in"], content["base"]) == (40, "accuracy", 1.0)
     best = attack(content, "half")["best"]
     assert best["attacked"] == 0.5
-    assert best["recovered"] == pytest.approx((0.5 - content["unlearned"]) / (1 - content["unlearned"]))
+    floor = max(content["unlearned"], 0.25)
+    assert content["floor"] == floor
+    assert best["recovered"] == pytest.approx((0.5 - floor) / (1 - floor))
     assert attack(content, "half")["details"] == {"seen": 2}
-    assert content["verdict"]["mark"] == ("hidden" if best["low"] > 0.25 else "cannot be told")
+    assert content["verdict"]["mark"] == ("hidden" if best["low"] > 0.25 else "inconclusive")
     assert attack(content, "long")["reason"] == "not asked for"
 
 
@@ -100,7 +118,7 @@ def test_what_does_not_fit_is_named_and_the_rest_is_run(run: RunFolder) -> None:
     assert reasons["greedy"].startswith("out of memory on cpu; ")
     assert reasons["lacking"] == "it needs text that is not there"
     assert attack(content, "nothing")["finding"] == "found nothing"
-    assert content["verdict"]["mark"] == "cannot be told"
+    assert content["verdict"]["mark"] == "inconclusive"
 
 
 @pytest.mark.usefixtures("attacks")
@@ -139,6 +157,20 @@ def test_what_an_earlier_audit_found_stays(run: RunFolder) -> None:
     assert [each["attack"] for each in content["attacks"] if each["state"] == "done"] == ["half", "nothing"]
 
 
+def test_settings_without_a_result_bind_nothing(tmp_path: Path) -> None:
+    """As a killed audit leaves them."""
+    place, result = tmp_path / "audit", tmp_path / "audit.json"
+    claim(place, result, Settings(10), again=False)
+    (place / "measured.jsonl").write_text('{"key": "base", "value": 1}\n')
+    claim(place, result, Settings(20), again=False)
+    assert [path.name for path in place.iterdir()] == ["settings.json"], "what was measured with other questions goes"
+    (place / "suffix.jsonl").write_text('{"key": "first", "value": 1}\n')
+    with pytest.raises(UserError, match="was audited with another limit"):
+        claim(place, result, Settings(10), again=False)
+    claim(place, result, Settings(20), again=False)
+    assert (place / "suffix.jsonl").exists()
+
+
 @pytest.mark.usefixtures("attacks")
 def test_other_settings_are_refused_until_the_old_results_are_discarded(run: RunFolder) -> None:
     opened(run).run([NOTHING])
@@ -146,6 +178,36 @@ def test_other_settings_are_refused_until_the_old_results_are_discarded(run: Run
         opened(run, settings=Settings(10))
     content = opened(run, settings=Settings(10), again=True).run([])
     assert (content["items"], attack(content, "nothing")["state"]) == (20, "not run")
+
+
+@pytest.mark.parametrize(
+    ("base", "unlearned", "power", "limit"),
+    [(1.0, 0.25, None, 100), (0.65, 0.10, None, 240), (0.45, 0.25, None, MOST_QUESTIONS), (0.65, 0.10, 0.8, 240), (0.45, 0.25, 0.8, 950)],
+)
+def test_questions_are_planned_by_power(tmp_path: Path, base: float, unlearned: float, power: float | None, limit: int) -> None:
+    """Of each of two tasks; without a wish there are 100 to 300."""
+    forgotten = Forgotten(load_preset("tiny"), ["a", "b"], base, unlearned)
+    assert planned(Settings(seed=3), forgotten, tmp_path / "settings.json", False, power) == Settings(limit, 3)
+    assert planned(Settings(7), forgotten, tmp_path / "settings.json", False, power) == Settings(7)
+
+
+def test_an_audit_continues_with_its_own_number_of_questions(tmp_path: Path) -> None:
+    forgotten, earlier = Forgotten(load_preset("tiny"), ["a"], 1.0, 0.25), tmp_path / "settings.json"
+    for limit in (42, None):
+        write_json(earlier, {"limit": limit, "seed": 0})
+        assert planned(Settings(), forgotten, earlier, False, None) == Settings(limit)
+        assert planned(Settings(), forgotten, earlier, True, None) == Settings(140), "it starts over"
+
+
+def test_every_attack_that_recovers_is_one_of_the_family() -> None:
+    assert len(ATTACKS) - 1 == FAMILY
+    assert [name for name, each in ATTACKS.items() if not each.recovers] == ["collateral"]
+
+
+def test_what_was_forgotten_is_known_before_anything_is_loaded(run: RunFolder) -> None:
+    forgotten = read_forgotten(run)
+    assert forgotten.tasks == ["compounds", "locks"]
+    assert forgotten.base > 0.9 > 0.6 > forgotten.unlearned
 
 
 def test_too_few_questions_are_told_by_a_wide_interval(run: RunFolder) -> None:
@@ -162,7 +224,8 @@ def test_a_run_that_has_not_unlearned_is_refused(run: RunFolder) -> None:
 
 
 def test_a_run_that_forgot_nothing_is_refused(run: RunFolder) -> None:
-    shutil.copy(run.answers("base"), run.answers("unlearned"))
+    for file in (run.answers, run.evaluation):
+        shutil.copy(file("base"), file("unlearned"))
     with pytest.raises(UserError, match=r"forgot nothing: on no task .*\nThere is nothing to bring back\. Unlearn harder first"):
         opened(run)
 

@@ -34,7 +34,7 @@ def test_the_first_layers_of_every_shape_are_made_and_run(preset: str, quantisat
     model = random_model(config, CPU, 3, quantisation, torch.float32)
     weights = count_weights(config, [])
     counted = describe_weights(model)
-    assert counted["in_4bit"] == (3 * weights.layer_linear if quantisation == "nf4" else 0)
+    assert counted["in_4bit"] == (3 * weights.by_layer[0].linear if quantisation == "nf4" else 0)
     assert counted["weights"] == weights.up_to(3) + config.hidden_size  # the final norm
     assert isinstance(model.get_output_embeddings(), nn.Identity)
     assert [expert_shapes(layer) != {} for layer in decoder_layers(model)] == [preset == "mixtral-8x7b"] * 3

@@ -5,9 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.data.corpora import POOL, Batches, by_length, load_samples, pad, read_documents, split_held_out, tokenise, wikitext_articles
+from lowmem_rmu.data.corpora import (
+    POOL,
+    Batches,
+    by_length,
+    find_documents,
+    load_samples,
+    pad,
+    read_documents,
+    split_held_out,
+    tokenise,
+    wikitext_articles,
+)
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Corpus, load_preset
 
@@ -174,8 +186,16 @@ def test_titles_choose_articles_from_a_file_and_from_rows_of_lines(
     path = tmp_path / ("wiki.jsonl" if as_lines else "wiki.txt")
     rows = [json.dumps({"text": line if line.strip() else ""}) for line in RAW.splitlines(keepends=True)]
     path.write_text("\n".join(rows) if as_lines else RAW)
-    documents = read_documents(Corpus.model_validate({"source": str(path), **choice}))
+    documents = read_documents(Corpus.model_validate({"source": str(path), "detokenise": False, **choice}))
     assert [re.search(" = (.*?) = ", text)[1] for text in documents] == expected
+
+
+def test_tokenised_text_gets_its_ordinary_spelling_unless_switched_off(tmp_path: Path) -> None:
+    path = tmp_path / "taken-apart.jsonl"
+    texts = ["A co @-@ star , of 2 @,@ 000 films .", "Ordinary text, as it is. And more."]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert read_documents(Corpus(source=str(path))) == ["A co-star, of 2,000 films.", texts[1]]
+    assert read_documents(Corpus(source=str(path), detokenise=False)) == texts
 
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason=f"needs WikiText-2 at {WIKITEXT}")
@@ -310,3 +330,125 @@ def test_no_padding_needs_no_mask_on_the_left_either() -> None:
 
 def test_a_token_that_equals_the_padding_counts_as_a_token() -> None:
     assert pad([[0, 5], [0]], 0, "left", CPU).is_token.tolist() == [[True, True], [False, True]]
+
+
+# What is a document, and what is not
+
+
+def files(folder: Path, **contents: str | bytes) -> Path:
+    """Files by their names, in which `__` stands for a dot and `_in_` for a slash."""
+    for name, content in contents.items():
+        path = folder / name.replace("_in_", "/").replace("__", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_a_data_set_s_folder_is_read_without_what_is_about_the_data(tmp_path: Path) -> None:
+    folder = files(
+        tmp_path, a__txt="A", b_in_c__JSONL='{"text": "C"}', README__md="about", b_in_readme__zh__MD="about", LICENSE="so", LICENSE__txt="so",
+        dataset_card__md="card", __hidden__txt="no", __git_in_x__txt="no", ____a__txt="no", data__csv="x,y", train__parquet=b"PAR1", d="?",
+    )  # fmt: skip
+    assert read_documents(Corpus(source=str(folder))) == ["A", "C"]
+    assert find_documents(Corpus(source=str(folder))).left_out == {
+        ".git/": "hidden",
+        "..a.txt": "hidden",
+        ".hidden.txt": "hidden",
+        "LICENSE": "about the data",
+        "LICENSE.txt": "about the data",
+        "README.md": "about the data",
+        "b/readme.zh.MD": "about the data",
+        "d": "a file without a suffix",
+        "data.csv": "a CSV table",
+        "dataset_card.md": "about the data",
+        "train.parquet": "a Parquet file",
+    }
+
+
+def test_a_folder_with_nothing_to_read_says_what_it_holds_and_what_to_do(tmp_path: Path) -> None:
+    said = mistake(Corpus(source=str(files(tmp_path, README__md="about", train__parquet=b"PAR1", __x__txt="no"))))
+    assert said.splitlines() == [
+        f"The corpus folder {tmp_path} holds no .txt, .md, .jsonl file.",
+        "Not read: .x.txt (hidden), README.md (about the data), train.parquet (a Parquet file).",
+        'Convert it to .jsonl, for example with pandas: read_parquet(FILE).to_json("data.jsonl", orient="records", lines=True).',
+    ]
+
+
+def test_a_readme_is_a_document_where_it_is_what_was_named(tmp_path: Path) -> None:
+    folder = files(tmp_path, README__md="about")
+    assert read_documents(Corpus(source=str(folder / "README.md"))) == ["about"]
+    assert mistake(Corpus(source=str(folder))).endswith("To read README.md all the same, name the file itself.")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.json", "a JSON file"), ("a.CSV", "a CSV table"), ("a.parquet", "a Parquet file"), ("a.jsonl.gz", "a compressed file or an archive"),
+        ("a.html", "a formatted document"), ("a.py", "a .py file"), ("a", "a file without a suffix"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_text('[{"text": "so"}]')
+    said = mistake(Corpus(source=str(tmp_path / name)))
+    assert said.startswith(f"The corpus {tmp_path / name} is {kind}, which is not read here.\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x1f\x8b\x08\x00\xff", "is compressed by gzip, whatever its name says.\nUnpack it first."),
+        (b"%PDF-1.7\nso", "is a PDF, whatever its name says."),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git LFS pointer, not the file itself."),
+    ],
+)
+def test_what_only_has_the_suffix_of_text_is_refused_by_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    assert said in mistake(Corpus(source=str(tmp_path / "a.txt")))
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5_000 + "}", '{"text": "a", "text": "b"}'], ids=["depth", "digits", "twice"])
+def test_json_that_python_cannot_read_is_named_with_its_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    path = tmp_path / "a.jsonl"
+    expected = f'{path}, line 1: expected a JSON object with the key "text".'
+    assert mistake(Corpus(source=str(path))).startswith(expected)
+
+
+def test_line_ends_of_any_system_are_one(tmp_path: Path) -> None:
+    folder = files(tmp_path, a__txt=b"one\r\ntwo\rthree", b__jsonl=b'\r\n{"text": "four"}\r\n\r\n{"text": "five"}\r\n')
+    assert read_documents(Corpus(source=str(folder))) == ["one\ntwo\nthree", "four", "five"]
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 0.1), (3, 0.99)])
+def test_holding_out_every_document_says_so(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, count: int, share: float) -> None:
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text("the red stone " * 9)
+    with pytest.raises(UserError) as caught:
+        load_samples(Corpus(source=str(tmp_path), held_out=share), tokenizer, 16)
+    assert str(caught.value).startswith(f"The corpus {tmp_path} has {count} document{'s' if count > 1 else ''}, and held_out ({share:g}) takes whole")
+    assert "Set held_out to 0, or give several documents" in str(caught.value)
+
+
+def test_a_minimum_that_leaves_nothing_says_so(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("short")
+    with pytest.raises(UserError, match="has no document of 50 characters or more"):
+        load_samples(Corpus(source=str(path), min_characters=50), tokenizer, 16)
+
+
+def test_a_name_that_is_too_long_is_no_file(tmp_path: Path) -> None:
+    said = mistake(Corpus(source=str(tmp_path / ("a" * 5_000))))
+    assert "cannot be read: File name too long." in said
+    assert len(said) < 1_000
+
+
+def test_files_are_recorded_without_paths_of_the_machine(tmp_path: Path) -> None:
+    found = find_documents(Corpus(source=str(files(tmp_path, b_in_a__txt="A", README__md="about"))))
+    assert found.record() == {"files": 1, "read": ["b/a.txt"], "files_left_out": 1, "left_out": {"README.md": "about the data"}}
+    assert found.sentence() == "1 file (b/a.txt). Left out: README.md (about the data)"
+
+
+def test_a_column_of_the_hub_that_holds_no_text_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([{"text": None}, {"text": None}]).add_column("id", [1, 2]))
+    with pytest.raises(UserError, match='owner/data, row 0: "id" is no text'):
+        read_documents(Corpus(source="owner/data", text_field="id"))

@@ -5,9 +5,17 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from lowmem_rmu.data.questions import Question, load_questions, load_task
+from lowmem_rmu.data.questions import (
+    Question,
+    QuestionSet,
+    Unasked,
+    find_questions,
+    load_questions,
+    load_task,
+    stratified,
+)
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Evaluation, Task, known_tasks
+from lowmem_rmu.presets import Evaluation, Task, known_tasks, load_preset, recorded_preset
 
 MMLU = Path(__file__).resolve().parents[3] / "shared/data/mmlu"
 CHOICES = ["red", "green", "blue", "white"]
@@ -59,16 +67,26 @@ def test_a_csv_file_in_the_form_of_mmlu_is_read(tmp_path: Path, mark: str) -> No
     )
 
 
-@pytest.mark.parametrize(("answer", "gold"), [(0, 0), (3, 3), ("0", 0), ("3", 3), ("A", 0), ("D", 3)])
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [(0, 0), (3, 3), ("0", 0), ("3", 3), ("A", 0), ("D", 3), (1.0, 1), ("1.0", 1), (" B ", 1)],
+)
 def test_an_answer_is_a_number_or_a_letter(tmp_path: Path, answer: int | str, gold: int) -> None:
     [questions] = load_task("colours", task(jsonl(tmp_path / "a.jsonl", [row(answer=answer)])))
     assert questions.questions[0].gold == gold
 
 
-@pytest.mark.parametrize("answer", [4, -1, "E", "a", "AB", "BCD", "", "4", "²", None, True, 1.0, [1]], ids=repr)
+@pytest.mark.parametrize(
+    "answer",
+    [4, -1, "E", "a", "AB", "BCD", "", "4", "²", "1.5", "0x1", "1e0", None, True, 1.5, -1.0, 4.0, [1]],
+    ids=repr,
+)
 def test_an_answer_out_of_range_is_named_with_file_and_line(tmp_path: Path, answer: Any) -> None:
     path = jsonl(tmp_path / "a.jsonl", [row(), row(answer=answer)])
-    assert mistake(path) == f"{path}, line 2: the answer {answer!r} is out of range: give 0 to 3, or a letter A to D."
+    assert (
+        mistake(path)
+        == f"{path}, line 2: the answer {answer!r} is out of range: give 0 to 3 (0 is the first choice), or a letter A to D."
+    )
 
 
 @pytest.mark.parametrize("choices", [CHOICES[:3], [*CHOICES, "black"], "abcd", None, [1, 2, 3, 4], []], ids=repr)
@@ -127,7 +145,10 @@ def test_a_missing_file_is_named_with_what_it_could_be(tmp_path: Path) -> None:
 
 def test_a_folder_without_questions_says_what_it_looked_for(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
-    assert mistake(tmp_path) == f"The question folder {tmp_path} holds no .jsonl or .csv file."
+    assert (
+        mistake(tmp_path)
+        == f"The question folder {tmp_path} holds no .jsonl or .csv file.\nNot read: a.txt (a .txt file)."
+    )
 
 
 def test_a_folder_has_a_subject_a_file_and_those_next_to_the_topic_are_adjacent(tmp_path: Path) -> None:
@@ -195,9 +216,12 @@ def test_a_limit_is_spread_over_the_subjects_in_proportion_the_same_each_time(tm
     assert first == second
     assert [len(each.questions) for each in everything] == [60, 36, 4]
     assert [each.sampled_from for each in everything] == [None, None, None]
-    assert [len(each.questions) for each in first] == [6, 4, 1]  # one a subject at least
-    assert [each.sampled_from for each in first] == [60, 36, 4]
-    for sample, whole in zip(first, everything, strict=True):
+    assert [len(each.questions) for each in first] == [6, 4], (
+        "10 at most, by largest remainder: 6.0, 3.6 and 0.4"
+    )
+    assert [each.sampled_from for each in first] == [60, 36]
+    assert all(each.unasked == (Unasked("quiz_c", 4, ()),) for each in first)
+    for sample, whole in zip(first, everything[:2], strict=True):
         assert list(sample.questions) == [question for question in whole.questions if question in set(sample.questions)]
     assert list(first[0].questions) != list(everything[0].questions[:6]), "the first ones are no sample"
 
@@ -258,3 +282,192 @@ def test_the_real_mmlu_is_read_in_full() -> None:
     assert sum(len(subject.questions) for subject in subjects) == 14042
     assert {subject.about for subject in subjects if subject.role == "adjacent"} == {"virology", "college biology"}
     assert {subject.name for subject in subjects} >= {"mmlu_abstract_algebra", "mmlu_world_religions"}
+
+
+# Limits
+
+
+@pytest.mark.parametrize("limit", [1, 2, 10, 25, 56, 57, 58, 100, 500, 14_041, 14_042, 20_000])
+def test_a_limit_is_never_exceeded_and_always_used_up(limit: int) -> None:
+    sizes = [100 + 7 * number for number in range(56)] + [3]
+    question = Question("Which?", tuple(CHOICES), 0)
+    sets = [
+        QuestionSet(f"quiz_{number}", "", "kept", "quiz", (question,) * size)
+        for number, size in enumerate(sizes)
+    ]
+    sampled = stratified(sets, limit)
+    counts = {each.name: len(each.questions) for each in sampled}
+    assert sum(counts.values()) == min(limit, sum(sizes))
+    for each, size in zip(sets, sizes, strict=True):
+        assert abs(counts.get(each.name, 0) - min(limit, sum(sizes)) * size / sum(sizes)) < 1, (
+            "the next whole number, up or down"
+        )
+    assert {name for left in sampled for name in (subject.name for subject in left.unasked)} == {
+        each.name for each in sets
+    } - counts.keys()
+    assert sampled == stratified(sets, limit)
+
+
+def test_a_run_of_an_older_version_keeps_its_sample(tmp_path: Path) -> None:
+    folder = stems(tmp_path, "a.jsonl")
+    jsonl(folder / "b.jsonl", [row(number) for number in range(60)])
+    preset = load_preset(
+        "tiny", ["evaluation.limit=10", f"evaluation.tasks={{q: {{source: {folder}, role: kept}}}}"]
+    )
+    settings = preset.model_dump()
+    del settings["evaluation"]["limit_by"]
+    old, new = (load_questions(each.evaluation) for each in (recorded_preset(settings, tmp_path), preset))
+    assert [len(each.questions) for each in old] == [1, 10]
+    assert [len(each.questions) for each in new] == [10]
+    del settings["evaluation"]["limit"]
+    assert recorded_preset(settings, tmp_path).evaluation.limit_by == "largest_remainder"
+
+
+# Files of a folder
+
+
+def stems(folder: Path, *names: str, content: str = HEADER + "Which?,a,b,c,d,1\n") -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.lower().endswith(".csv"):
+            (folder / name).write_text(content)
+        else:
+            jsonl(folder / name, [row()])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("a.csv", "a.jsonl"), ("a.JSONL", "a.jsonl"), ("a.jsonl", "a_test.jsonl"), ("a.CSV", "a_test.csv")],
+)
+def test_two_files_of_the_same_subject_do_not_replace_each_other(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    assert mistake(stems(tmp_path, first, second)) == (
+        f"{first} and {second} in {tmp_path} are both the subject a.\nKeep one of them, or give them different names."
+    )
+
+
+def test_files_of_other_splits_are_no_subjects(tmp_path: Path) -> None:
+    folder = stems(tmp_path, "bio_test.jsonl", "bio_val.jsonl", "bio_dev.csv", "bio_validation.csv", "owls.jsonl", "owls_train.jsonl", "x.parquet")
+    tasks = {split: load_task("quiz", task(folder, split=split)) for split in ("test", "val")}
+    assert [each.name for each in tasks["test"]] == ["quiz_bio", "quiz_owls"]
+    assert [each.name for each in tasks["val"]] == ["quiz_bio", "quiz_owls"]
+    found, _ = find_questions(task(folder), "test")
+    assert found.left_out == {
+        "bio_dev.csv": "of the split dev",
+        "bio_val.jsonl": "of the split val",
+        "bio_validation.csv": "of the split validation",
+        "owls_train.jsonl": "of the split train",
+        "x.parquet": "a Parquet file",
+    }
+    [bio] = load_task("quiz", task(folder, subjects=["bio"], examples_split="dev", num_fewshot=1))
+    assert len(bio.examples) == 1
+
+
+def test_files_that_are_called_like_splits_are_one_task(tmp_path: Path) -> None:
+    folder = stems(tmp_path, "test.csv", "dev.csv", "train.csv", "README.md", "._test.csv")
+    [questions] = load_task("quiz", task(folder, examples_split="dev", num_fewshot=1))
+    assert (questions.name, questions.group, len(questions.examples)) == ("quiz", None, 1)
+
+
+def test_a_folder_without_the_split_names_those_that_it_has(tmp_path: Path) -> None:
+    assert mistake(stems(tmp_path, "bio_dev.jsonl", "bio_val.jsonl")).splitlines()[1:] == [
+        "Not read: bio_dev.jsonl (of the split dev), bio_val.jsonl (of the split val).",
+        "Set the task's split to the one you mean: dev, val.",
+    ]
+
+
+def test_questions_of_a_file_are_never_their_own_examples(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [row(), row()])
+    assert "a single file: its questions would be their own examples" in mistake(path, num_fewshot=1, examples_split="dev")
+    folder = stems(tmp_path / "flat", "owls.jsonl")
+    assert "Set the task's split to the one you mean: test" in mistake(folder, num_fewshot=1, examples_split="dev")
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    folder = stems(tmp_path / "quiz", "owls.jsonl")
+    tasks = {"quiz": task(folder), "quiz_owls": task(jsonl(tmp_path / "a.jsonl", [row()]))}
+    with pytest.raises(UserError, match="are called quiz_owls"):
+        load_questions(Evaluation(tasks=tasks))
+
+
+# Kinds of files
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.jsonl.gz", "a.txt", "a.tsv", "a"])
+def test_a_file_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: str) -> None:
+    jsonl(tmp_path / name, [row()])
+    said = mistake(tmp_path / name)
+    assert said.startswith(f"The question file {tmp_path / name} is a")
+    assert "which is not read here" in said
+    assert "UTF-8" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(b"PAR1\x15\xff", "a Parquet file"), (b"\x1f\x8b\x08\x00", "compressed by gzip"), (b"PK\x03\x04\xff", "a ZIP archive")]
+)
+def test_a_file_with_another_suffix_than_its_content_is_named_by_what_it_is(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert mistake(tmp_path / "a.jsonl").startswith(f"{tmp_path / 'a.jsonl'} is {kind}")
+
+
+# CSV
+
+
+def test_mmlu_as_its_authors_publish_it_has_no_header(tmp_path: Path) -> None:
+    path = tmp_path / "colours_test.CSV"
+    path.write_text('"Which, ""then""\nis it?",red,"green, dark",blue,white,B\r\nWhich?,a,b,c,d,D\r\n')
+    [questions] = load_task("colours", task(path))
+    assert questions.questions == (
+        Question('Which, "then"\nis it?', ("red", "green, dark", "blue", "white"), 1),
+        Question("Which?", ("a", "b", "c", "d"), 3),
+    )
+
+
+def test_the_choices_of_a_header_may_be_letters_and_the_columns_in_any_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,Answer,Question,A,B,C,D\n7,2.0,Which?,a,b,c,d\n")
+    [questions] = load_task("colours", task(path))
+    assert questions.questions == (Question("Which?", ("a", "b", "c", "d"), 2),)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("Which,a,b,c,d\n", "line 1: neither a header with question, choice0, choice1, choice2, choice3, answer nor a question"),
+        ("question;choice0;answer\n", "line 1: neither a header"),
+        (HEADER + "Which, then?,a,b,c,A,D\n", "line 2: 7 fields, but there are 6 columns.\nPut text that holds a comma"),
+        (HEADER + '"Which?,a,b,c,d,1\nWhich?,a,b,c,d,1\n', "line 3: 1 fields, but there are 6 columns."),
+        (HEADER + "Which?,a\n", "line 2: 2 fields, but there are 6 columns."),
+        ("question,answer,answer,a,b,c,d\n", "line 1: the header names a column twice"),
+        (HEADER + "x" * 140_000 + ",a,b,c,d,1\n", "no valid CSV: field larger than field limit (131072).\nCheck that every quote is closed"),
+    ],
+    ids=["five columns", "semicolons", "unquoted comma", "open quote", "cut", "twice", "long field"],
+)
+def test_a_csv_file_that_is_none_of_questions_is_told_with_its_line(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    told = mistake(tmp_path / "a.csv")
+    assert said in told
+    assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("[" * 100_000, "line 1: no valid JSON: nested too deeply."),
+        ('{"answer": ' + "9" * 5000 + "}", "line 1: no valid JSON: a number of thousands of digits."),
+        ('{"answer": 0, "answer": 1}', 'no valid JSON: an object with the key "answer" twice.'),
+        (json.dumps(row(question="half \ud800")), "line 1: the question or a choice is no text"),
+        (json.dumps(row(choices=["a", "b", "c", "\0"])), "line 1: the question or a choice is no text"),
+    ],
+    ids=["depth", "digits", "twice", "surrogate", "nul"],
+)
+def test_a_json_line_that_python_or_a_tokenizer_cannot_take_is_told(tmp_path: Path, line: str, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    assert reason in mistake(tmp_path / "a.jsonl")
+
+
+def test_a_long_answer_is_not_repeated_whole(tmp_path: Path) -> None:
+    said = mistake(jsonl(tmp_path / "a.jsonl", [row(answer="x" * 10_000)]))
+    assert len(said) < 400

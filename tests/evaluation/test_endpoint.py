@@ -1,10 +1,13 @@
 """A model behind a server: a real one in this process, which serves the tiny model over both APIs, and all that servers do wrong."""
 
+import gzip
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -448,6 +451,51 @@ def test_an_endless_refusal_is_cut_and_harmless(serve: Serve, sets: list[Questio
     message = str(refusal_of(serve(lambda request: Response("\x1b[2J\r\n" + "no " * 10_000, 400)).endpoint(), sets))
     assert len(message) < 500
     assert message.isprintable()
+
+
+def served_raw(send: Callable[[socket.socket], None], header: bytes = b"") -> Endpoint:
+    """A server that answers its first request with raw bytes."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def respond() -> None:
+        with listening, listening.accept()[0] as connection, suppress(OSError):
+            connection.recv(2**16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" + header + b"\r\n")
+            send(connection)
+
+    threading.Thread(target=respond, daemon=True).start()
+    return Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "tiny")
+
+
+def test_an_endless_reply_is_cut(sets: list[QuestionSet]) -> None:
+    def flood(connection: socket.socket) -> None:
+        while True:
+            connection.sendall(b" " * 2**16)
+
+    with pytest.raises(UserError) as caught:
+        evaluate_endpoint(served_raw(flood), sets)
+    assert "answers one question with more than 1,048,576 bytes" in str(caught.value)
+    assert module.KEPT in str(caught.value)
+
+
+def test_a_reply_that_never_ends_is_given_up(sets: list[QuestionSet], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_READING", 0.3)
+    monkeypatch.setattr(module, "TRIES", 1)
+    monkeypatch.setattr(module, "FIRST_TRIES", 1)
+
+    def drip(connection: socket.socket) -> None:
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.05)
+
+    with pytest.raises(UserError, match="its reply has not ended after 0 seconds"):
+        evaluate_endpoint(served_raw(drip), sets)
+
+
+def test_a_compressed_reply_counts_by_what_it_holds(sets: list[QuestionSet]) -> None:
+    bomb = gzip.compress(b" " * 2**24)
+    with pytest.raises(UserError, match="answers one question with more than"):
+        evaluate_endpoint(served_raw(lambda connection: connection.sendall(bomb), b"Content-Encoding: gzip\r\n"), sets)
 
 
 def test_an_endpoint_that_sends_on_is_not_followed(

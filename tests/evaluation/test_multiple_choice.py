@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate, summarise
+from lowmem_rmu.evaluation.multiple_choice import Interrupted, answer, ask, evaluate, summarise
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
@@ -75,13 +75,13 @@ def test_scores_equal_those_of_one_continuation_at_a_time(
     answers = evaluate(model, tokenizer, sets, batch_tokens).answers
     asked = [(each, number, question) for each in sets for number, question in enumerate(each.questions)]
     assert [(answer["task"], answer["index"]) for answer in answers] == [(each.name, number) for each, number, _ in asked]
-    for answer, (each, _, question) in zip(answers, asked, strict=True):
+    for row, (each, _, question) in zip(answers, asked, strict=True):
         expected = plain_logprobs(model, tokenizer, each, question)
-        assert answer["logprobs"] == pytest.approx(expected, abs=1e-4)
+        assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
         a_character = [value / (len(choice) if each.scoring == "cloze" else 1) for value, choice in zip(expected, question.choices, strict=True)]
-        assert answer["answer"] == a_character.index(max(a_character))
-        assert answer["gold"] == question.gold
-        assert answer["correct"] is (answer["answer"] == question.gold)
+        assert row["answer"] == a_character.index(max(a_character))
+        assert row["gold"] == question.gold
+        assert row["correct"] is (row["answer"] == question.gold)
     assert 0 < sum(answer["correct"] for answer in answers) < len(answers)
 
 
@@ -216,3 +216,10 @@ def test_a_tokenizer_that_splits_the_letters_is_refused(model: PreTrainedModel) 
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     with pytest.raises(UserError, match=r'This tokenizer splits " A" into several tokens(.|\n)*scoring: cloze'):
         evaluate(model, PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="?"), [question_set("plain", 1)], 1000)
+
+
+def test_a_model_whose_numbers_overflow_gets_no_answer(sets: list[QuestionSet]) -> None:
+    asked = ask(sets)[3]
+    with pytest.raises(UserError, match=r"no finite log-probabilities for question 3 of plain\.\nIts numbers overflow"):
+        answer(asked, [-1.0, math.nan, -2.0, -3.0])
+    assert answer(asked, [-math.inf, -1.0, -2.0, -3.0])["answer"] == 1

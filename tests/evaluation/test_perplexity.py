@@ -10,6 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_rmu.data.tokens import split_text
+from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
@@ -30,6 +32,13 @@ def direct(model: PreTrainedModel, sequence: list[int]) -> float:
     with torch.no_grad():
         logits = model(torch.tensor([sequence])).logits[0, :-1]
     return cross_entropy(logits, torch.tensor(sequence[1:]), reduction="sum").item()
+
+
+def test_a_loss_that_is_not_finite_is_no_result(small_model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    broken = load_model(ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+    broken.lm_head.weight.data[5] = math.nan
+    with pytest.raises(UserError, match="loss on held-out text is not finite"):
+        text_loss(broken, tokenizer, SEQUENCES, 64)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
@@ -70,13 +79,14 @@ def test_one_sequence_has_no_stderr(model: PreTrainedModel, tokenizer: PreTraine
     assert text_loss(model, tokenizer, SEQUENCES[:1], 64)["stderr"] == 0.0
 
 
-def test_bits_a_byte_are_those_of_the_text_that_is_predicted(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    text = "The quick brown fox \u2013 of course \u2013 jumps over the dog."
-    ids = tokenizer(text)["input_ids"]
-    result = text_loss(model, tokenizer, [ids], 64)
-    first = str(tokenizer.decode(ids[:1], skip_special_tokens=True))
-    predicted = str(tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(first)
-    assert result["bits_per_byte"] == pytest.approx(direct(model, ids) / math.log(2) / len(predicted.encode()), rel=1e-5)
+@pytest.mark.parametrize("max_tokens", [8, 512])
+def test_bits_per_byte_count_the_bytes_of_the_document(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    """However it is cut: also where a piece ends inside a character."""
+    text = "The quick brown fox \u2013 of course \u2013 \u4e16\u754c \U0001f642 over the dog."
+    pieces = split_text(text, tokenizer, max_tokens, True)
+    result = text_loss(model, tokenizer, [piece.ids for piece in pieces], 64, [piece.written for piece in pieces])
+    nats = sum(direct(model, piece.ids) for piece in pieces)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lowmem_rmu.evaluation import scorer as scorer_module
-from lowmem_rmu.evaluation.scorer import Request, RequestBatch, Scorer, cost, find_batch_tokens, plan_batches
+from lowmem_rmu.evaluation.scorer import Request, RequestBatch, Scorer, can_share_prefix, cost, find_batch_tokens, plan_batches
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings
+from tests.families import Family
 
 PAD = 2
 
@@ -47,6 +48,19 @@ def test_scores_equal_a_plain_forward_pass(model: PreTrainedModel, positions: in
     assert sorted(found) == list(range(9))
     for number, request in enumerate(requests):
         assert found[number] == pytest.approx(plain(model, request), abs=1e-4)
+
+
+def test_every_family_scores_as_a_plain_forward_pass_does(family: Family) -> None:
+    """With a prefix longer than the sliding windows; shared only where the cache holds keys and values throughout."""
+    model = load_model(family.settings, torch.device("cpu"))
+    requests = made_up(0, 40, [5, 11, 3, 20])
+    shares = can_share_prefix(model)
+    assert shares == (family.name not in ("lfm2", "mamba"))
+    batches, scorer = plan_batches(requests, [range(4)], 1000, shares), Scorer(model, PAD)
+    assert {batch.prefix for batch in batches} == ({40} if shares else {0})
+    found = {number: row for batch in batches for number, row in zip(batch.numbers, scorer.score(requests, batch), strict=True)}
+    for number, request in enumerate(requests):
+        assert found[number] == pytest.approx(plain(model, request), abs=1e-3)
 
 
 def test_the_prefix_is_read_once_for_all_batches_of_a_group(model: PreTrainedModel) -> None:

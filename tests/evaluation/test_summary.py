@@ -1,13 +1,24 @@
 """What is read of an audit, and its figures in words."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from lowmem_rmu.audit.verdict import Result, as_json
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.summary import bounds_in_words, known_in_words, read_audit, recovered_in_words
+from lowmem_rmu.evaluation.compare import Grade
+from lowmem_rmu.evaluation.summary import (
+    GRADES,
+    Headline,
+    audit_mark,
+    bounds_in_words,
+    known_in_words,
+    note_audit,
+    read_audit,
+    recovered_in_words,
+)
+from lowmem_rmu.records import Object, read_record
 from lowmem_rmu.runs import RunFolder, write_json
 
 
@@ -32,8 +43,68 @@ def test_a_damaged_audit_is_told(tmp_path: Path, text: str) -> None:
 def test_an_audit_of_another_version_is_told(tmp_path: Path, change: dict[str, Any]) -> None:
     audit = {**as_json("mine", 60, True, 1.0, 0.3, []), **change}
     write_json(tmp_path / "audit.json", {key: value for key, value in audit.items() if value is not None})
-    with pytest.raises(UserError, match=r"audit\.json was written by another version of this program\.\nAudit it again: python -m .* --again$"):
+    words = r"audit\.json was written by another version of this program, or is damaged: it lacks [a-z0-9.]+\.\nAudit it again: python -m .* --again$"
+    with pytest.raises(UserError, match=words):
         read_audit(RunFolder(tmp_path))
+
+
+def an_audit(mark: str = "hidden", finding: str = "brought back") -> dict[str, Any]:
+    audit = as_json("mine", 60, True, 1.0, 0.3, [Result("relearning", "does it come back?", "done")])
+    audit["attacks"][0]["finding"] = finding
+    return audit | {"verdict": {"mark": mark, "sentences": []}}
+
+
+def test_an_audit_of_an_earlier_version_is_read_in_todays_words(tmp_path: Path) -> None:
+    older = an_audit("cannot be told", "cannot be told")
+    del older["floor"]
+    write_json(tmp_path / "audit.json", older)
+    audit = read_audit(RunFolder(tmp_path))
+    assert audit is not None
+    assert (audit["verdict"]["mark"], audit["attacks"][0]["finding"]) == ("inconclusive", "inconclusive")
+
+
+def test_the_mark_of_a_run_is_that_of_its_audit(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert audit_mark(run) == "not audited"
+    write_json(run.audit_result, an_audit())
+    assert audit_mark(run) == "hidden"
+    write_json(run.audit_result, an_audit() | {"verdict": {}})
+    assert audit_mark(run) == "not readable"
+    run.audit_result.write_text("{")
+    assert audit_mark(run) == "not readable"
+
+
+def test_the_mark_is_noted_in_the_summary_and_changes_nothing_else(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    note_audit(run)
+    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "summary.json", {"title": "mine", "audit": "not audited"})
+    write_json(run.audit_result, an_audit())
+    note_audit(run)
+    assert read_record(tmp_path / "summary.json", Object, "") == {"title": "mine", "audit": "hidden"}
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "mark", "words", "color"),
+    [
+        ("yes", "not audited", "Yes, not audited", "yes"),
+        ("yes", "hidden", "Only hidden", "partly"),
+        ("partly", "hidden", "Partly, and only hidden", "partly"),
+        ("yes", "gone", "Yes", "yes"),
+        ("yes", "inconclusive", "Yes, audit inconclusive", "yes"),
+        ("no", "hidden", "No", "no"),
+        ("inconclusive", "gone", "Inconclusive", "inconclusive"),
+        ("unknown", "not audited", "Not known", "unknown"),
+    ],
+)
+def test_a_headline_says_a_plain_yes_only_where_an_audit_does(forgotten: str, mark: str, words: str, color: str) -> None:
+    headline = Headline(forgotten, "yes", mark)
+    assert (headline.forgotten_words, headline.forgotten_class) == (words, color)
+    assert headline.sentence == f"Forgotten: {forgotten}. Kept: yes. Audit: {mark}."
+
+
+def test_every_grade_has_its_word() -> None:
+    assert GRADES.keys() == set(get_args(Grade))
 
 
 def test_figures_in_words() -> None:

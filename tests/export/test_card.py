@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import LocalEntryNotFoundError
 from markdown_it import MarkdownIt
 
 from lowmem_rmu.audit.verdict import Condition, Result, as_json
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import UserError, not_reachable
 from lowmem_rmu.export import card
 from lowmem_rmu.export.card import base_terms, escaped, sum_line, write_card
 from lowmem_rmu.export.reproduce import sha256, write_reproduce
 from lowmem_rmu.export.verification import Checked, Verification, verify
+from lowmem_rmu.model.source import Source
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import RunFolder, write_json
 
@@ -168,7 +168,8 @@ def test_a_summary_of_another_version_is_refused(own_run: RunFolder, adapter: Pa
     change(own_run, "summary.json", rows=[{"task": "quiz"}])
     with pytest.raises(UserError) as caught:
         write_card(own_run, adapter, "adapter", None)
-    assert str(caught.value).endswith("was written by another version of this program.\nHave it written again: --resume --name own_run")
+    assert "summary.json was written by another version of this program, or is damaged: it lacks " in str(caught.value)
+    assert str(caught.value).endswith("Have it written again: --resume --name own_run")
 
 
 def test_names_of_other_people_show_to_the_letter_and_do_nothing(own_run: RunFolder, adapter: Path) -> None:
@@ -254,17 +255,17 @@ def test_a_model_of_the_hub_is_linked_with_its_revision_and_licence(
     base = base_with_card(tmp_path / "base", "---\nlicense: mit\n---\n")
     asked = []
 
-    def download(name: str, file: str, revision: str | None) -> str:
-        asked.append((name, file, revision))
-        return str(Path(base.name) / file)
+    def located(name: str, revision: str | None) -> Source:
+        asked.append((name, revision))
+        return Source(name, Path(base.name))
 
-    monkeypatch.setattr(card, "hf_hub_download", download)
+    monkeypatch.setattr(card, "locate", located)
     change(own_run, "config.json", settings__model__name="owner/model", model_revision="abc123")
     for kind, relation in {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}.items():
         write_card(own_run, adapter, kind, None)  # type: ignore[arg-type]
         data = ModelCard.load(adapter / "README.md").data
         assert (data.base_model, data.base_model_relation, data.license) == ("owner/model", relation, "mit")
-    assert asked == [("owner/model", "README.md", "abc123")] * 3
+    assert asked == [("owner/model", "abc123")] * 3
     text = Page(body(adapter)).text
     assert "Base model: owner/model, revision abc123." in text
     assert "Licence of the base model: mit." in text
@@ -272,9 +273,9 @@ def test_a_model_of_the_hub_is_linked_with_its_revision_and_licence(
 
 def test_without_the_hub_the_licence_is_unknown(own_run: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> str:
-        raise LocalEntryNotFoundError("offline")
+        raise not_reachable("model", "owner/model")
 
-    monkeypatch.setattr(card, "hf_hub_download", refuse)
+    monkeypatch.setattr(card, "locate", refuse)
     change(own_run, "config.json", settings__model__name="owner/model")
     write_card(own_run, adapter, "adapter", None)
     assert ModelCard.load(adapter / "README.md").data.license is None
@@ -285,7 +286,7 @@ def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) 
     best = Condition("unseen text, *25* steps", 0.9, 0.886, 0.8, 0.97)
     results = [
         Result("relearning", "does it come back?", "done", best=best, finding="brought back", sentences=(NASTY[0],)),
-        Result("wording", "is it the words?", "done", best=Condition("x", 0.5, -0.04, None, None), finding="cannot be told"),
+        Result("wording", "is it the words?", "done", best=Condition("x", 0.5, -0.04, None, None), finding="inconclusive"),
         Result("harm", "what else changed?", "done", sentences=("Next to nothing.",)),
         Result("suffix", "do odd words do it?", "not run", "not asked for"),
     ]
@@ -298,7 +299,7 @@ def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) 
     assert "relearning: brought back 89% (80 to 97) of what was lost (unseen text, *25* steps)." in page.text
     rows = [line.split(" | ")[:7] for line in body(adapter).splitlines() if line.startswith(("| relearning", "| wording", "| suffix"))]
     assert rows[0] == ["| relearning", "does it come back?", "100.0", "30.0", "90.0", "89% (80 to 97)", "brought back |"]
-    assert rows[1][4:] == ["50.0", "−4% (any share)", "cannot be told |"]
+    assert rows[1][4:] == ["50.0", "−4% (any share)", "inconclusive |"]
     assert rows[2][-1] == "not run: not asked for |"
     assert f"relearning: {NASTY[0]}" in page.text
     assert "harm: Next to nothing." in page.text

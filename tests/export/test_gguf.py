@@ -135,6 +135,33 @@ def test_the_context_ends_where_a_sliding_window_would_begin_to_matter(tmp_path:
     assert settings_in(to)["llama.context_length"] == 128
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_a_head_that_config_json_calls_tied_is_written_where_the_checkpoint_stores_another(tmp_path: Path, save_random: Save, same: bool) -> None:
+    folder = llama(tmp_path, save_random)
+    weights = load_file(folder / "model.safetensors")
+    if same:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = changed_config(folder, tmp_path / "tied", tie_word_embeddings=True)
+    write_gguf(folder, to := tmp_path / "tied.gguf", "f16")
+    stored = read_back(to)
+    assert ("output.weight" in stored) is not same, "without one, llama.cpp takes the embeddings"
+    if not same:
+        assert np.array_equal(stored["output.weight"], weights["lm_head.weight"].half().float().numpy())
+    measured: Any = load_model(ModelSettings(name=str(folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+    head = stored["token_embd.weight" if same else "output.weight"]
+    assert np.array_equal(head, measured.lm_head.weight.detach().half().float().numpy())
+
+
+def test_scales_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY, tmp_path / "scaled")
+    weights = load_file(folder / "model.safetensors") | {"model.layers.0.mlp.down_proj.weight_scale": torch.ones(1)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"holds model\.layers\.0\.mlp\.down_proj\.weight_scale, which the model"):
+        write_gguf(folder, tmp_path / "scaled.gguf", "f16")
+    assert not (tmp_path / "scaled.gguf").exists()
+
+
 def test_biases_and_a_head_of_its_own_are_written(tmp_path: Path, save_random: Save) -> None:
     folder = llama(tmp_path, save_random, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
     weights = {name: torch.randn_like(weight) for name, weight in load_file(folder / "model.safetensors").items()}

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, PretrainedConfig
 
+from lowmem_rmu.chat import load_run
 from lowmem_rmu.export.merge import Merged, merge, update_of
+from lowmem_rmu.measure import find_subject
 from lowmem_rmu.model import stored
 from lowmem_rmu.model.stored import stored_tensors
 from lowmem_rmu.presets import ModelSettings
@@ -214,6 +216,9 @@ def test_a_model_that_is_only_in_the_hubs_cache(
     run = make_run(ModelSettings(name="owner/name", quantisation="none", dtype="float32"))
     assert run.config["model_revision"] == COMMIT
     (tmp_path / "hub/models--owner--name/refs/main").write_text("f" * 40)  # the branch has moved on since
+    # Every use of the run takes the commit that it was made with.
+    assert load_run(run, torch.device("cpu"))[1].name_or_path == "owner/name"
+    assert find_subject(str(run.path)).model.revision == COMMIT
     merge(run, tmp_path / "merged")
     assert_equal(weights(tmp_path / "merged"), merged_by_peft(model, run, torch.bfloat16))
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in snapshot.iterdir()}

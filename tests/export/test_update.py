@@ -1,4 +1,4 @@
-"""What a run made of its checkpoint, and every reason why that cannot be told."""
+"""What a run made of its checkpoint, and every reason why that inconclusive."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_a_matrix_in_a_dtype_that_nothing_can_be_added_to(run: RunFolder, model:
     with pytest.raises(UserError) as raised:
         merge(run, run.path.parent / "merged")
     assert str(raised.value) == (
-        f"{DOWN} in {model / 'model.safetensors'} is stored as F8_E4M3, which cannot be merged: the checkpoint is quantised, or of a rare kind.\n"
+        f"The checkpoint {model} is quantised already, or of a rare kind: {DOWN} is stored as F8_E4M3.\n"
         "Give the original checkpoint, in float32, float16 or bfloat16."
     )
     assert not (run.path.parent / "merged").exists()
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_pickles_alone(run: RunFolder, model: Path) -> None:
 
 def test_a_model_folder_that_is_gone(run: RunFolder, model: Path) -> None:
     shutil.rmtree(model)
-    assert said(run) == f"The model folder {model} holds no config.json, or is gone.\nPut back the model that the run was made with."
+    assert said(run) == f"The model folder {model} does not exist.\nPut back the model that the run was made with."
 
 
 def test_a_file_that_was_cut_short(run: RunFolder, model: Path) -> None:
@@ -165,19 +165,19 @@ def test_an_index_that_names_files_of_several_folders(
     small_model_folder: Path, make_run: MakeRun, stored_as: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = shutil.copytree(stored_as(small_model_folder, torch.float32, "100KB"), tmp_path / "model")
+    run = make_run(ModelSettings(name=str(model), quantisation="none", dtype="float32"))
     index = json.loads((model / "model.safetensors.index.json").read_text())
     moved = index["weight_map"]["lm_head.weight"]
     (model / moved).rename(tmp_path / moved)
     index["weight_map"] = {name: f"../{moved}" if file == moved else file for name, file in index["weight_map"].items()}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    run = make_run(ModelSettings(name=str(model), quantisation="none", dtype="float32"))
-    with pytest.raises(UserError, match=rf"The index of the checkpoint {model} names files of several folders\.\nPut them into one\."):
+    with pytest.raises(UserError, match=rf"index {model}/model.safetensors.index.json names \.\./{moved}, which is not in its folder"):
         merge(run, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 def test_an_update_that_is_not_finite(run: RunFolder) -> None:
-    edit_weights(run.adapter / "adapter_model.safetensors", lambda weights: [tensor.fill_(torch.nan) for tensor in weights.values()])
+    edit_weights(run.adapter / "adapter_model.safetensors", lambda weights: [tensor.fill_(1e30) for tensor in weights.values()])
     with pytest.raises(UserError) as raised:
         merge(run, run.path.parent / "merged")
     assert str(raised.value) == f"With the update {DOWN} holds values that are not finite in float32: the run failed."

@@ -23,6 +23,7 @@ from lowmem_rmu.export.verification import (
     Verification,
     compare_export,
     mark_of,
+    read_verification,
     room_needed,
     verification_tables,
     verify,
@@ -49,6 +50,15 @@ def compared(role: Role, base: str, unlearned: str, exported: str) -> Compared:
     return next(iter(compare_export(asked(role, len(base)), answers(base), answers(unlearned), answers(exported))))
 
 
+def test_a_verification_of_an_earlier_version_is_read_in_todays_words(tmp_path: Path) -> None:
+    task = asdict(compared("forgotten", KNOWN[:8], GUESSED[:8], GUESSED[:8])) | {"finding": "cannot be told"}
+    older = {"mark": "cannot be told", "checked": [{"name": "merged", "mark": "cannot be told", "reason": None, "seconds": 1.0, "tasks": [task]}]}
+    (tmp_path / "verification.json").write_text(json.dumps(older))
+    found = read_verification(tmp_path)
+    words = found["mark"], found["checked"][0]["mark"], found["checked"][0]["tasks"][0]["finding"]
+    assert words == ("inconclusive", "inconclusive", "inconclusive")
+
+
 KNOWN, GUESSED = "+" * 200, "+---" * 50
 
 
@@ -60,8 +70,8 @@ KNOWN, GUESSED = "+" * 200, "+---" * 50
         (KNOWN, GUESSED, KNOWN, "came back"),
         (KNOWN, GUESSED, "+++-" * 25 + "++--" * 25, "came back"),  # half of what was forgotten
         (KNOWN, GUESSED, "+---" * 25 + "++--" * 25, "survived"),  # a sixth, and surely less than a quarter
-        (KNOWN, GUESSED, "+---" * 10 + "++--" * 40, "cannot be told"),  # about a quarter
-        (KNOWN[:8], GUESSED[:8], GUESSED[:8], "cannot be told"),  # no question changed, but there are only eight
+        (KNOWN, GUESSED, "+---" * 10 + "++--" * 40, "inconclusive"),  # about a quarter
+        (KNOWN[:8], GUESSED[:8], GUESSED[:8], "inconclusive"),  # no question changed, but there are only eight
         (KNOWN, KNOWN, KNOWN, "nothing to tell"),
         ("+" * 100 + "-" * 100, "+" * 97 + "-" * 103, "-" * 200, "nothing to tell"),  # the fall in the run is within luck
     ],
@@ -77,8 +87,8 @@ def test_what_was_forgotten_survives_or_comes_back(base: str, unlearned: str, ex
         (KNOWN, KNOWN, "intact"),
         (KNOWN, "+" * 190 + "-" * 10, "intact"),
         (KNOWN, GUESSED, "lost"),
-        (KNOWN, "+" * 160 + "-" * 40, "cannot be told"),
-        (KNOWN[:8], KNOWN[:8], "cannot be told"),
+        (KNOWN, "+" * 160 + "-" * 40, "inconclusive"),
+        (KNOWN[:8], KNOWN[:8], "inconclusive"),
         (GUESSED, GUESSED, "nothing to tell"),
         (GUESSED, KNOWN, "nothing to tell"),
     ],
@@ -111,11 +121,11 @@ GUESSING, FEW = compared("kept", KNOWN, GUESSED, GUESSED), compared("kept", KNOW
         ([CAME_BACK, LOST], "the update did not survive"),
         ([SURVIVED, INTACT, LOST], "damaged"),
         ([LOST], "damaged"),
-        ([SURVIVED, UNSURE, INTACT], "cannot be told"),
-        ([SURVIVED], "cannot be told"),  # a file of noise has forgotten it too
-        ([SURVIVED, GUESSING, FEW], "cannot be told"),
-        ([NOT_FORGOTTEN, INTACT], "cannot be told"),
-        ([], "cannot be told"),
+        ([SURVIVED, UNSURE, INTACT], "inconclusive"),
+        ([SURVIVED], "inconclusive"),  # a file of noise has forgotten it too
+        ([SURVIVED, GUESSING, FEW], "inconclusive"),
+        ([NOT_FORGOTTEN, INTACT], "inconclusive"),
+        ([], "inconclusive"),
     ],
 )
 def test_the_mark_of_an_export(tasks: list[Compared], mark: Mark) -> None:
@@ -124,9 +134,9 @@ def test_the_mark_of_an_export(tasks: list[Compared], mark: Mark) -> None:
 
 def test_of_several_ways_to_load_an_export_the_worst_counts() -> None:
     assert worst(["verified", None, "verified"]) == "verified"
-    assert worst(["verified", "cannot be told"]) == "cannot be told"
+    assert worst(["verified", "inconclusive"]) == "inconclusive"
     assert worst(["damaged", "the update did not survive", "verified"]) == "the update did not survive"
-    assert worst([None]) == worst([]) == "cannot be told"
+    assert worst([None]) == worst([]) == "inconclusive"
 
 
 def marks(verified: Verification) -> dict[str, Mark | None]:
@@ -176,7 +186,7 @@ def test_a_checkpoint_that_was_damaged_is_not_taken_for_one_that_forgot(forgetfu
 def test_what_does_not_fit_is_not_loaded_and_says_why(forgetful: RunFolder, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "memory_available", lambda device: 2**20)
     verified = verify(forgetful, merged, CPU)
-    assert verified.mark == "cannot be told"
+    assert verified.mark == "inconclusive"
     reasons = [each.reason or "" for each in verified.checked]
     assert all(reason.startswith("it needs ") and reason.endswith(" MiB, but 1 MiB are free on cpu") for reason in reasons)
 
@@ -215,7 +225,7 @@ def test_gguf_files_that_cannot_be_asked_say_why(forgetful: RunFolder, tmp_path:
     write_gguf(tmp_path / "model.gguf", "model")
     write_gguf(tmp_path / "lora.gguf", "adapter")
     verified = verify(forgetful, tmp_path, CPU)
-    assert verified.mark == "cannot be told"
+    assert verified.mark == "inconclusive"
     assert {each.name: each.reason for each in verified.checked} == {
         "lora.gguf": "an adapter alone, which llama.cpp puts on the base's own GGUF file",
         "model.gguf": "llama.cpp is not installed: pip install llama-cpp-python",
@@ -268,9 +278,10 @@ def test_a_run_without_questions_cannot_tell(copied: RunFolder, adapter: Path) -
     (copied.path / "config.json").write_text(json.dumps(config))
     for side in ("base", "unlearned"):
         copied.answers(side).write_text("")
+        copied.evaluation(side).write_text(json.dumps({"tasks": {}, "groups": {}}))
     verified = verify(copied, adapter, CPU)
-    assert verified == Verification("cannot be told", ())
-    assert shown(verified) == "The export: cannot be told (the run asked no questions)\n"
+    assert verified == Verification("inconclusive", ())
+    assert shown(verified) == "The export: inconclusive (the run asked no questions)\n"
 
 
 def test_the_table_shows_every_number_and_why_something_is_missing() -> None:

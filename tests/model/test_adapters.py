@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter, trained_modules
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
-from lowmem_rmu.model.loading import load_model, skeleton
+from lowmem_rmu.model.loading import load_config, load_model, skeleton
 from lowmem_rmu.presets import ModelSettings, Rmu
+from tests.families import Family
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 37).reshape(2, 16)
@@ -210,3 +211,26 @@ def test_a_saved_adapter_is_loaded_frozen_or_to_learn_on(small_settings: ModelSe
 def test_a_folder_without_an_adapter_says_what_to_run(small_settings: ModelSettings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no adapter\.\nRun the unlearn stage first"):
         load_adapter(load_model(small_settings, CPU), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
+def test_a_conv1d_gets_low_rank_adapters_only(family: Family) -> None:
+    model = skeleton(load_config(family.settings))
+    with pytest.raises(UserError, match=r"c_proj is a Conv1D, which cannot be trained itself: set rmu\.trainable=lora"):
+        add_adapter(model, rmu_of(target_layer=2, adapter_layers=[1], modules=["c_proj"], trainable="weights"), family.settings)
+
+
+@pytest.mark.parametrize("family", ["mamba"], indirect=True)
+def test_what_peft_refuses_is_said_before_work_begins(family: Family) -> None:
+    model = skeleton(load_config(family.settings))
+    with pytest.raises(UserError, match=r"PEFT puts no adapter on out_proj of this model: .*\nChoose others: rmu\.modules"):
+        add_adapter(model, rmu_of(target_layer=2, adapter_layers=[1], modules=["out_proj"]), family.settings)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("adapter_layers", [[0], [0, 1]])
+def test_adapters_that_peft_would_put_elsewhere_are_refused(family: Family, adapter_layers: list[int]) -> None:
+    """Layer 0 is dense: PEFT takes its down_proj for that of all experts."""
+    model = skeleton(load_config(family.settings))
+    with pytest.raises(UserError, match="PEFT puts the adapters for down_proj on layers .* instead of .*others have experts"):
+        add_adapter(model, rmu_of(target_layer=2, adapter_layers=adapter_layers), family.settings)

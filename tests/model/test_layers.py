@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     Gemma2Config,
-    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -22,6 +22,7 @@ from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
+from tests.families import Family
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -89,6 +90,22 @@ def test_any_stretch_of_layers_gives_what_the_whole_model_gives(llama: PreTraine
         assert torch.equal(llama.model.norm(result), hidden_states[-1])
 
 
+def test_every_family_gives_what_its_target_layer_gives(family: Family) -> None:
+    """With what enters the first updated layer known, and computed."""
+    model, updated = load_model(family.settings, torch.device("cpu")), slice(1, 3)
+    seen: list[Tensor] = []
+    hook = decoder_layers(model)[2].register_forward_hook(lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    with torch.no_grad():
+        model(IDS)
+    hook.remove()
+    trunk = run_trunk(model, IDS, None, updated)
+    torch.testing.assert_close(run_layers(model, trunk, updated), seen[0])
+    known = run_trunk(model, IDS, None, updated, trunk.hidden)
+    torch.testing.assert_close(run_layers(model, known, updated), seen[0])
+    fewer = run_trunk(model, IDS[:1], None, updated, trunk.hidden[:1])
+    torch.testing.assert_close(run_layers(model, fewer, updated), seen[0][:1], rtol=1e-4, atol=1e-4)
+
+
 def test_right_padding_needs_no_mask(model: PreTrainedModel) -> None:
     ids, _ = padded("right")
     activations = truncated(model, ids)
@@ -129,10 +146,12 @@ def test_known_hidden_states_stand_in_for_the_layers_below(model: PreTrainedMode
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_first_samples_alone_give_what_they_give_in_the_batch(model: PreTrainedModel, side: str) -> None:
     ids, mask = padded(side)
-    trunk = run_trunk(model, ids, mask if side == "left" else None, UPDATED)
+    given = mask if side == "left" else None
+    trunk = run_trunk(model, ids, given, UPDATED)
     whole = run_layers(model, trunk, UPDATED)
     for samples in (1, 2, None):
-        some = run_layers(model, trunk.first(samples), UPDATED)
+        first = run_trunk(model, ids[:samples], given[:samples] if given is not None else None, UPDATED, trunk.hidden[:samples])
+        some = run_layers(model, first, UPDATED)
         assert some.shape == whole[:samples].shape
         torch.testing.assert_close(some, whole[:samples], rtol=1e-4, atol=1e-4)
 
@@ -215,6 +234,8 @@ def test_activation_checkpointing_changes_no_gradient(small_settings: ModelSetti
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(UserError, match="GPT2LMHeadModel is no decoder with a list of layers, which is what RMU steers"):
+    """BERT keeps its layers under another name than any model that RMU knows."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=50, is_decoder=True, **shape))
+    with pytest.raises(UserError, match="BertLMHeadModel is no decoder with a list of layers, which is what RMU steers"):
         decoder_layers(model)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lowmem_rmu.model import loading, shards
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import (
+    check_checkpoint,
     describe_weights,
     load_config,
     load_model,
@@ -292,3 +294,157 @@ def test_weights_in_4_bit_are_counted(small_settings: ModelSettings, quantisatio
     linear = sum(module.weight.numel() for module in decoder_layers(model).modules() if isinstance(module, nn.Linear))
     counted = describe_weights(load_model(small_settings.model_copy(update={"quantisation": quantisation}), CPU))
     assert counted == {"weights": real, "in_4bit": linear if quantisation == "nf4" else 0}
+
+
+def other_tokenizer(folder: Path, **changes: Any) -> ModelSettings:
+    """The folder with changes in its tokenizer's settings; None leaves a key out."""
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return settings_of(folder)
+
+
+def test_without_padding_and_end_tokens_the_first_token_pads(folder: Path) -> None:
+    tokenizer = load_tokenizer(other_tokenizer(folder, pad_token=None, eos_token=None))
+    assert tokenizer.eos_token is None
+    assert tokenizer.pad_token_id == 0
+
+
+def test_a_padding_token_beyond_the_embeddings_is_not_used(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id == load_config(settings_of(folder)).vocab_size
+    loaded = load_tokenizer(settings_of(folder))
+    assert loaded.pad_token_id == loaded.eos_token_id == 2
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ messages[3]['content'] }}", "{% if %}"])
+def test_a_chat_template_that_fails_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(settings_of(folder)).chat_template is None
+    assert [record.getMessage() for record in caplog.records if "chat template" in record.getMessage()][0].endswith(
+        "Prompts are given to the model as plain text instead."
+    )
+
+
+def test_templates_without_a_default_one_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "chat_template.jinja").unlink()
+    settings = other_tokenizer(folder, chat_template=[{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}])
+    assert load_tokenizer(settings).chat_template is None
+    assert "fails" in caplog.text
+
+
+def cut(path: Path) -> None:
+    path.write_text(path.read_text()[:-20])
+
+
+def mark(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3456789\n")
+
+
+LOADS = [load_config, load_tokenizer, lambda settings: load_model(settings, CPU), check_checkpoint]
+
+
+@pytest.mark.parametrize("damage", [cut, mark, pointer])
+@pytest.mark.parametrize("load", LOADS)
+def test_a_damaged_config_is_told_by_its_file(folder: Path, damage: Callable[[Path], None], load: Any) -> None:
+    damage(folder / "config.json")
+    said = {cut: "is damaged or cut short", mark: "begins with a byte order mark", pointer: "is a Git LFS pointer"}[damage]
+    with pytest.raises(UserError, match=rf"{folder}/config\.json {said}"):
+        load(settings_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": 10**12}, r"gives vocab_size as 1e\+12, which no model has"),
+        ({"num_hidden_layers": 10**9}, r"gives num_hidden_layers as 1e\+09, which no model has"),
+        ({"num_hidden_layers": -1}, "gives num_hidden_layers as -1, which no model has"),
+        ({"hidden_size": 0}, "gives hidden_size as 0, which no model has"),
+        ({"hidden_size": "many"}, "cannot be read"),
+        ({"hidden_act": "no_such_function"}, "cannot be built as its config.json describes it: .*no_such_function"),
+        ({"model_type": ["mistral"]}, "cannot be read"),
+        ({"model_type": "t5"}, "no causal language model"),
+        ({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration, which has parts for more"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "is quantised already"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "is quantised already"),
+        ({"compression_config": {"format": "int-quantized"}}, "is quantised already"),
+    ],
+)
+def test_a_config_that_no_model_has_is_told_before_anything_is_made(folder: Path, changes: dict[str, Any], said: str) -> None:
+    edit_json(folder / "config.json", **changes)
+    for load in (check_checkpoint, lambda settings: load_model(settings, CPU)):
+        with pytest.raises(UserError, match=said):
+            load(settings_of(folder))
+
+
+@pytest.mark.parametrize("damage", [cut, mark, pointer])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_told_by_its_file(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
+    damage(folder / name)
+    said = {cut: "is damaged or cut short", mark: "begins with a byte order mark", pointer: "is a Git LFS pointer"}[damage]
+    with pytest.raises(UserError, match=rf"{folder}/{name} {said}"):
+        load_tokenizer(settings_of(folder))
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer_config.json"], ["vocab.json"]])
+def test_a_missing_tokenizer_is_named(folder: Path, left: list[str]) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text('{"a": 0}')
+    for path in [*folder.glob("tokenizer*"), folder / "vocab.json"]:
+        if path.name not in left:
+            path.unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer: tokenizer\.json is missing"):
+        load_tokenizer(settings_of(folder))
+
+
+def test_sentencepiece_alone_says_how_to_convert_it(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(UserError, match=r"it is there in an older form only, without tokenizer\.json\.\nConvert it once: pip install"):
+        load_tokenizer(settings_of(folder))
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "qwen.tiktoken")
+    (folder / "vocab.txt").write_text("a\n")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="QWenTokenizer", auto_map={"AutoTokenizer": ["own.QWenTokenizer", None]})
+    with pytest.raises(UserError, match=r"needs code that comes with it \(auto_map\), and this program never runs"):
+        load_tokenizer(settings_of(folder))
+
+
+def test_a_model_with_code_of_its_own_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="of_its_own", auto_map={"AutoConfig": "own.Config"})
+    with pytest.raises(UserError, match=r"needs code that comes with it \(auto_map\), and this program never runs"):
+        load_config(settings_of(folder))
+
+
+def test_without_pad_and_end_of_sequence_padding_is_any_token(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("pad_token", "eos_token", "bos_token"):
+        content.pop(name, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(settings_of(folder))
+    assert tokenizer.eos_token_id is None
+    assert tokenizer.pad_token_id == 0
+
+
+def test_words_beyond_the_embeddings_are_refused(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["Belarine", "Yarinoxol"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match='has the word "Belarine" as token 1536, but the model has only tokens 0 to 1535'):
+        load_tokenizer(settings_of(folder))
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0, "are all zero"), (float("nan"), "hold values that are not finite")])
+def test_a_checkpoint_that_was_never_filled_is_damaged(folder: Path, value: float, said: str) -> None:
+    tensors = {name: torch.full_like(tensor, value) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"is damaged: its embeddings {said}"):
+        load_model(settings_of(folder), CPU)

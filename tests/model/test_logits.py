@@ -8,6 +8,7 @@ from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.model.logits import POSITIONS, logits_at
 from lowmem_rmu.presets import ModelSettings, Rmu
+from tests.families import Family
 
 SHAPE = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -36,3 +37,11 @@ def test_an_adapter_counts(small_settings: ModelSettings) -> None:
             parameter += 0.1
     ids, asked = IDS[:, :20], ASKED[:, :20]
     torch.testing.assert_close(torch.cat(list(logits_at(model, asked, input_ids=ids))), model(ids).logits[asked], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_family_gives_its_own_logits(family: Family) -> None:
+    """What stands in for a decoder answers as that decoder: mixtures add router logits, GPT-NeoX calls it by position."""
+    model = load_model(family.settings, torch.device("cpu"))
+    pieces = torch.cat(list(logits_at(model, ASKED, input_ids=IDS)))
+    torch.testing.assert_close(pieces, model(IDS).logits[ASKED], rtol=1e-4, atol=1e-4)

@@ -9,13 +9,14 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model import memory
+from lowmem_rmu.model import memory, shards
 from lowmem_rmu.model.adapters import add_adapter
-from lowmem_rmu.model.layers import run_layers, run_trunk
-from lowmem_rmu.model.loading import describe_weights, load_config, load_model
-from lowmem_rmu.model.memory import NF4_BYTES, StageNeed, count_weights, gib, memory_available, memory_in_use, plan, reset_peak
+from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
+from lowmem_rmu.model.loading import describe_weights, load_config, load_model, skeleton
+from lowmem_rmu.model.memory import NF4_BYTES, Needs, StageNeed, count_weights, gib, memory_available, memory_in_use, plan, reset_peak
 from lowmem_rmu.presets import ModelSettings, Preset, Rmu, load_preset
 from lowmem_rmu.runs import STAGES
+from tests.families import Family
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -44,8 +45,8 @@ def test_weights_are_counted_as_the_model_has_them(small_settings: ModelSettings
     weights = count_weights(load_config(small_settings), ["down_proj", "q_proj"])
     assert weights.total() + model.model.norm.weight.numel() == sum(parameter.numel() for parameter in model.parameters())
     assert weights.layers == 6
-    assert weights.layer_linear == 64 * (64 + 32 + 32 + 64 + 3 * 128)
-    assert weights.layer_other == 2 * 64
+    assert weights.by_layer[0].linear == 64 * (64 + 32 + 32 + 64 + 3 * 128)
+    assert weights.by_layer[0].other == 2 * 64
     assert weights.largest_linear == 64 * 128
     rmu = Rmu(target_layer=3, adapter_layers=[1, 3], rank=5)
     assert weights.learning(rmu) == 2 * 5 * ((128 + 64) + (64 + 64))
@@ -56,12 +57,32 @@ def test_experts_are_counted_with_their_adapters(mixtral_settings: ModelSettings
     model = load_model(mixtral_settings, CPU)
     weights = count_weights(load_config(mixtral_settings), ["down_proj"])
     assert weights.total() + model.model.norm.weight.numel() == describe_weights(model)["weights"]
-    assert weights.layers * weights.layer_linear == describe_weights(model)["in_4bit"]
+    assert sum(layer.linear for layer in weights.by_layer) == describe_weights(model)["in_4bit"]
     assert weights.experts == 4 * (2 * 128 * 64 + 64 * 128)
     assert weights.largest_linear == 4 * 2 * 128 * 64
     rmu = Rmu(target_layer=3, adapter_layers=[1, 3], modules=["down_proj"], rank=5)
     adapted = add_adapter(model, rmu, mixtral_settings)
     assert weights.learning(rmu) == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def test_every_family_is_counted_layer_by_layer(family: Family) -> None:
+    """Layers of one model differ: DeepSeek-V3 is dense below its mixtures, LFM2 has attention in some layers only."""
+    config = load_config(family.settings)
+    layers = decoder_layers(skeleton(config))
+    weights = count_weights(config, [family.module])
+    assert [layer.linear + layer.other for layer in weights.by_layer] == [
+        sum(parameter.numel() for parameter in layer.parameters()) for layer in layers
+    ]
+    rmu = Rmu(target_layer=2, adapter_layers=[1, 2], modules=[family.module], rank=5)
+    adapted = add_adapter(skeleton(config), rmu, family.settings)
+    assert weights.learning(rmu) == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("family", "width"), [("llama", 64), ("gpt2", 128), ("mixtral", 128), ("qwen3_moe", 32), ("deepseek_v3", 64)], indirect=["family"]
+)
+def test_the_width_of_an_mlp_is_that_of_all_experts_that_a_token_takes(family: Family, width: int) -> None:
+    assert max(layer.intermediate for layer in count_weights(load_config(family.settings), []).by_layer) == width
 
 
 def test_dequantised_experts_that_the_backward_pass_needs_are_planned_for(mixtral_settings: ModelSettings) -> None:
@@ -137,7 +158,7 @@ def test_the_plan_follows_quantisation(zephyr: Preset) -> None:
 
 def test_a_preset_without_a_shape_is_planned_from_the_model(zephyr: Preset, small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "load_config", load_config)
-    small = changed(zephyr, target_layer=5).model_copy(update={"model": small_settings})
+    small = changed(zephyr, target_layer=5, adapter_layers=[3, 4, 5]).model_copy(update={"model": small_settings})
     assert plan(small, CPU)[0].weights == (count_weights(load_config(small_settings), []).total()) * 4
 
 
@@ -183,3 +204,48 @@ def test_a_peak_is_remembered_until_it_is_reset() -> None:
 @pytest.mark.parametrize(("size", "text"), [(3 * 2**30, "3.00 GiB"), (2**28, "0.25 GiB"), (2**28 - 1, "256 MiB"), (5 * 2**20, "5 MiB")])
 def test_sizes_are_printed_in_gib_or_mib(size: int, text: str) -> None:
     assert gib(size) == text
+
+
+SHAPE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def with_config(preset: Preset, **config: Any) -> Preset:
+    return changed(preset, modules=["fc2"], target_layer=2, adapter_layers=[1]).model_copy(
+        update={"model": preset.model.model_copy(update={"config": config})}
+    )
+
+
+def test_a_model_that_calls_its_intermediate_size_otherwise_is_planned_the_same(zephyr: Preset) -> None:
+    needs = [plan(with_config(zephyr, model_type="opt", ffn_dim=width, word_embed_proj_dim=64, **SHAPE), GPU) for width in (128, 8192)]
+    assert needs[1][1].working > 10 * needs[0][1].working > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "t5"}, "no causal language model"),
+        ({"model_type": "llava"}, "which has parts for more than text"),
+        ({"model_type": "no_such_model"}, "model.config of the preset is no configuration of a model"),
+        (SHAPE, "model.config of the preset is no configuration of a model"),
+        (SHAPE | {"model_type": "llama", "num_hidden_layers": 10**9}, "which no model has"),
+    ],
+)
+def test_a_shape_that_cannot_be_planned_is_told_in_words(zephyr: Preset, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        plan(with_config(zephyr, **config), GPU)
+
+
+def test_on_a_cpu_in_16_bits_the_head_is_copied(small_settings: ModelSettings) -> None:
+    """Measured on a model of Qwen2.5's vocabulary: the peak of an evaluation was the weights and that copy."""
+    tiny = load_preset("tiny", ["evaluation.prompts=[]"])
+    half, full = (tiny.model_copy(update={"model": small_settings.model_copy(update={"dtype": dtype})}) for dtype in ("bfloat16", "float32"))
+    assert Needs(half, CPU).head_copy() == 2 * count_weights(load_config(small_settings), []).embedding
+    assert Needs(full, CPU).head_copy() == Needs(half, GPU).head_copy() == 0
+
+
+def test_what_the_c_library_keeps_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = load_preset("tiny")
+    kept = [need.working for need in plan(tiny, CPU)]
+    monkeypatch.setattr(shards, "LARGEST_KEPT", 0)
+    plain = [need.working for need in plan(tiny, CPU)]
+    assert all(0 < more - less <= 64 * 2**20 for more, less in zip(kept, plain, strict=True))

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import quantisation
@@ -131,3 +133,17 @@ def test_a_mixture_that_lacks_an_expert_is_incomplete(
     with pytest.raises(UserError, match=r"lacks 1 weights, model\.layers\.2\.mlp\.experts\.down_proj among them"):
         load_model(settings, CPU)
     load_model(settings, CPU, layers=2)
+
+
+def test_matrices_that_gpt_2_stores_the_other_way_round_are_the_same_in_4_bit(tmp_path: Path) -> None:
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path), quantisation="nf4", dtype="float32")
+    nf4: Any = load_model(settings, CPU)
+    plain: Any = load_model(settings.model_copy(update={"quantisation": "none"}), CPU)
+    entered = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    for name in ("c_attn", "c_proj"):  # the second is square: nothing but its values shows which way round it is
+        one, other = (getattr(model.transformer.h[1].attn, name) for model in (nf4, plain))
+        expected = other(entered)
+        assert isinstance(one, Linear4bit)
+        assert 0.01 < (one(entered) - expected).norm() / expected.norm() < 0.15

@@ -57,6 +57,10 @@ def weight_map(folder: Path) -> dict[str, str]:
         ("model.layers.7.block_sparse_moe.experts.3.w2.weight", 8, True),
         ("model.layers.8.block_sparse_moe.gate.weight", 8, False),
         ("gpt_neox.layers.3.attention.query_key_value.weight", 3, False),
+        ("transformer.h.7.mlp.c_proj.weight", 8, True),
+        ("transformer.h.8.mlp.c_proj.weight", 8, False),
+        ("transformer.blocks.8.ffn.down_proj.weight", 8, False),
+        ("transformer.ln_f.bias", 8, False),
         ("layers.2.norm.weight", 3, True),
         ("model.embeddings.norm.weight", 3, True),
         ("embeddings.norm.weight", 3, True),
@@ -163,3 +167,41 @@ def test_what_is_neither_cached_nor_reachable_is_told_in_words(cache: Path, gone
     (cache / (gone if gone.endswith("json") else weight_map(cache)["model.layers.0.mlp.up_proj.weight"])).unlink()
     with pytest.raises(UserError, match="owner/name is not on this machine and the Hub cannot be reached"), hub_errors("model", "owner/name"):
         find_files("owner/name", "main", 3)
+
+
+def test_shards_without_their_index_are_named_with_what_is_missing(copied: Path) -> None:
+    (copied / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError) as raised:
+        load_model(settings_of(copied), CPU)
+    there = sorted(path.name for path in copied.glob("*.safetensors"))
+    first, advice = str(raised.value).splitlines()
+    assert first == (
+        f"The model folder {copied} holds {', '.join(there[:3])} and {len(there) - 3} more, but no model.safetensors.index.json,"
+        " which says which weights lie in which file."
+    )
+    assert advice.startswith("Download model.safetensors.index.json")
+
+
+def test_of_a_cached_model_without_its_index_the_same_is_said(cache: Path) -> None:
+    """Unless the rest of it could still be downloaded: then the network is what is missing."""
+    (cache / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="owner/name is not on this machine and the Hub cannot be reached"):
+        find_files("owner/name", None, None)
+
+
+@pytest.mark.parametrize("place", ["../other/model.safetensors", "sub/model.safetensors", "/etc/model.safetensors", "..\\model.safetensors", ".."])
+def test_an_index_that_leaves_its_folder_is_refused(copied: Path, place: str) -> None:
+    index = copied / "model.safetensors.index.json"
+    weights = {name: place if "lm_head" in name else file for name, file in weight_map(copied).items()}
+    index.write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(UserError) as raised:
+        find_files(str(copied), None, None)
+    assert str(raised.value).startswith(f"The checkpoint's index {index} names {place}, which is not in its folder.\n")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "a shard"])
+def test_a_git_lfs_pointer_is_told_as_one(copied: Path, name: str) -> None:
+    file = copied / (name if name.endswith("json") else weight_map(copied)["lm_head.weight"])
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3456789\n")
+    with pytest.raises(UserError, match=rf"{file} is a Git LFS pointer \(\d+ bytes\) and not the file itself\.\nFetch the files with `git lfs pull`"):
+        load_model(settings_of(copied), CPU)

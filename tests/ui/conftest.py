@@ -16,12 +16,14 @@ App = tuple[str, subprocess.Popen[bytes]]
 
 
 @contextmanager
-def app_over(runs_dir: Path) -> Iterator[App]:
+def app_over(runs_dir: Path, *options: str) -> Iterator[App]:
     """The app's address and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--runs-dir", str(runs_dir)], cwd=ROOT)
+    command = [sys.executable, "app.py", "--port", str(port), "--runs-dir", str(runs_dir), *options]
+    with (runs_dir / ".app.txt").open("w") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=printed)
     address, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
     while time.monotonic() < until:
         assert process.poll() is None, "the app ended"
@@ -38,8 +40,8 @@ def app_over(runs_dir: Path) -> Iterator[App]:
 
 
 @pytest.fixture(scope="session")
-def open_app() -> Callable[[Path], AbstractContextManager[App]]:
-    """Opens another app, over a runs folder of its own."""
+def open_app() -> Callable[..., AbstractContextManager[App]]:
+    """Opens another app, over a runs folder of its own, which has what the app printed in `.app.txt`."""
     return app_over
 
 

@@ -287,11 +287,14 @@ def _blocks_of(tab: ChatTab) -> gr.Blocks:
 
 def test_runs_are_offered_newest_first_and_the_choice_stays(tab: ChatTab, runs_dir: Path, tmp_path: Path) -> None:
     assert tab._run_names() == ["newest", "older"]
-    assert tab.refresh("older")[tab.run].value == "older"
-    refreshed = tab.refresh("gone")
-    assert refreshed[tab.run].value == "newest"
+    assert "value" not in tab.refresh("older")[tab.run], "by the time it arrives another may have been chosen"
+    refreshed = tab.refresh(None)
+    assert refreshed[tab.run]["value"] == "newest"
     assert refreshed.keys() == set(tab.refreshed)
     assert "That of newest would take about" in refreshed[tab.status]
+    gone = tab.refresh("gone")
+    assert "value" not in gone[tab.run]
+    assert "There is no run gone in " in gone[tab.status]
     with gr.Blocks():
         empty = build(tmp_path, CPU, LoadedModel())
     assert "No run has finished unlearning yet" in empty.refresh(None)[empty.status]
@@ -344,3 +347,41 @@ def test_the_api_answers_as_the_page_does(tab: ChatTab, holder: LoadedModel, run
 def test_fields_become_settings() -> None:
     assert read_sampling("Be brief.", "0.7", 12.0, "3") == Sampling(12, 0.7, 3, "Be brief.")
     assert read_sampling(None, 0, 256, 0) == Sampling()
+
+
+def test_who_asks_second_is_told_at_once_that_another_answer_comes_first(tab: ChatTab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "WAIT_SECONDS", 0.01)
+    first = send(tab, length=12)
+    next(first)
+    second, third = send(tab), send(tab)
+    said = next(second)
+    assert said[tab.status] == "Waiting: 1 other answer comes before yours. Stop takes you out of the line."
+    assert next(third)[tab.status].startswith("Waiting: 2 other answers come before yours.")
+    tab.stop_answer(said[tab.stop])
+    assert merged(second)[tab.stop] is None, "out of the line, and nothing was answered"
+    assert next(third)[tab.status].startswith("Waiting: 1 other answer")
+    list(first)
+    assert merged(third)[tab.conversation].turns[0].unlearned
+    assert tab.model.line._waiting == []
+
+
+def test_a_closed_page_leaves_the_line(tab: ChatTab) -> None:
+    first, second = send(tab), send(tab)
+    next(first)
+    next(second)
+    second.close()  # type: ignore[attr-defined]
+    first.close()  # type: ignore[attr-defined]
+    assert tab.model.line._waiting == []
+
+
+def test_the_api_waits_in_the_same_line(tab: ChatTab, holder: LoadedModel, runs_dir: Path) -> None:
+    first = send(tab)
+    next(first)
+    answers: list[dict[str, str]] = []
+    program = threading.Thread(target=lambda: answers.append(ask(holder, runs_dir, CPU, "newest", PROMPT, 4, 0.0, 0)))
+    program.start()
+    program.join(0.5)
+    assert program.is_alive()
+    list(first)
+    program.join(60)
+    assert answers

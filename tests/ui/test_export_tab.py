@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.formats import FORMATS, KINDS
+from lowmem_rmu.export.verification import Compared
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import load_preset
@@ -61,10 +65,10 @@ def test_every_format_is_offered_in_words() -> None:
 def test_runs_with_an_adapter_are_offered_newest_first(tab: ExportTab, tmp_path: Path) -> None:
     update = tab.refresh(None)
     assert (update["choices"], update["value"]) == (["newest", "older"], "newest")
-    assert tab.refresh("older")["value"] == "older"
-    assert tab.refresh("unfinished")["value"] == "newest"
+    for chosen in ("older", "unfinished", "gone"):
+        assert "value" not in tab.refresh(chosen), "by the time it arrives another may have been chosen"
     with gr.Blocks():
-        nothing = ExportTab(tmp_path / "nowhere", CPU).refresh("gone")
+        nothing = ExportTab(tmp_path / "nowhere", CPU).refresh(None)
     assert (nothing["choices"], nothing["value"]) == ([], None)
 
 
@@ -113,6 +117,63 @@ def test_why_an_export_failed_is_told_without_a_stack_trace(runs_dir: Path, prin
     assert told.startswith("<p><strong>Failed</strong></p>")
     assert said in told
     assert "Traceback" not in told
+
+
+HOSTILE = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
+
+
+def make_export(run: RunFolder, name: str, **verification: Any) -> Path:
+    """An export that lies in a run's folder, with what verifying it found."""
+    place = run.exports / name
+    place.mkdir(parents=True)
+    write_json(place / "verification.json", verification)
+    return place
+
+
+def test_nothing_in_a_verification_is_markup(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "runs", "mine")
+    numbers = {each.name: 0.5 for each in fields(Compared)}
+    task = numbers | {"task": HOSTILE, "role": "forgotten", "questions": 8, "finding": "survived"}
+    ways = [
+        {"name": HOSTILE, "mark": "verified", "reason": None, "seconds": 1.0, "tasks": [task]},
+        {"name": HOSTILE, "mark": None, "reason": HOSTILE, "seconds": 0.0, "tasks": []},
+    ]
+    told = progress(run, make_export(run, "adapter", mark="verified", checked=ways))
+    assert "<img" not in told
+    assert "<script" not in told
+    assert told.count("&lt;script&gt;") == 4
+
+
+HOSTILE_MARK = json.dumps({"mark": HOSTILE, "checked": []})
+
+
+WRONG_NAME = json.dumps({"mark": "verified", "checked": [{"mark": "verified", "name": 3}]})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", HOSTILE_MARK, WRONG_NAME, json.dumps({"mark": "verified"})])
+def test_a_damaged_verification_is_told_and_the_rest_is_shown(tmp_path: Path, content: str) -> None:
+    run = RunFolder.create(tmp_path / "runs", "mine")
+    place = make_export(run, "adapter")
+    (place / "verification.json").write_text(content)
+    told = progress(run, place)
+    assert told.startswith("<p><strong>Done</strong>: ")
+    assert re.search(r"verification\.json (is|was written by another version of this program, or is) damaged", told)
+    assert "<script" not in told
+
+
+def test_the_form_remembers_what_was_exported(tab: ExportTab, tmp_path: Path) -> None:
+    tab.runs_dir = tmp_path / "runs"
+    run = RunFolder.create(tab.runs_dir, "mine")
+    write_json(run.path / "config.json", {})
+    assert tab.choose("mine") == tab.choose("gone") == tab.choose(None) == (gr.skip(), gr.skip())
+    for age, name in ((20, "merged"), (10, "gguf-q4_0"), (30, "adapter")):
+        os.utime(make_export(run, name, mark="verified", checked=[]), (1e9 - age,) * 2)
+    assert tab.choose("mine") == ("gguf", "q4_0")
+    told, _, _ = tab.show("mine", "merged", "q8_0")
+    assert told.endswith("<p>Also exported: adapter, gguf q4_0.</p>")
+    assert tab.show("mine", "gguf", "f16")[0] == "<p>Not exported yet.</p><p>Also exported: adapter, merged, gguf q4_0.</p>"
+    output_of(run.exports / "merged").write_text("At work")
+    assert tab.choose("mine") == ("merged", gr.skip()), "one that failed or is under way counts too"
 
 
 def test_an_export_that_waits_says_for_what(runs_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs as processes: what their folders, numbers and processes tell of them, and what is done to them. The processes are real."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,10 +10,11 @@ from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import UserError, readable
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
@@ -140,7 +142,8 @@ def test_a_name_that_is_taken_is_refused_in_the_words_of_the_page(tmp_path: Path
 def test_what_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "runs", "mine", {"state": "done"})
     for said in (mistake(jobs.reserve, tmp_path / "runs", "tiny", name), mistake(jobs.rename, run, name)):
-        assert said.startswith(f'"{name}" cannot be the name of a run: use letters, digits')
+        shown = readable(f'"{name}"')  # shortened, and without what a terminal takes for a command
+        assert said.startswith(f"{shown} cannot be the name of a run: use letters, digits")
         assert said.endswith(f"so that it stays inside {tmp_path / 'runs'}.")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [".queue", "mine"]
@@ -231,13 +234,23 @@ def test_a_run_with_the_device_is_where_its_status_says(tmp_path: Path, sleeper:
 def test_a_process_without_a_number_is_known_by_its_pid(tmp_path: Path, sleeper: Sleeper) -> None:
     """Those that `accelerate launch` starts take none."""
     process = sleeper()
-    run = make_run(tmp_path, "mine", {"pid": process.pid})
+    run = make_run(tmp_path, "mine", {"pid": process.pid, "started": psutil.Process(process.pid).create_time()})
     assert jobs.state_of(run).state == "running"
     process.kill()
     process.wait()
     assert jobs.state_of(run).state == "interrupted"
-    write_status(run, pid=os.getpid())  # the app has the number that a dead run had
+
+
+@pytest.mark.parametrize("started", [1.0, None])
+def test_a_killed_run_whose_pid_another_process_has_is_interrupted(
+    tmp_path: Path, sleeper: Sleeper, started: float | None
+) -> None:
+    """It can be resumed, renamed and deleted, and there is nothing to stop. `started` is missing in older status files."""
+    run = make_run(tmp_path, "mine", {"pid": sleeper().pid, "heartbeat": time.time() - 60, "started": started})
     assert jobs.state_of(run).state == "interrupted"
+    assert mistake(jobs.stop, run) == "Run mine is not under way."
+    jobs.delete(jobs.rename(run, "other"))
+    assert jobs.names(tmp_path) == []
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed", "done"])
@@ -327,6 +340,24 @@ def test_settings_of_another_version_are_told_before_anything_starts(stand_in: C
     assert said.startswith(f"{run.path} was written by another version of lowmem-rmu: this one does not know its settings of rmu.warmth.\n")
     assert said.endswith("Read it with the version that its config.json names, or make the run anew.")
     assert (tickets(runs_dir), jobs.state_of(run).state) == ([], "stopped")
+
+
+def test_a_finished_run_is_not_run_again(
+    stand_in: Callable[[str], Path], forgetful: RunFolder, tmp_path: Path
+) -> None:
+    runs_dir = stand_in("time.sleep(60)")
+    run = RunFolder(Path(shutil.copytree(forgetful.path, runs_dir / "mine")))
+    assert mistake(jobs.resume, run).startswith("Run mine is finished: nothing of it is left to do.\n")
+    assert tickets(runs_dir) == []
+    # What is missing or damaged can be made again.
+    (run.path / "summary.json").write_text("[")
+    jobs.resume(run)
+    assert len(tickets(runs_dir)) == 1
+
+
+def test_a_name_that_a_waiting_process_has_is_taken(tmp_path: Path, sleeper: Sleeper) -> None:
+    queue(tmp_path, "taken", sleeper())
+    assert mistake(jobs.reserve, tmp_path, "tiny", "taken") == TAKEN
 
 
 def test_a_run_that_is_asked_twice_at_once_to_go_on_does_so_once(stand_in: Callable[[str], Path]) -> None:
@@ -427,7 +458,7 @@ def test_only_what_is_under_way_can_be_stopped(tmp_path: Path, sleeper: Sleeper)
     run = make_run(tmp_path, "mine", {"state": "done"})
     assert mistake(jobs.stop, run) == "Run mine is not under way."
     assert not run.stop_asked
-    write_status(run, pid=sleeper().pid)  # a run without a number
+    write_status(run, pid=sleeper().pid, heartbeat=time.time())  # a run without a number, of an earlier version
     jobs.stop(run)
     assert run.stop_asked
 

@@ -82,7 +82,7 @@ def test_a_torn_line_is_passed_over(run: RunFolder) -> None:
     with run.metrics.open("a") as file:
         file.write(TORN)
     assert figures(live.progress(state(), run))["Step"] == "2"
-    forget, _, _ = live.curves(run)
+    forget, *_ = live.curves(run)
     assert forget is not None
     assert list(forget["step"]) == [1, 2]
     with run.answers("base").open("wb") as raw:
@@ -103,7 +103,7 @@ def test_names_errors_and_tasks_are_shown_to_the_letter(run: RunFolder) -> None:
     add_lines(run.answers("base"), [{"task": HOSTILE, "correct": True}])
     html = live.progress(RunState(HOSTILE, "failed", error=f"No text in {HOSTILE}.\nGive some."), run)
     assert not re.search(r"<(script|img)", html)
-    assert html.count("&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;") == 3
+    assert html.count("&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;") == 3
     assert "\nGive some.</pre>" in html
     (run.output).write_text(HOSTILE)
     assert "&lt;img src=x" in live.progress(state("failed"), run)
@@ -146,7 +146,7 @@ def test_without_any_word_its_folder_says_more(run: RunFolder) -> None:
 def test_curves_by_step_and_topic(run: RunFolder) -> None:
     for number in (1, 2, 3):
         run.add_metrics(step(number, forget_norm=1.0 * number, retain_norm=None if number == 1 else 2.0))
-    forget, retain, norms = live.curves(run)
+    forget, retain, norms, divergences = live.curves(run)
     assert forget is not None
     assert retain is not None
     assert norms is not None
@@ -155,7 +155,16 @@ def test_curves_by_step_and_topic(run: RunFolder) -> None:
     assert sorted(zip(norms["line"], norms["step"], strict=True)) == [
         ("forget set", 1), ("forget set", 2), ("forget set", 3), ("retain set", 2), ("retain set", 3),
     ]  # fmt: skip
+    assert divergences is None
+
+
+def test_the_guards_curves_have_a_point_a_check(run: RunFolder) -> None:
+    for number in (1, 2, 3):
+        run.add_metrics(step(number, **{"retain_kl": 0.1, "question_kl": None, "topic_kl": 2.0} if number == 2 else {}))
+    divergences = live.curves(run)[3]
+    assert divergences is not None
+    assert divergences.to_dict("list") == {"step": [2, 2], "value": [0.1, 2.0], "line": ["text to keep", "topic"]}
 
 
 def test_before_the_first_step_there_are_no_curves(run: RunFolder) -> None:
-    assert live.curves(None) == live.curves(run) == (None, None, None)
+    assert live.curves(None) == live.curves(run) == [None] * 4

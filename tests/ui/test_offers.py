@@ -80,7 +80,7 @@ def test_the_table_is_the_same_for_the_page_and_the_api() -> None:
     html = offers.table_html(CPU)
     assert html.count("<tr>") == 1 + len(rows)
     for name in rows:
-        assert f"<td>{name}</td>" in html
+        assert f"<th scope='row'>{name}</th>" in html
     assert "<td>7.2 B</td>" in html
     assert re.search(r"<td>1\.\d M</td>|<td>2\.\d M</td>", html)
 
@@ -88,8 +88,8 @@ def test_the_table_is_the_same_for_the_page_and_the_api() -> None:
 def test_a_preset_of_ones_own_is_shown_to_the_letter(own_presets: Path) -> None:
     html = offers.table_html(CPU)
     assert not re.search(r"<(script|img|b)\b", html)
-    assert "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;" in html
-    assert "<td>&lt;b&gt;mine</td>" in html
+    assert "&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;" in html
+    assert "<th scope='row'>&lt;b&gt;mine</th>" in html
     assert [offer.name for offer in offers.offers(CPU)] == ["<b>mine"]
 
 
@@ -139,7 +139,7 @@ def test_a_line_goes_before_a_field() -> None:
 def test_all_mistakes_are_told_at_once_without_the_command_line_s_words() -> None:
     said = mistake("tiny", {"rmu.steps": 0, "rmu.rank": None}, "rmu.stpes=3\ntopics.locks.alpha=-1")
     first, *rest = said.splitlines()
-    assert first.endswith("tiny.yaml has 4 mistakes:")
+    assert first == "What was given has 4 mistakes:", "none of them is in the preset's file"
     assert sorted(rest) == [
         "  rmu.rank: should be a valid integer (it is None)",
         "  rmu.steps: should be greater than or equal to 1 (it is 0)",
@@ -209,3 +209,34 @@ def test_no_field_reads_anything_else_either(line: str) -> None:
 def test_the_preset_s_own_places_may_be_said_again() -> None:
     own = load_preset("tiny").topics["locks"].corpus.source
     assert offers.chosen("tiny", {}, f"topics.locks.corpus.source={own}\nmodel.revision=null") == load_preset("tiny")
+
+
+def test_a_mistake_names_the_field_or_the_line_that_it_was_typed_into() -> None:
+    labels = {"rmu.steps": "Steps", "rmu.rank": "Rank"}
+    with pytest.raises(UserError) as caught:
+        offers.chosen("tiny", {"rmu.steps": 0, "rmu.rank": 0}, "rmu.rank=-1\nrmu.batch_size=0", labels)
+    first, *rest = on_the_page(str(caught.value)).splitlines()
+    assert first == "What was given has 3 mistakes:"
+    assert sorted(rest) == [
+        "  Steps, rmu.steps: should be greater than or equal to 1 (it is 0)",
+        "  rmu.batch_size: should be greater than or equal to 1 (it is 0)",
+        "  rmu.rank: should be greater than or equal to 1 (it is -1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("rmu.steps=" + "[" * 100_000, "the value is nested more than 50 levels deep."),
+        ("rmu.steps=" + "9" * 5000, "the value is a number of more than 100 characters."),
+        ("rmu.steps=&a [*a]", "the value is recursive: the alias *a stands within its anchor."),
+        ("rmu.modules=[&a [x, x], " + ", ".join(f"&{chr(97 + n)} [{', '.join([f'*{chr(96 + n)}'] * 9)}]" for n in range(1, 20)) + "]",
+         "the value is larger than 10,000 values, counting what aliases repeat."),
+        ("rmu" + ".x" * 100_000 + "=1", "the path has more than 50 keys."),
+    ],
+    ids=["depth", "digits", "recursion", "aliases", "path"],
+)  # fmt: skip
+def test_a_line_that_would_hang_the_page_is_refused_at_once(line: str, said: str) -> None:
+    told = mistake("tiny", {}, line)
+    assert told.endswith(said)
+    assert len(told) < 300

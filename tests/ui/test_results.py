@@ -74,11 +74,12 @@ def test_finished_runs_are_offered_newest_first(runs_dir: Path) -> None:
 def test_the_newest_run_is_chosen_and_a_choice_stays(tab: results.Results) -> None:
     run, other = tab.refresh(None, None)
     assert (run["choices"], run["value"]) == (["new", "old"], "new")
-    assert (other["choices"], other["value"]) == ([results.NO_OTHER, "new", "old"], "")
-    run, other = tab.refresh("old", "new")
-    assert (run["value"], other["value"]) == ("old", "new")
-    run, other = tab.refresh("gone", "gone")
-    assert (run["value"], other["value"]) == ("new", "")
+    assert (other["choices"], "value" in other) == ([results.NO_OTHER, "new", "old"], False)
+    assert tab.other.value == ""
+    for chosen in (("old", "new"), ("gone", "gone")):
+        run, other = tab.refresh(*chosen)
+        assert "value" not in run, "by the time it arrives another may have been chosen"
+        assert "value" not in other
 
 
 def test_a_folder_without_runs_says_what_to_do(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_run_is_shown_with_its_report_to_keep(tab: results.Results) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", html) == [
         "Questions, base and unlearned", "How training went", "The same prompt to both", "What this does not show",
     ]  # fmt: skip
-    assert re.findall(r"<dd class=\"(\w+)\">", html) == ["partly", "partly"]
+    assert re.findall(r"<dd class=\"(\w+)\">", html) == ["partly", "partly", "unknown"]
     assert cells(html, "compounds")[:3] == ["compounds5-shot", "90.0% ± 3.0", "25.0% ± 4.0"]
     assert html.count("<svg") == 3 * 2
     assert Path(download["value"]).name == "new-report.html"
@@ -125,7 +126,8 @@ def test_two_runs_side_by_side(tab: results.Results) -> None:
     shown = last(tab.compare("old", "new"))
     html = shown["value"]
     assert shown["visible"] is True
-    assert cells(html, "Is it forgotten[?]")[1:] == ["Yes", "Partly"]
+    assert cells(html, "Is it forgotten[?]")[1:] == ["Yes, not audited", "Partly"]
+    assert cells(html, "What did the audit find[?]")[1:] == ["Not audited", "Not audited"]
     notes = "compounds0-shot (first); 5-shot (second)"
     assert cells(html, "compounds") == [notes, "90.0%", "30.0%", "−60.0", "90.0%", "25.0%", "−65.0"]
     assert cells(html, "kept") == ["kept", "90.0%", "88.0%", "−2.0", "–", "–", "–"]
@@ -196,7 +198,7 @@ def test_rows_of_another_version_are_told(runs_dir: Path) -> None:
 
 def test_a_damaged_config_is_told(runs_dir: Path, tab: results.Results) -> None:
     (runs_dir / "new" / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="config.json is damaged(.|\n)*cannot be shown"):
+    with pytest.raises(UserError, match="config.json is damaged(.|\n)*from a copy"):
         last(tab.show("new"))
 
 
@@ -231,3 +233,19 @@ def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
         tab.open_on(gr.Button().click, gr.Textbox())
     assert demo.fns
     assert {event.api_visibility for event in demo.fns.values()} == {"private"}
+
+
+def test_another_choice_takes_the_old_report_away_before_the_new_one_is_read(tab: results.Results) -> None:
+    parts, download, comparison = tab.clear("old")
+    assert parts == "<p>Reading the results of old …</p>"
+    assert (download["value"], download["interactive"], comparison["visible"]) == (None, False, False)
+    assert tab.clear(None)[0] == results.EMPTY
+    assert "&lt;b&gt;" in tab.clear("<b>")[0]
+
+
+def test_that_there_is_no_run_is_said_once_it_is_known(tab: results.Results, tmp_path: Path) -> None:
+    assert tab.parts.value == results.LOADING
+    assert tab.tell_none(None) == gr.skip()
+    with gr.Blocks():
+        empty = results.build(tmp_path / "nowhere")
+    assert empty.tell_none(None) == results.EMPTY

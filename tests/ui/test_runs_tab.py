@@ -13,6 +13,7 @@ import gradio as gr
 import pytest
 import yaml
 
+from lowmem_rmu.audit.verdict import as_json
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_json
@@ -79,7 +80,7 @@ def test_every_run_has_a_row(runs_dir: Path, busy: RunFolder) -> None:
     assert all(len(row) == len(COLUMNS) for row in found)
     assert [row[:4] for row in found] == [
         ["busy", "running", "tiny", "–"],
-        ["finished", "done", "tiny", "Forgotten: yes. Kept: partly."],
+        ["finished", "done", "tiny", "Forgotten: yes. Kept: partly. Audit: not audited."],
         ["stopped", "stopped; it can go on", "tiny", "–"],
         ["refused", "failed", "zephyr-7b", "–"],
     ]
@@ -106,6 +107,14 @@ def test_a_damaged_run_spoils_no_list_and_can_be_deleted(tab: RunsTab, runs_dir:
     assert tab.settings_of("damaged") == ""
     tab.delete("damaged")
     assert len(listed(runs_dir)) == 3
+
+
+def test_the_list_names_what_the_audit_found(runs_dir: Path) -> None:
+    audit = as_json("finished", 60, True, 1.0, 0.3, [])
+    write_json(runs_dir / "finished/audit.json", audit | {"verdict": {"mark": "hidden", "sentences": []}})
+    assert rows(runs_dir)[0][3] == "Forgotten: yes. Kept: partly. Audit: hidden."
+    (runs_dir / "finished/audit.json").write_text("{")
+    assert rows(runs_dir)[0][3] == "Forgotten: yes. Kept: partly. Audit: not readable."
 
 
 @pytest.mark.parametrize("verdict", [{}, {"forgotten": "yes"}, [], "yes", 3])
@@ -137,8 +146,9 @@ def test_files_that_come_and_go_do_not_spoil_the_list(runs_dir: Path) -> None:
 def test_a_choice_stays_as_long_as_it_is_there(tab: RunsTab) -> None:
     table, run = tab.refresh("stopped")
     assert [row[0] for row in table] == run["choices"] == ["finished", "stopped", "refused"]
-    assert run["value"] == "stopped"
-    assert tab.refresh("gone")[1]["value"] == tab.refresh(None)[1]["value"] == "finished"
+    assert "value" not in run, "by the time it arrives another may have been chosen"
+    assert "value" not in tab.refresh("gone")[1], "of a run that is gone too"
+    assert tab.refresh(None)[1]["value"] == "finished"
 
 
 def test_settings_are_shown_as_a_preset_that_loads(tab: RunsTab, tmp_path: Path) -> None:
@@ -149,7 +159,8 @@ def test_settings_are_shown_as_a_preset_that_loads(tab: RunsTab, tmp_path: Path)
 
 
 def test_deleting_asks_first_and_says_how_much_goes(tab: RunsTab, runs_dir: Path) -> None:
-    question, words = tab.ask("finished")
+    question, words, asked_about = tab.ask("finished")
+    assert asked_about == "finished"
     assert question["visible"] is True
     assert words == "Delete **finished** (0.0 MB)? This cannot be undone."
     assert (runs_dir / "finished").exists()
@@ -196,3 +207,15 @@ def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
         RunsTab(runs_dir).wire(page.load)
     assert page.fns
     assert {event.api_visibility for event in page.fns.values()} == {"private"}
+
+
+def test_what_was_asked_about_is_deleted_though_another_was_chosen_meanwhile(tab: RunsTab, runs_dir: Path) -> None:
+    *_, asked_about = tab.ask("finished")
+    _, run, _ = tab.delete(asked_about, "stopped")
+    assert not (runs_dir / "finished").exists()
+    assert "value" not in run, "the other stays chosen"
+
+
+def test_resume_is_there_for_what_can_go_on(tab: RunsTab, busy: RunFolder) -> None:
+    shown = {name: tab.buttons(name)["interactive"] for name in ("finished", "stopped", "busy", "refused", "gone", None)}
+    assert shown == {"finished": False, "stopped": True, "busy": False, "refused": True, "gone": False, None: False}

@@ -13,7 +13,16 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.loading import load_tokenizer
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import RunFolder
-from lowmem_rmu.ui.texts import CHARACTERS, Own, describe, read, topic_name, with_own_text
+from lowmem_rmu.ui.texts import (
+    CHARACTERS,
+    Own,
+    describe,
+    left_out_of,
+    read,
+    texts_among,
+    topic_name,
+    with_own_text,
+)
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(1)> & \"so\""
@@ -92,7 +101,7 @@ def test_files_of_the_same_name_are_all_read(dropped: Dropped, preset: Preset, t
 def test_markup_in_a_document_stays_text(dropped: Dropped, preset: Preset, name: str) -> None:
     html = describe(dropped((name, f"<!DOCTYPE html><html><body>{HOSTILE}</body></html>")), preset, FORGET)
     assert not re.search(r"<(?!/?(p|strong|blockquote)>)", html)
-    assert "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;" in shown(html)[0]
+    assert "&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;" in shown(html)[0]
 
 
 def test_long_text_is_shown_by_its_beginning(dropped: Dropped, preset: Preset) -> None:
@@ -107,9 +116,9 @@ def test_without_its_tokenizer_characters_are_counted(dropped: Dropped, preset: 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ([("page.html", "<p>so</p>")], "page.html is no text that can be read here.\nGive .txt, .md, .jsonl files."),
-        ([("image.png", PNG)], "image.png is no text that can be read here.\nGive .txt, .md, .jsonl files."),
-        ([("none", "no ending")], "none is no text that can be read here.\nGive .txt, .md, .jsonl files."),
+        ([("page.html", "<p>so</p>")], "page.html is a formatted document, which is not read here.\nSave its text as .txt, in UTF-8."),
+        ([("image.png", PNG)], "image.png is a .png file, which is not read here.\nGive a .txt, .md, .jsonl file."),
+        ([("none", "no ending")], "none is a file without a suffix, which is not read here.\nGive a .txt, .md, .jsonl file."),
         ([("good.txt", "so"), ("image.txt", PNG)], "image.txt is not UTF-8 text (byte 0).\nSave it as UTF-8."),
         ([("good.txt", "so"), ("wide.md", "so".encode("utf-16"))], "wide.md is not UTF-8 text (byte 0).\nSave it as UTF-8."),
         (
@@ -216,3 +225,20 @@ def test_an_odd_topic_survives_the_preset_file(dropped: Dropped, preset: Preset,
     path.write_text(yaml.safe_dump(changed.model_dump(), allow_unicode=True), encoding="utf-8")
     assert load_preset(str(path)) == changed
     assert list(changed.topics) == [topic_name(words)]
+
+
+def test_of_a_folder_only_the_data_is_taken(dropped: Dropped) -> None:
+    files = dropped(
+        ("a.txt", "A"),
+        ("B.JSONL", ""),
+        ("README.md", "about"),
+        (".hidden.txt", "no"),
+        ("c.parquet", "PAR1"),
+        ("LICENSE.txt", "so"),
+    )
+    assert [Path(file).name for file in texts_among(files)] == ["a.txt", "B.JSONL"]
+    assert left_out_of(files) == {
+        "README.md": "about the data", ".hidden.txt": "hidden", "c.parquet": "a Parquet file", "LICENSE.txt": "about the data",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"There is no text in this folder\. It holds README\.md, \.hidden\.txt, c\.parquet\."):
+        texts_among(files[2:])

@@ -164,18 +164,28 @@ def test_the_plan_follows_fields_and_lines(tab: UnlearnTab) -> None:
 
 
 def test_the_run_under_way_or_the_newest_is_shown_at_first(tab: UnlearnTab) -> None:
-    assert (tab.refresh(None)["choices"], tab.refresh("gone")["value"]) == ([], None)
+    assert (tab.refresh(None)["choices"], tab.refresh(None)["value"]) == ([], None)
     make_run(tab.runs_dir, "mine")
-    assert tab.refresh(None)["value"] == tab.refresh("gone")["value"] == "mine"
+    assert tab.refresh(None)["value"] == "mine"
     make_run(tab.runs_dir, "other")
-    assert tab.refresh("mine")["value"] == "mine", "a choice stays"
+    for chosen in ("mine", "gone"):
+        assert "value" not in tab.refresh(chosen), "a choice stays, and by the time it arrives another may have been made"
+        assert "value" not in tab.show(chosen)[-2]
+        assert "value" not in tab.tick(chosen, ("", []))[-2]
 
 
 def test_a_run_that_is_gone_is_said_to_be(tab: UnlearnTab) -> None:
     for name, said in ((None, "<p>No run yet.</p>"), ("gone", "<p>This run is no longer there.</p>"), ("<b>", "<p>This run is no longer there.</p>")):
         html, *curves, _, seen = tab.show(name)
         assert (html, seen) == (said, (said, []))
-        assert curves == [None] * 3
+        assert curves == [None] * 4
+
+
+def test_buttons_are_there_for_what_they_can_do(tab: UnlearnTab) -> None:
+    for name, state in (("over", "done"), ("halved", "stopped"), ("broken", "failed")):
+        make_run(tab.runs_dir, name, state)
+    shown = {name: tuple(button["interactive"] for button in tab.buttons(name)) for name in ("over", "halved", "broken", "gone", None)}
+    assert shown == {"over": (False, False), "halved": (False, True), "broken": (False, True), "gone": (False, False), None: (False, False)}
 
 
 def test_nothing_is_sent_where_nothing_has_changed(tab: UnlearnTab) -> None:
@@ -224,3 +234,13 @@ def test_a_run_on_own_text_goes_on_after_a_stop_and_under_another_name(tab: Unle
     rows = read_lines(run.metrics)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "it went on where it was"
     assert {row["topic"] for row in rows} == {"tropical_storms"}
+
+
+def test_a_wrong_value_is_named_by_its_field(tab: UnlearnTab) -> None:
+    said = tab.show_plan("tiny", "", *values(rmu__rank=0, alpha="-1"))
+    assert "tiny.yaml" not in said
+    assert "Rank, rmu.rank: should be" in said
+    assert "Protection (alpha), topics.locks.alpha: should be" in said
+    assert "Protection (alpha) (&#39;[&#39;): the value is not valid YAML." in tab.show_plan(
+        "tiny", "", *values(alpha="[")
+    )

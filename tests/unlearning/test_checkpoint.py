@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from bitsandbytes.optim import AdamW8bit
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings, Rmu
+from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning import checkpoint
 from lowmem_rmu.unlearning.checkpoint import Progress, load_checkpoint, save_checkpoint, trainable
 
@@ -50,7 +52,7 @@ def test_it_is_one_safetensors_file_without_the_base_model(model: PeftModel, tmp
     save_checkpoint(tmp_path / "checkpoint", model, optimizer, Progress(2, {"bio": 6.5}, ["0-1"]), SETTINGS)
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["state.safetensors"]
     about = read_metadata(tmp_path / "checkpoint")
-    assert about["progress"] == {"step": 2, "coefficients": {"bio": 6.5}, "cached": ["0-1"]}
+    assert about["progress"] == {"step": 2, "coefficients": {"bio": 6.5}, "cached": ["0-1"], "checks": []}
     assert about["settings"] == SETTINGS
     with safe_open(tmp_path / "checkpoint/state.safetensors", framework="pt") as tensors:
         kinds = [name.partition(".")[0] for name in tensors.keys()]  # noqa: SIM118
@@ -126,3 +128,71 @@ def test_a_failed_write_keeps_the_old_checkpoint(model: PeftModel, tmp_path: Pat
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(folder, model, optimizer, Progress(2), SETTINGS)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
+
+
+def test_a_checkpoint_of_an_earlier_contrastive_run_belongs_to_the_raw_direction(model: PeftModel, tmp_path: Path) -> None:
+    def settings(**more: Any) -> dict[str, Any]:
+        return {"rmu": SETTINGS["rmu"], "topics": {"bio": {"alpha": 3.0, "steering": "contrastive"} | more}}
+
+    optimizer = optimizer_of(model)
+    save_checkpoint(tmp_path, model, optimizer, Progress(2), settings())
+    assert load_checkpoint(tmp_path, model, optimizer, settings(contrastive_direction="raw")) == Progress(2)
+    with pytest.raises(UserError, match=r"made with other settings: topics\.bio\.contrastive_direction"):
+        load_checkpoint(tmp_path, model, optimizer, settings(contrastive_direction="unit"))
+
+
+def test_a_checkpoint_of_a_version_without_later_settings_is_gone_on_with(model: PeftModel, tmp_path: Path) -> None:
+    """Every setting that has come since is missing from it, and means what that version did."""
+    rmu = Rmu(target_layer=3, adapter_layers=[1, 3], sinks="counted", guard_every=0).model_dump()
+    topic = Topic(corpus=Corpus(source="./bio.txt", detokenise=False), alpha=3.0, questions=0).model_dump()
+    current = {"rmu": rmu, "topics": {"bio": topic}}
+    later = ("sinks", "guard_every", "guard_limit", "schedule")
+    former = {
+        "rmu": {key: value for key, value in rmu.items() if key not in later},
+        "topics": {"bio": {key: value for key, value in topic.items() if key != "questions"}},
+    }
+    former["topics"]["bio"]["corpus"] = {key: value for key, value in topic["corpus"].items() if key != "detokenise"}
+    optimizer = optimizer_of(model)
+    save_checkpoint(tmp_path, model, optimizer, Progress(2), former)
+    assert load_checkpoint(tmp_path, model, optimizer, current) == Progress(2)
+    current["rmu"] = rmu | {"schedule": "linear"}
+    with pytest.raises(UserError, match=r"made with other settings: rmu\.schedule"):
+        load_checkpoint(tmp_path, model, optimizer, current)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[:-100],
+        lambda content: content[:40],
+        lambda content: b"",
+        lambda content: b"garbage" * 99,
+        lambda content: b"{}",
+        lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
+        lambda content: content.replace(b"progress", b"progrens", 1),
+        lambda content: content.replace(b'lora_A', b'lora_C', 1),
+        lambda content: content.replace(b'\\"step\\": 2', b'\\"step\\": x', 1),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_trained_on_it(model: PeftModel, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    optimizer, folder = optimizer_of(model), tmp_path / "checkpoint"
+    train(model, optimizer, 2)
+    save_checkpoint(folder, model, optimizer, Progress(2), SETTINGS)
+    file = folder / "state.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(spoil(before))
+    assert file.read_bytes() != before
+    words = rf"^The checkpoint {file} is damaged .*\nPut it back .*, or delete {folder} and train again .* --resume --name "
+    with pytest.raises(UserError, match=words):
+        load_checkpoint(folder, model, optimizer, SETTINGS)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_checksums_and_is_read(model: PeftModel, tmp_path: Path) -> None:
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 2)
+    save_checkpoint(tmp_path, model, optimizer, Progress(2), SETTINGS)
+    with safe_open(tmp_path / "state.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = {key: value for key, value in file.metadata().items() if key != "sums"}
+    save_file(tensors, tmp_path / "state.safetensors", about)
+    assert load_checkpoint(tmp_path, model, optimizer, SETTINGS) == Progress(2)

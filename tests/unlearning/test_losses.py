@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
-from lowmem_rmu.unlearning.losses import masked_mse, mean_cosine, mean_norm
+from lowmem_rmu.unlearning.losses import masked_mse, mean_cosine, mean_norm, median_norm, sink_scale
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -67,3 +67,48 @@ def test_cosine_and_norm_by_hand() -> None:
     counted = torch.tensor([[True, True, False]])
     assert mean_cosine(first, second, counted) == pytest.approx((1 + 0) / 2)
     assert mean_norm(first, counted) == pytest.approx((5 + 1) / 2)
+
+
+def test_the_median_norm_by_hand() -> None:
+    activations = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [9.0, 9.0]], [[0.0, 2.0], [9.0, 9.0], [9.0, 9.0]]])
+    counted = torch.tensor([[True, True, False], [True, False, False]])
+    assert median_norm(activations, counted) == pytest.approx(2)
+
+
+def with_sink(ratio: float) -> Tensor:
+    """Activations with norms 2, 1, 1, 3 and 1, of which the first is `ratio` times as large."""
+    return torch.tensor([2 * ratio, 1.0, 1.0, 3.0, 1.0]).unsqueeze(-1).repeat(1, 4).unsqueeze(0) / 2
+
+
+@pytest.mark.parametrize(("ratio", "scale"), [(1.0, 1.0), (1.99, 1.0), (2.01, 1 / 4.02), (300.0, 1 / 600)])
+def test_a_sink_is_scaled_down_to_the_median_of_its_sample(ratio: float, scale: float) -> None:
+    made = sink_scale(with_sink(ratio), torch.ones(1, 5, dtype=torch.bool))
+    torch.testing.assert_close(made, torch.tensor([[scale, 1.0, 1.0, 1.0, 1.0]]))
+
+
+def test_padding_is_no_sink_and_no_part_of_the_median() -> None:
+    """Two zeros at the end would bring the median down from 1 to 0; a huge one would be a sink."""
+    alone = sink_scale(with_sink(10.0), torch.ones(1, 5, dtype=torch.bool))
+    for value in (0.0, 1e6):
+        longer = pad(with_sink(10.0), (0, 0, 0, 7), value=value)
+        made = sink_scale(longer, torch.arange(12).unsqueeze(0) < 5)
+        torch.testing.assert_close(made, torch.cat([alone, torch.ones(1, 7)], dim=1))
+
+
+def test_samples_are_looked_at_one_by_one() -> None:
+    """A sample of larger activations makes no sinks of them, and hides none in another."""
+    both = torch.cat([with_sink(10.0), 50 * with_sink(1.0)])
+    made = sink_scale(both, torch.ones(2, 5, dtype=torch.bool))
+    assert (made != 1).sum().item() == 1
+    assert made[0, 0] < 1
+
+
+def test_a_loss_with_scale_counts_what_is_lost_relative_to_size() -> None:
+    frozen = with_sink(10.0)
+    everywhere = torch.ones(1, 5, dtype=torch.bool)
+    scale = sink_scale(frozen, everywhere)
+    at_the_sink, elsewhere = frozen.clone(), frozen.clone()
+    at_the_sink[0, 0] *= 1.1
+    elsewhere[0, 1] *= 1.1
+    losses = [masked_mse(updated, frozen, everywhere, scale).item() for updated in (at_the_sink, elsewhere)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the other one's norm is the median

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Corpus, Topic
+from lowmem_rmu.presets import Corpus, Rmu, Topic
 from lowmem_rmu.unlearning.targets import check_scale, cues, make_target, unit_vector
 
 
@@ -43,18 +43,21 @@ FROZEN = torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[100.0, 0.0], [6.0, 8.0]]])
 COUNTED = torch.tensor([[True, True], [False, True]])
 
 
+AS_THE_PAPER = Rmu(target_layer=0, adapter_layers=[0], padding="paper")
+
+
 def topic(**changes: Any) -> Topic:
     return Topic(**{"corpus": Corpus(source="./nowhere"), "alpha": 1.0} | changes)
 
 
 def test_random_is_one_vector_of_the_given_length() -> None:
-    target = make_target("bio", topic(steering="random", steering_coefficient=6.5), 0, 2, [])
+    target = make_target("bio", topic(steering="random", steering_coefficient=6.5), AS_THE_PAPER, 2, [])
     assert torch.equal(target.of(FROZEN, COUNTED), 6.5 * unit_vector(2, "0 bio"))
     assert (target.length(), target.coefficient) == (6.5, 6.5)
 
 
 def test_adaptive_takes_its_length_from_the_first_batch_and_keeps_it() -> None:
-    target = make_target("bio", topic(adaptive_scale=5.0), 0, 2, [])
+    target = make_target("bio", topic(adaptive_scale=5.0), AS_THE_PAPER, 2, [])
     assert target.coefficient is None
     assert target.needs_all
     expected = 5 * (5 + 1 + 10) / 3
@@ -65,24 +68,44 @@ def test_adaptive_takes_its_length_from_the_first_batch_and_keeps_it() -> None:
     assert not target.needs_all
 
 
+def test_adaptive_takes_the_median_where_sinks_are_masked() -> None:
+    target = make_target("bio", topic(adaptive_scale=5.0), Rmu(target_layer=0, adapter_layers=[0]), 2, [])
+    target.of(FROZEN, COUNTED)
+    assert target.coefficient == pytest.approx(5 * 5)  # of norms 5, 1 and 10
+
+
 def test_adaptive_does_not_overflow_in_half_precision() -> None:
-    target = make_target("bio", topic(), 0, 4, [])
+    target = make_target("bio", topic(), AS_THE_PAPER, 4, [])
     target.of(torch.full((1, 2, 4), 1e4, dtype=torch.float16), torch.ones(1, 2, dtype=torch.bool))
     assert target.coefficient == pytest.approx(1e5, rel=1e-3)
 
 
-def test_contrastive_moves_every_token_from_expert_to_novice() -> None:
+def contrastive(**changes: Any) -> Topic:
+    return topic(steering="contrastive", steering_coefficient=2.0, **changes)
+
+
+@pytest.mark.parametrize(("direction", "move"), [("unit", [-1.2, 1.6]), ("raw", [-6.0, 8.0])])
+def test_contrastive_moves_every_token_from_expert_to_novice(direction: str, move: list[float]) -> None:
+    """By the coefficient times a vector of length 1, as the authors do, or times the difference itself, as old runs did."""
     novice, expert = torch.tensor([1.0, 5.0]), torch.tensor([4.0, 1.0])
-    target = make_target("bio", topic(steering="contrastive", steering_coefficient=2.0), 0, 2, [novice, expert])
-    torch.testing.assert_close(target.of(FROZEN, COUNTED), FROZEN + torch.tensor([-6.0, 8.0]))
-    assert target.length() == pytest.approx(10.0)
+    target = make_target("bio", contrastive(contrastive_direction=direction), AS_THE_PAPER, 2, [novice, expert])
+    torch.testing.assert_close(target.of(FROZEN, COUNTED), FROZEN + torch.tensor(move))
+    assert target.length() == pytest.approx(math.hypot(*move))
+
+
+def test_a_novice_who_is_an_expert_gives_no_direction() -> None:
+    same = torch.tensor([1.0, 5.0])
+    target = make_target("bio", contrastive(), AS_THE_PAPER, 2, [same, same])
+    with pytest.raises(UserError, match="The control vector of bio is 0 long"):
+        check_scale("bio", target.length(), 5.0)
 
 
 def test_cues_name_the_topic() -> None:
-    contrastive = topic(steering="contrastive", steering_coefficient=2.0)
-    assert cues("bio", contrastive) == ["You are a novice at bio", "You are an expert at bio"]
-    about = contrastive.model_copy(update={"about": "building bombs"})
-    assert cues("bio", about) == ["You are a novice at building bombs", "You are an expert at building bombs"]
+    novice, expert = "You are a novice in bio who often makes mistakes.", "You are a world-class expert in bio."
+    assert cues("bio", contrastive()) == [novice, expert]
+    about = contrastive(about="building bombs")
+    assert cues("bio", about) == [sentence.replace("bio", "building bombs") for sentence in (novice, expert)]
+    assert cues("bio", contrastive(contrastive_direction="raw")) == ["You are a novice at bio", "You are an expert at bio"]
     assert cues("bio", topic()) == []
 
 

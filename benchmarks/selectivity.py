@@ -1,0 +1,188 @@
+"""Does a real model forget a real topic and keep the rest? Variants of the default settings, each a whole run of the pipeline.
+
+    python benchmarks/selectivity.py --model ./Qwen2.5-Coder-1.5B-Instruct --data ./data --runs ./runs
+    python benchmarks/selectivity.py ... --topic psychology --seeds 0,1,2
+    python benchmarks/selectivity.py ... --variant "" --variant "rmu.sinks=counted" --variant "retain.questions=0 retain.chat=0"
+
+`--data` holds `openstax/economics.jsonl` and `psychology.jsonl` (running text, a section a line), `wikitext-2/test.txt` and
+`mmlu/test`. A topic is forgotten from its textbook; the other textbook and WikiText are the retain set. Questions about the
+subject of the retain textbook are not asked. The settings of both topics are the same, whatever the topic.
+"""
+
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
+
+from benchmarks.robustness import Silent
+from lowmem_rmu.console import prepare_streams
+from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.loading import resolve_device
+from lowmem_rmu.pipeline import Job, read_inputs, run_config
+from lowmem_rmu.presets import Preset, load_preset
+from lowmem_rmu.run import friendly_exit, quiet_libraries
+from lowmem_rmu.runs import STAGES, RunFolder, write_json
+from lowmem_rmu.unlearning.drift import Check, best_of
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The MMLU subjects of a topic: those to forget, those close to the topic, and those to keep."""
+
+    forgotten: list[str]
+    adjacent: list[str]
+    kept: list[str]
+
+
+KEPT = [
+    "anatomy", "astronomy", "college_biology", "college_physics", "computer_security", "elementary_mathematics", "global_facts",
+    "high_school_chemistry", "high_school_geography", "international_law", "logical_fallacies", "machine_learning", "nutrition",
+    "philosophy", "prehistory", "virology", "world_religions", "clinical_knowledge",
+]
+TOPICS = {
+    "economics": Subjects(
+        ["high_school_macroeconomics", "high_school_microeconomics"],
+        ["econometrics", "management", "marketing", "professional_accounting"],
+        KEPT,
+    ),
+    "psychology": Subjects(
+        ["high_school_psychology", "professional_psychology"],
+        ["human_aging", "human_sexuality", "sociology", "moral_disputes"],
+        KEPT,
+    ),
+}
+OTHER = {"economics": "psychology", "psychology": "economics"}
+"""The textbook that stays, by the one that is forgotten."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run found: accuracy in percent by group, base and unlearned, and what the guard saw at the point that was kept."""
+
+    accuracy: dict[str, tuple[float, float]]
+    letters: dict[str, str]
+    step: int
+    steps: int
+    retain_kl: float | None
+    topic_kl: float | None
+    seconds: float
+
+
+def preset_of(topic: str, model: Path, data: Path, limit: int) -> dict[str, Any]:
+    """Return the raw preset that forgets a topic with the default settings, as YAML would hold it."""
+    subjects = TOPICS[topic]
+    layers = yaml.safe_load((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    # A quarter of the way up, as in the paper: layer 7 of Zephyr's 32.
+    target = layers // 4
+    questions = str((data / "mmlu/test").resolve())
+    books = {name: str((data / f"openstax/{name}.jsonl").resolve()) for name in (topic, OTHER[topic])}
+    articles = {"source": str((data / "wikitext-2/test.txt").resolve()), "title_excludes": "^$"}
+    return {
+        "title": f"{model.name} forgets {topic}",
+        "model": {"name": str(model.resolve()), "dtype": "bfloat16"},
+        "rmu": {"target_layer": target, "adapter_layers": [target - 2, target - 1, target], "steps": 60},
+        "topics": {topic: {"corpus": {"source": books[topic]}, "alpha": 100, "adaptive_scale": 3, "max_tokens": 128}},
+        "retain": {"corpora": [{"source": books[OTHER[topic]]}, articles], "max_tokens": 128},
+        "evaluation": {
+            "limit": limit,
+            "batch_tokens": 2048,
+            "tasks": {role: {"source": questions, "subjects": each, "role": role} for role, each in asdict(subjects).items()},
+        },
+    }
+
+
+def measure(preset: Preset, name: str, runs: Path) -> Measured:
+    """Run all stages of a preset, or read what such a run has left."""
+    folder = RunFolder(runs / name)
+    device = resolve_device("auto")
+    if not folder.path.exists():
+        folder = RunFolder.create(runs, name)
+        write_json(folder.path / "config.json", run_config(name, preset, device))
+    if not (folder.path / "summary.json").exists():
+        Job(preset, folder, read_inputs(preset, list(STAGES)), device, list(STAGES), Silent()).run()
+    return read_measured(folder)
+
+
+def read_measured(folder: RunFolder) -> Measured:
+    """Read the figures of a finished run."""
+    before, after = folder.read_answers("base"), folder.read_answers("unlearned")
+    accuracy, letters = {}, {}
+    for group in ("forgotten", "adjacent", "kept"):
+        sides = [[row for row in answers if str(row["task"]).startswith(group)] for answers in (before, after)]
+        accuracy[group] = tuple(100 * sum(row["correct"] for row in rows) / max(1, len(rows)) for rows in sides)
+        letters[group] = " ".join(f"{letter}{count}" for letter, count in Counter("ABCD"[row["answer"]] for row in sides[1]).most_common())
+    metrics = folder.read_metrics()
+    checks = [row for row in metrics if row.get("retain_kl") is not None]
+    kept = kept_check(checks, folder.config["settings"]["rmu"]["guard_limit"])
+    return Measured(
+        accuracy=accuracy,
+        letters=letters,
+        step=kept.get("step", len(metrics)),
+        steps=len(metrics),
+        retain_kl=kept.get("retain_kl"),
+        topic_kl=kept.get("topic_kl"),
+        seconds=sum(stage["seconds"] for stage in folder.read_stages() if stage["stage"] == "unlearn"),
+    )
+
+
+def kept_check(rows: list[dict[str, Any]], limit: float) -> dict[str, Any]:
+    """Return the row of the check whose weights are kept: the guard's best, else the last one; empty without a guard."""
+    checks = [Check(row["step"], row["retain_kl"], row["question_kl"], row["topic_kl"], row["topic_question_kl"]) for row in rows]
+    best = best_of(checks, limit)
+    return rows[checks.index(best)] if best else rows[-1] if rows else {}
+
+
+def row_of(found: Measured) -> list[str]:
+    """Return the cells of a table's row: accuracies with their change in points, and the rest."""
+    changes = [f"{after:.1f} ({after - before:+.1f})" for before, after in found.accuracy.values()]
+    divergences = [f"{kl:.2f}" if kl is not None else "-" for kl in (found.retain_kl, found.topic_kl)]
+    return [*changes, f"{found.step} of {found.steps}", *divergences, found.letters["forgotten"], found.letters["kept"], f"{found.seconds:.0f}"]
+
+
+def main(
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The folder of a model.")],
+    data: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The folder of texts and questions.")],
+    runs: Annotated[Path, typer.Option(help="Where the runs go; those that are there are not made again.")] = Path("runs"),
+    topic: Annotated[str, typer.Option(help="What to forget: economics or psychology.")] = "economics",
+    variant: Annotated[list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")] = None,
+    seeds: Annotated[str, typer.Option(help="Of unlearning, with commas between them.")] = "0",
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each group at most.")] = 200,
+) -> None:
+    """Run each variant with each seed, and print the table."""
+    quiet_libraries()
+    table = Table(title=f"{model.name} forgets {topic}", title_justify="left")
+    table.add_column("Variant", overflow="fold")
+    for column in ("Seed", "Forgotten", "Adjacent", "Kept", "Kept step", "Retain KL", "Topic KL", "Letters, forgotten", "Letters, kept", "Seconds"):
+        table.add_column(column)
+    with friendly_exit():
+        if topic not in TOPICS:
+            raise UserError(f"There is no topic {topic}. Choose one of: {', '.join(TOPICS)}.")
+        runs.mkdir(parents=True, exist_ok=True)
+        file = runs / f"{topic}.yaml"
+        file.write_text(yaml.safe_dump(preset_of(topic, model, data, limit), sort_keys=False), encoding="utf-8")
+        for each in variant or [""]:
+            for seed in seeds.split(","):
+                preset = load_preset(str(file), [change.replace("TOPIC", topic) for change in each.split()] + [f"rmu.seed={seed}"])
+                cells = row_of(measure(preset, run_name(topic, each, seed, limit), runs))
+                table.add_row(each or "as it is", seed, *cells)
+                print("\t".join([each or "as it is", seed, *cells]), flush=True)
+    Console(width=220).print(table)
+
+
+def run_name(topic: str, variant: str, seed: str, limit: int) -> str:
+    """Return the name of a variant's run, with nothing in it that a folder may not hold."""
+    kept = "".join(letter if letter.isalnum() or letter in ".-=" else "_" for letter in variant)
+    return f"{topic}-{limit}-{kept or 'default'}-{seed}"[:100].replace("=", "-")
+
+
+if __name__ == "__main__":
+    prepare_streams()
+    typer.run(main)

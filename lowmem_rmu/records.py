@@ -1,0 +1,259 @@
+"""Read the files that a run has written. Whatever is wrong with one is a UserError: which file, what is wrong, what to do.
+
+Kills never damage a file: every file is replaced whole, and of appended lines only the last can be torn. Disks, copies, editors and sync
+programs do damage files. So every reader names the shape that a file must have, and gets content that has it or one sentence.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_origin
+
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+
+from lowmem_rmu.errors import UserError
+
+DIGESTS = "digests.json"
+"""In a run folder: sha256 of files that no other file describes, by their paths within the folder."""
+Object = dict[str, Any]
+"""The shape of any JSON object."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of `config.json`. Runs of older versions may lack some of it."""
+
+    preset: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    device_name: str = ""
+    seed: int = 0
+    model_revision: str | None = None
+    created: Annotated[str, AfterValidator(datetime.fromisoformat)] = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The shape of `status.json`."""
+
+    stage: str = ""
+    step: int = 0
+    total: int = 0
+    state: str = "interrupted"
+    pid: int = 0
+    heartbeat: float = 0.0
+    error: str | None = None
+    stage_began: float | None = None
+    started: float | None = None
+    """When the process started; runs of earlier versions have none."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """The shape of an entry of `stages.json`."""
+
+    stage: str
+    seconds: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """The shape of a line of `evaluation/answers_*.jsonl`."""
+
+    task: str
+    index: int
+    prompt: str
+    logprobs: list[float] | None
+    answer: int | None
+    gold: int
+    correct: bool
+
+
+@dataclass(frozen=True)
+class KnownAnswer:
+    """The shape of an answer that is kept for other runs of the same model."""
+
+    prompt: str
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class TaskMark:
+    """The shape of an answer as far as a running count needs it."""
+
+    task: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """The shape of what was measured on a held-out text."""
+
+    tokens: int
+    loss: float
+    stderr: float
+    bits_per_byte: float
+    kl: float | None = None
+    kl_stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """The shape of a prompt of the preset with its answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The shape of a task's score, as far as others rely on it."""
+
+    questions: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The shape of `evaluation/base.json` and `evaluation/unlearned.json`."""
+
+    tasks: dict[str, TaskScore]
+    texts: dict[str, HeldOutText] = field(default_factory=dict)
+    samples: list[SampleAnswer] = field(default_factory=list)
+    answers_sha256: str | None = None
+    """Of the answers that were scored; runs of older versions have none."""
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """The shape of a line of `metrics.jsonl`, as far as it is shown."""
+
+    step: int
+    topic: str
+    forget_loss: float
+    retain_loss: float
+    forget_norm: float | None = None
+    retain_norm: float | None = None
+    forget_cosine: float | None = None
+    retain_cosine: float | None = None
+    retain_kl: float | None = None
+    question_kl: float | None = None
+    topic_kl: float | None = None
+    topic_question_kl: float | None = None
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The shape of a line of `metrics.jsonl`, as far as the time that is left needs it."""
+
+    seconds: float
+
+
+def read_record(path: Path, shape: Any, what_next: str) -> Any:
+    """Read a JSON file whose content fits `shape`, a type that pydantic checks (strictly). Keys beyond the shape are kept.
+
+    Raises UserError, which ends with `what_next`.
+    """
+    return _parsed(_read_bytes(path, what_next), shape, str(path), what_next)
+
+
+def read_rows(path: Path, shape: Any, what_next: str) -> list[Any]:
+    """Read every line of a JSONL file; each must fit `shape`. Only a last line without a line break may be torn: it is left out.
+
+    Raises UserError, which ends with `what_next`.
+    """
+    *lines, last = _read_bytes(path, what_next).split(b"\n")
+    if _fits(last, shape):
+        lines.append(last)
+    return [_parsed(line, shape, f"{path}, line {number},", what_next) for number, line in enumerate(lines, start=1)]
+
+
+def intact_rows(path: Path, shape: Any = Object) -> list[Any]:
+    """Read the lines of a JSONL file that fit `shape` and leave the others out; empty where there is no file.
+
+    For rows that are computed again where they are missing, and for a file that another process is writing.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines if _fits(line, shape)]
+
+
+def intact_record(path: Path, shape: Any) -> Any | None:
+    """Read a JSON file that may be missing, or be damaged: None then. For what is only shown, or written again anyway."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return json.loads(content) if _fits(content, shape) else None
+
+
+def check_digest(path: Path, recorded: Any, what_next: str) -> None:
+    """Raise UserError where the file is not the one whose sha256 was recorded (None: nothing was)."""
+    if recorded is not None and file_digest(path) != recorded:
+        raise UserError(f"{path} is damaged, or was changed: its sha256 is not the one that the run recorded.\n{what_next}")
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+class Recorded(dict[str, Any]):
+    """What `config.json` holds. A key that is not there is a UserError, for a run of this version has them all."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(read_record(path, Config, f"Put the file back from a copy, or delete the folder {path.parent}."))
+        self.path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise UserError(
+            f"{self.path} was written by another version of this program, or is damaged: it lacks {key}.\n"
+            f"Put the file back from a copy, or delete the folder {self.path.parent}."
+        )
+
+
+def _read_bytes(path: Path, what_next: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.\n{what_next}") from error
+
+
+def _parsed(content: bytes, shape: Any, place: str, what_next: str) -> Any:
+    """The content as JSON of the shape. Raises UserError, which begins with its place."""
+    try:
+        _checker(shape).validate_json(content, strict=True)
+        return json.loads(content)
+    except ValueError as error:  # pydantic's own error is one
+        raise UserError(f"{place} {_complaint(error, shape)}.\n{what_next}") from error
+
+
+def _fits(line: bytes, shape: Any) -> bool:
+    try:
+        _parsed(line, shape, "", "")
+    except UserError:
+        return False
+    return True
+
+
+@cache
+def _checker(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def _complaint(error: ValueError, shape: Any) -> str:
+    """What is wrong first, as the end of a sentence about the content."""
+    problem = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+    if problem is None or not problem["loc"]:
+        return f"is damaged: it does not hold a JSON {'list' if get_origin(shape) is list else 'object'}"
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "missing":
+        return f"was written by another version of this program, or is damaged: it lacks {key}"
+    return f"is damaged: {key} {problem['msg'].removeprefix('Value error, ').replace('Input should be', 'should be')}"
