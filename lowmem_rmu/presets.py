@@ -76,7 +76,7 @@ class Corpus(Section):
     """Only for WikiText: keep the articles whose title matches."""
     title_excludes: Regex | None = None
     """Only for WikiText: keep the articles whose title does not match."""
-    detokenise: bool = True
+    detokenize: bool = True
     """Give tokenized text, as WikiText is (`film , television`, `co @-@ star`, `<unk>`), its ordinary spelling back."""
     long_documents: Literal["split", "truncate"] = "split"
     """Text beyond the maximum tokens becomes further samples, or is left out as in the paper."""
@@ -412,7 +412,7 @@ def recorded_retain(retain: dict[str, Any]) -> dict[str, Any]:
 
 def recorded_corpus(corpus: Any) -> Any:
     """Settings of a corpus as they were meant: older versions left tokenized text as it was."""
-    return {"detokenise": False} | corpus if isinstance(corpus, dict) else corpus
+    return {"detokenize": False} | corpus if isinstance(corpus, dict) else corpus
 
 
 def recorded_topic(topic: Any) -> Any:

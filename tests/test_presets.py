@@ -427,14 +427,14 @@ def test_runs_of_versions_without_them_had_no_forms_no_guard_and_counted_sinks(g
         for key in keys:
             del settings[section][key]
     for each in settings["topics"].values():
-        del each["questions"], each["corpus"]["detokenise"]
+        del each["questions"], each["corpus"]["detokenize"]
     for corpus in settings["retain"]["corpora"]:
-        del corpus["detokenise"]
+        del corpus["detokenize"]
     read = recorded_preset(settings, Path("runs/a"))
     assert (read.rmu.sinks, read.rmu.guard_every, read.retain.questions, read.retain.chat) == ("counted", 0, 0, 0)
     assert {topic.questions for topic in read.topics.values()} == {0}
     corpora = [*read.retain.corpora, *(topic.corpus for topic in read.topics.values())]
-    assert {corpus.detokenise for corpus in corpora} == {False}
+    assert {corpus.detokenize for corpus in corpora} == {False}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.data.detokenise import detokenise, is_tokenised
+from lowmem_rmu.data.detokenize import detokenize, is_tokenized
 from lowmem_rmu.data.documents import SourceFiles, find_files, is_text, nothing_to_read, read_utf8
 from lowmem_rmu.data.forms import Passage, chat_samples, find_passages, question_prompts, question_samples
 from lowmem_rmu.data.hub import load_rows
@@ -164,8 +164,8 @@ def read_documents(corpus: Corpus) -> list[str]:
         ]
         if not texts:
             raise UserError(f"The corpus {corpus.source} has {len(articles)} articles, but no title that was asked for.")
-    if corpus.detokenise:
-        texts = [detokenise(text) if is_tokenised(text) else text for text in texts]
+    if corpus.detokenize:
+        texts = [detokenize(text) if is_tokenized(text) else text for text in texts]
     return [text for text in texts if text.strip() and len(text) >= corpus.min_characters]
 
 

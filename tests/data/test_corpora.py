@@ -186,7 +186,7 @@ def test_titles_choose_articles_from_a_file_and_from_rows_of_lines(
     path = tmp_path / ("wiki.jsonl" if as_lines else "wiki.txt")
     rows = [json.dumps({"text": line if line.strip() else ""}) for line in RAW.splitlines(keepends=True)]
     path.write_text("\n".join(rows) if as_lines else RAW)
-    documents = read_documents(Corpus.model_validate({"source": str(path), "detokenise": False, **choice}))
+    documents = read_documents(Corpus.model_validate({"source": str(path), "detokenize": False, **choice}))
     assert [re.search(" = (.*?) = ", text)[1] for text in documents] == expected
 
 
@@ -195,7 +195,7 @@ def test_tokenised_text_gets_its_ordinary_spelling_unless_switched_off(tmp_path:
     texts = ["A co @-@ star , of 2 @,@ 000 films .", "Ordinary text, as it is. And more."]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert read_documents(Corpus(source=str(path))) == ["A co-star, of 2,000 films.", texts[1]]
-    assert read_documents(Corpus(source=str(path), detokenise=False)) == texts
+    assert read_documents(Corpus(source=str(path), detokenize=False)) == texts
 
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason=f"needs WikiText-2 at {WIKITEXT}")

@@ -144,14 +144,14 @@ def test_a_checkpoint_of_an_earlier_contrastive_run_belongs_to_the_raw_direction
 def test_a_checkpoint_of_a_version_without_later_settings_is_gone_on_with(model: PeftModel, tmp_path: Path) -> None:
     """Every setting that has come since is missing from it, and means what that version did."""
     rmu = Rmu(target_layer=3, adapter_layers=[1, 3], sinks="counted", guard_every=0).model_dump()
-    topic = Topic(corpus=Corpus(source="./bio.txt", detokenise=False), alpha=3.0, questions=0).model_dump()
+    topic = Topic(corpus=Corpus(source="./bio.txt", detokenize=False), alpha=3.0, questions=0).model_dump()
     current = {"rmu": rmu, "topics": {"bio": topic}}
     later = ("sinks", "guard_every", "guard_limit", "schedule")
     former = {
         "rmu": {key: value for key, value in rmu.items() if key not in later},
         "topics": {"bio": {key: value for key, value in topic.items() if key != "questions"}},
     }
-    former["topics"]["bio"]["corpus"] = {key: value for key, value in topic["corpus"].items() if key != "detokenise"}
+    former["topics"]["bio"]["corpus"] = {key: value for key, value in topic["corpus"].items() if key != "detokenize"}
     optimizer = optimizer_of(model)
     save_checkpoint(tmp_path, model, optimizer, Progress(2), former)
     assert load_checkpoint(tmp_path, model, optimizer, current) == Progress(2)

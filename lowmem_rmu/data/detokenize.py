@@ -21,7 +21,7 @@ LOOKED_AT = 20_000
 """Characters of a document that are looked at to tell whether it is tokenized."""
 
 
-def is_tokenised(text: str) -> bool:
+def is_tokenized(text: str) -> bool:
     """Tell whether commas and full stops of a text mostly stand apart from the words before them, or WikiText's marks are in it."""
     start = text[:LOOKED_AT]
     if MARKS.search(start):
@@ -30,7 +30,7 @@ def is_tokenised(text: str) -> bool:
     return apart >= 3 and apart > 4 * joined
 
 
-def detokenise(text: str) -> str:
+def detokenize(text: str) -> str:
     """Return a tokenized text in ordinary spelling. Sentences with a hole in place of a word are left out."""
     lines = [_line(line) for line in text.split("\n")]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem_rmu.data.detokenise import detokenise, is_tokenised
+from lowmem_rmu.data.detokenize import detokenize, is_tokenized
 
 WIKITEXT = (
     " = Ada Smith = \n \n Ada Smith is an English film , television and theatre actor . She had a guest @-@ starring role in 2000 .\n"
@@ -37,12 +37,12 @@ ORDINARY = [
     ],
 )
 def test_ordinary_spelling_comes_back(tokenised: str, ordinary: str) -> None:
-    assert detokenise(tokenised) == ordinary
+    assert detokenize(tokenised) == ordinary
 
 
 def test_an_article() -> None:
-    assert is_tokenised(WIKITEXT)
-    assert detokenise(WIKITEXT).split("\n") == [
+    assert is_tokenized(WIKITEXT)
+    assert detokenize(WIKITEXT).split("\n") == [
         "Ada Smith",
         "",
         "Ada Smith is an English film, television and theatre actor. She had a guest-starring role in 2000.",
@@ -53,14 +53,14 @@ def test_an_article() -> None:
 
 
 def test_what_has_been_restored_is_ordinary() -> None:
-    assert not is_tokenised(detokenise(WIKITEXT))
+    assert not is_tokenized(detokenize(WIKITEXT))
 
 
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_text_is_not_taken_for_tokenised(text: str) -> None:
-    assert not is_tokenised(text)
+    assert not is_tokenized(text)
 
 
 def test_spaces_before_commas_and_stops_alone_are_evidence_enough() -> None:
-    assert is_tokenised("The river runs south , past three mills , to the sea . Nobody knows why .")
-    assert not is_tokenised("One , two.")
+    assert is_tokenized("The river runs south , past three mills , to the sea . Nobody knows why .")
+    assert not is_tokenized("One , two.")
