@@ -69,9 +69,13 @@ class Check:
 
     @property
     def distance(self) -> float:
-        """How far the topic has moved, on average over text and questions."""
-        known = [self.topic_kl] if self.topic_question_kl is None else [self.topic_kl, self.topic_question_kl]
-        return sum(known) / len(known)
+        """How far the topic has moved: of text and questions, whichever moved less.
+
+        A mean would call a topic gone whose text is far from base while its questions are still answered as before.
+        """
+        if self.topic_question_kl is None:
+            return self.topic_kl
+        return min(self.topic_kl, self.topic_question_kl)
 
     @property
     def says_one_letter(self) -> bool:

@@ -103,7 +103,9 @@ def test_among_points_with_the_topic_far_enough_the_least_damage_is_best() -> No
 def test_damage_is_that_of_text_or_of_questions() -> None:
     assert Check(1, 0.1, 0.7, 2.0, 4.0).damage == 0.7
     assert Check(1, 0.1, None, 2.0, None).damage == 0.1
-    assert Check(1, 0.1, 0.7, 2.0, 4.0).distance == 3.0
+    # A topic is as far away as the kind that has moved less.
+    assert Check(1, 0.1, 0.7, 2.0, 4.0).distance == 2.0
+    assert Check(1, 0.1, 0.7, 4.0, 2.0).distance == 2.0
     assert Check(1, 0.1, None, 2.0, None).distance == 2.0
 
 
