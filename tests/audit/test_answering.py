@@ -33,7 +33,9 @@ def test_many_answers_at_once_are_those_of_the_chat(answering: Audited, side: st
         sampling = Sampling(LENGTH)
         alone = [answer(model, answering.tokenizer, [{"role": "user", "content": question}], sampling) for question in ASKED]
         assert answers(model, answering.tokenizer, prompts, 1) == together, "one at a time where no more fit"
-    assert [text.strip() for text in answering.tokenizer.batch_decode(together)] == alone
+    # An unlearned model may write a token that the chat does not show, such as the one that begins a user's turn.
+    decoded = answering.tokenizer.batch_decode(together, skip_special_tokens=True)
+    assert [text.strip() for text in decoded] == alone
     assert all(alone)
 
 

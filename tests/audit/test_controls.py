@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.robustness import Silent
 from lowmem_rmu.audit import relearning, suffix
 from lowmem_rmu.audit.audited import prepare
 from lowmem_rmu.audit.suite import ATTACKS, Audit
@@ -16,20 +17,6 @@ from lowmem_rmu.tiny.build import FORGOTTEN
 from lowmem_rmu.tiny.controls import FOLDER
 
 LIMIT = 60
-
-
-class Silent:
-    def started(self, stage: str, total: int) -> None:
-        pass
-
-    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
-        pass
-
-    def noted(self, sentence: str) -> None:
-        pass
-
-    def asks_to_stop(self) -> bool:
-        return False
 
 
 def audit(unlearned: Path | ModelSettings, place: Path, *names: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The real app as a process of its own, and what talks to it."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -7,10 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
+CHROMIUM = shutil.which("chromium")
+PATIENCE = 180
+"""Seconds that a browser test waits for anything at most: a busy machine may take long, and no test measures time."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 App = tuple[str, subprocess.Popen[bytes]]
 
@@ -24,7 +30,7 @@ def app_over(runs_dir: Path, *options: str) -> Iterator[App]:
     command = [sys.executable, "app.py", "--port", str(port), "--runs-dir", str(runs_dir), *options]
     with (runs_dir / ".app.txt").open("w") as printed:
         process = subprocess.Popen(command, cwd=ROOT, stderr=printed)
-    address, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     while time.monotonic() < until:
         assert process.poll() is None, "the app ended"
         try:
@@ -32,11 +38,48 @@ def app_over(runs_dir: Path, *options: str) -> Iterator[App]:
             break
         except httpx.TransportError:
             time.sleep(0.5)
+    else:
+        raise AssertionError(f"the app does not answer after {PATIENCE} seconds")
     try:
         yield address, process
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One Chromium for a file of tests. Every page of it has its own cookies and storage.
+
+    Not one for all files: as long as it is open, Playwright's event loop runs in this thread and no other can.
+    """
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    expect.set_options(timeout=PATIENCE * 1000)
+    # A name that leads to this machine, for pages that pretend to be the app's.
+    foreign_name = "--host-resolver-rules=MAP evil.test 127.0.0.1"
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", foreign_name]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=PATIENCE * 1000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open pages that wait as long as everything else, and close them at the end."""
+    opened = []
+
+    def open_page(**options: Any) -> Any:
+        page = browser.new_page(**options)
+        page.set_default_timeout(PATIENCE * 1000)
+        page.set_default_navigation_timeout(PATIENCE * 1000)
+        opened.append(page)
+        return page
+
+    yield open_page
+    for page in opened:
+        page.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Pages that mean harm, in a real browser: a foreign name that points here, and another port of this machine."""
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -11,9 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import sync_playwright
 
-CHROMIUM = shutil.which("chromium")
 BODY = '{"data": ["tiny", "evil", "rmu.steps=2"]}'
 ATTACKS = {
     "fetch, simple POST": "fetch(app + START, {method: 'POST', body: BODY, mode: 'no-cors', headers: {'Content-Type': 'text/plain'}})"
@@ -50,7 +47,6 @@ const framed = act => new Promise(done => {{
 }});
 const tried = async what => {{ try {{ return String(await what()).slice(0, 60) }} catch (error) {{ return 'refused: ' + error.message }} }};
 """
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -70,24 +66,13 @@ def page_elsewhere(folder: Path) -> Iterator[int]:
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    rules = "--host-resolver-rules=MAP evil.test 127.0.0.1"
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", rules]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def answers(browser: Any, app: str) -> Iterator[tuple[Any, list[tuple[str, int]]]]:
+def answers(new_page: Callable[..., Any], app: str) -> tuple[Any, list[tuple[str, int]]]:
     """A page, and the status of everything that the app answered it."""
-    page, answers = browser.new_page(), []
+    page, answers = new_page(), []
     port = urlsplit(app).port
     page.on("response", lambda got: answers.append((got.url, got.status)) if urlsplit(got.url).port == port else None)
-    yield page, answers
-    page.close()
+    return page, answers
 
 
 def attempt(page: Any, app: str, code: str) -> str:
@@ -124,19 +109,18 @@ def test_a_foreign_name_that_points_here_sees_nothing(answers: Any, app: str, ru
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_the_user_s_own_addresses_simply_work(browser: Any, app: str, name: str) -> None:
-    page = browser.new_page()
+def test_the_user_s_own_addresses_simply_work(new_page: Callable[..., Any], app: str, name: str) -> None:
+    page = new_page()
     errors: list[str] = []
     page.on("console", lambda said: errors.append(said.text) if "Content Security Policy" in said.text else None)
     page.goto(app.replace("127.0.0.1", name))
     page.get_by_role("tab", name="Runs").click()
     page.get_by_role("button", name="Rename").wait_for()
     assert not errors
-    page.close()
 
 
-def test_a_link_from_elsewhere_opens_the_page_and_nothing_more(browser: Any, app: str, tmp_path: Path) -> None:
-    page = browser.new_page()
+def test_a_link_from_elsewhere_opens_the_page_and_nothing_more(new_page: Callable[..., Any], app: str, tmp_path: Path) -> None:
+    page = new_page()
     with page_elsewhere(tmp_path) as port:
         for path, status in (("/", 200), ("/config", 403), ("/logout", 403)):
             page.goto(f"http://evil.test:{port}/")
@@ -144,7 +128,6 @@ def test_a_link_from_elsewhere_opens_the_page_and_nothing_more(browser: Any, app
             with page.expect_navigation(url=f"{app}{path}") as got:
                 page.evaluate("address => { location.href = address }", f"{app}{path}")
             assert got.value.status == status, path
-    page.close()
 
 
 def test_nothing_of_all_that_was_started(app: str, runs_dir: Path) -> None:

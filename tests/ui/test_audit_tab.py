@@ -157,7 +157,7 @@ def test_an_audit_that_waits_says_for_what_and_is_stopped(tab: AuditTab, runs_di
     run.audit_output.write_text("Waiting: other before this audit.\n")
     assert progress(run) == f"{AT_WORK}Waiting: other before this audit. …</p>"
     tab.stop("older")
-    process.wait(30)
+    process.wait(180)
     assert progress(run) == STOPPED
 
 

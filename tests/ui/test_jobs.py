@@ -22,7 +22,7 @@ from lowmem_rmu.ui import jobs
 
 TAKEN = "Run taken exists already.\nChoose another name."
 PYTHON = sys.executable
-SECONDS = 30
+SECONDS = 180
 Sleeper = Callable[[], subprocess.Popen[bytes]]
 
 
