@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from benchmarks.robustness import Silent
 from lowmem_rmu.console import prepare_streams
+from lowmem_rmu.data.questions import LETTERS
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.statistics import change_bounds
 from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.pipeline import Job, read_inputs, run_config
 from lowmem_rmu.presets import Preset, load_preset
@@ -64,11 +66,28 @@ OTHER = {"economics": "psychology", "psychology": "economics"}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a run found: accuracy in percent by group, base and unlearned, and what the guard saw at the point that was kept."""
+class GroupResult:
+    """How a group of questions was answered; accuracies and their change in percent and points."""
 
-    accuracy: dict[str, tuple[float, float]]
-    letters: dict[str, str]
+    base: float
+    unlearned: float
+    bounds: tuple[float, float]
+    """The 95% interval of the change, paired by question (`change_bounds`)."""
+    balanced: float
+    """Of the unlearned model, the mean over the letters A to D of the share that is answered right where that letter is right:
+    25 for a model that answers one letter to everything, whatever the share of that letter among the right answers."""
+    letters: str
+
+    @property
+    def change(self) -> float:
+        return self.unlearned - self.base
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run found: each group's result, and what the guard saw at the point that was kept."""
+
+    groups: dict[str, GroupResult]
     step: int
     steps: int
     retain_kl: float | None
@@ -89,7 +108,7 @@ def preset_of(topic: str, model: Path, data: Path, limit: int) -> dict[str, Any]
         "title": f"{model.name} forgets {topic}",
         "model": {"name": str(model.resolve()), "dtype": "bfloat16"},
         "rmu": {"target_layer": target, "adapter_layers": [target - 2, target - 1, target], "steps": 60},
-        "topics": {topic: {"corpus": {"source": books[topic]}, "alpha": 100, "adaptive_scale": 3, "max_tokens": 128}},
+        "topics": {topic: {"corpus": {"source": books[topic]}, "alpha": 400, "adaptive_scale": 1.5, "max_tokens": 128}},
         "retain": {"corpora": [{"source": books[OTHER[topic]]}, articles], "max_tokens": 128},
         "evaluation": {
             "limit": limit,
@@ -114,22 +133,41 @@ def measure(preset: Preset, name: str, runs: Path) -> Measured:
 def read_measured(folder: RunFolder) -> Measured:
     """Read the figures of a finished run."""
     before, after = folder.read_answers("base"), folder.read_answers("unlearned")
-    accuracy, letters = {}, {}
+    groups = {}
     for group in ("forgotten", "adjacent", "kept"):
         sides = [[row for row in answers if str(row["task"]).startswith(group)] for answers in (before, after)]
-        accuracy[group] = tuple(100 * sum(row["correct"] for row in rows) / max(1, len(rows)) for rows in sides)
-        letters[group] = " ".join(f"{letter}{count}" for letter, count in Counter("ABCD"[row["answer"]] for row in sides[1]).most_common())
+        groups[group] = group_result(*sides)
     metrics = folder.read_metrics()
     checks = [row for row in metrics if row.get("retain_kl") is not None]
     kept = kept_check(checks, folder.config["settings"]["rmu"]["guard_limit"])
     return Measured(
-        accuracy=accuracy,
-        letters=letters,
+        groups=groups,
         step=kept.get("step", len(metrics)),
         steps=len(metrics),
         retain_kl=kept.get("retain_kl"),
         topic_kl=kept.get("topic_kl"),
         seconds=sum(stage["seconds"] for stage in folder.read_stages() if stage["stage"] == "unlearn"),
+    )
+
+
+def group_result(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> GroupResult:
+    """Compare the answers of base and unlearned to the same questions, in the same order."""
+    pairs = list(zip(before, after, strict=True))
+    lost = sum(base["correct"] and not unlearned["correct"] for base, unlearned in pairs)
+    gained = sum(unlearned["correct"] and not base["correct"] for base, unlearned in pairs)
+    low, high = change_bounds(lost, gained, len(pairs))
+    # The share of right answers among the questions of each right letter.
+    recalls = []
+    for letter in sorted({row["gold"] for row in after}):
+        right = [row["correct"] for row in after if row["gold"] == letter]
+        recalls.append(sum(right) / len(right))
+    answered = Counter(LETTERS[row["answer"]] for row in after)
+    return GroupResult(
+        base=100 * sum(row["correct"] for row in before) / len(pairs),
+        unlearned=100 * sum(row["correct"] for row in after) / len(pairs),
+        bounds=(100 * low, 100 * high),
+        balanced=100 * sum(recalls) / len(recalls),
+        letters=" ".join(f"{letter}{count}" for letter, count in answered.most_common()),
     )
 
 
@@ -140,11 +178,23 @@ def kept_check(rows: list[dict[str, Any]], limit: float) -> dict[str, Any]:
     return rows[checks.index(best)] if best else rows[-1] if rows else {}
 
 
+COLUMNS = (
+    "Seed", "Forgotten", "Balanced", "Adjacent", "Kept", "Kept step", "Retain KL", "Topic KL", "Letters, forgotten", "Letters, kept", "Seconds",
+)  # fmt: skip
+
+
 def row_of(found: Measured) -> list[str]:
-    """Return the cells of a table's row: accuracies with their change in points, and the rest."""
-    changes = [f"{after:.1f} ({after - before:+.1f})" for before, after in found.accuracy.values()]
+    """Return the cells of a table's row: accuracies with their change in points and its interval, and the rest."""
+    changes = {
+        name: f"{group.unlearned:.1f} ({group.change:+.1f}, {group.bounds[0]:+.1f} to {group.bounds[1]:+.1f})"
+        for name, group in found.groups.items()
+    }
     divergences = [f"{kl:.2f}" if kl is not None else "-" for kl in (found.retain_kl, found.topic_kl)]
-    return [*changes, f"{found.step} of {found.steps}", *divergences, found.letters["forgotten"], found.letters["kept"], f"{found.seconds:.0f}"]
+    forgotten, kept = found.groups["forgotten"], found.groups["kept"]
+    return [
+        changes["forgotten"], f"{forgotten.balanced:.1f}", changes["adjacent"], changes["kept"], f"{found.step} of {found.steps}",
+        *divergences, forgotten.letters, kept.letters, f"{found.seconds:.0f}",
+    ]  # fmt: skip
 
 
 def main(
@@ -160,7 +210,7 @@ def main(
     quiet_libraries()
     table = Table(title=f"{model.name} forgets {topic}", title_justify="left")
     table.add_column("Variant", overflow="fold")
-    for column in ("Seed", "Forgotten", "Adjacent", "Kept", "Kept step", "Retain KL", "Topic KL", "Letters, forgotten", "Letters, kept", "Seconds"):
+    for column in COLUMNS:
         table.add_column(column)
     with friendly_exit():
         if topic not in TOPICS:

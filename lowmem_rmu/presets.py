@@ -96,10 +96,11 @@ class Topic(Section):
     """Weight of the retain loss in this topic's steps."""
     steering: Literal["random", "adaptive", "contrastive"] = "adaptive"
     """Where forget activations are pushed to. `random`: a control vector of the length `steering_coefficient` (RMU). `adaptive`:
-    one whose length is `adaptive_scale` times the mean activation norm (arXiv 2408.06223). `contrastive`: the frozen activation plus
+    one whose length is `adaptive_scale` times the typical activation norm (arXiv 2408.06223). `contrastive`: the frozen activation plus
     `steering_coefficient` times the direction from an expert in `about` to a novice (CUT, arXiv 2403.03218v1)."""
     steering_coefficient: float | None = Field(None, gt=0, le=1e9)
-    adaptive_scale: float = Field(5.0, gt=0, le=1000)
+    adaptive_scale: float = Field(1.5, gt=0, le=1000)
+    """The longer the vector, the more of it reaches text that only resembles the topic (docs/selectivity.md). The authors take 5."""
     contrastive_direction: Literal["unit", "raw"] | None = None
     """Only for `contrastive`. `unit`: the direction has unit length, as in the authors' code; the default. `raw`: the difference of
     activations as it is, with the sentences of earlier versions; runs recorded without this key were made so."""

@@ -75,7 +75,7 @@ def test_adaptive_takes_the_median_where_sinks_are_masked() -> None:
 
 
 def test_adaptive_does_not_overflow_in_half_precision() -> None:
-    target = make_target("bio", topic(), AS_THE_PAPER, 4, [])
+    target = make_target("bio", topic(adaptive_scale=5.0), AS_THE_PAPER, 4, [])
     target.of(torch.full((1, 2, 4), 1e4, dtype=torch.float16), torch.ones(1, 2, dtype=torch.bool))
     assert target.coefficient == pytest.approx(1e5, rel=1e-3)
 
