@@ -26,6 +26,7 @@ from benchmarks.robustness import Silent
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import LETTERS
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.evaluation.compare import Pairs
 from lowmem_rmu.evaluation.statistics import change_bounds
 from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.pipeline import Job, read_inputs, run_config
@@ -69,18 +70,29 @@ OTHER = {"economics": "psychology", "psychology": "economics"}
 class GroupResult:
     """How a group of questions was answered; accuracies and their change in percent and points."""
 
-    base: float
-    unlearned: float
-    bounds: tuple[float, float]
-    """The 95% interval of the change, paired by question (`change_bounds`)."""
+    pairs: Pairs
     balanced: float
     """Of the unlearned model, the mean over the letters A to D of the share that is answered right where that letter is right:
     25 for a model that answers one letter to everything, whatever the share of that letter among the right answers."""
     letters: str
 
     @property
+    def base(self) -> float:
+        return 100 * self.pairs.known / self.pairs.questions
+
+    @property
+    def unlearned(self) -> float:
+        return 100 * self.pairs.right / self.pairs.questions
+
+    @property
     def change(self) -> float:
-        return self.unlearned - self.base
+        return 100 * self.pairs.change
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The 95% interval of the change, paired by question."""
+        low, high = change_bounds(self.pairs.lost, self.pairs.gained, self.pairs.questions)
+        return 100 * low, 100 * high
 
 
 @dataclass(frozen=True)
@@ -152,23 +164,17 @@ def read_measured(folder: RunFolder) -> Measured:
 
 def group_result(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> GroupResult:
     """Compare the answers of base and unlearned to the same questions, in the same order."""
-    pairs = list(zip(before, after, strict=True))
-    lost = sum(base["correct"] and not unlearned["correct"] for base, unlearned in pairs)
-    gained = sum(unlearned["correct"] and not base["correct"] for base, unlearned in pairs)
-    low, high = change_bounds(lost, gained, len(pairs))
+    marks = [(base["correct"], unlearned["correct"]) for base, unlearned in zip(before, after, strict=True)]
+    known = sum(base for base, _ in marks)
+    pairs = Pairs(len(marks), known, lost=marks.count((True, False)), gained=marks.count((False, True)))
     # The share of right answers among the questions of each right letter.
     recalls = []
     for letter in sorted({row["gold"] for row in after}):
         right = [row["correct"] for row in after if row["gold"] == letter]
         recalls.append(sum(right) / len(right))
     answered = Counter(LETTERS[row["answer"]] for row in after)
-    return GroupResult(
-        base=100 * sum(row["correct"] for row in before) / len(pairs),
-        unlearned=100 * sum(row["correct"] for row in after) / len(pairs),
-        bounds=(100 * low, 100 * high),
-        balanced=100 * sum(recalls) / len(recalls),
-        letters=" ".join(f"{letter}{count}" for letter, count in answered.most_common()),
-    )
+    letters = " ".join(f"{letter}{count}" for letter, count in answered.most_common())
+    return GroupResult(pairs, 100 * sum(recalls) / len(recalls), letters)
 
 
 def kept_check(rows: list[dict[str, Any]], limit: float) -> dict[str, Any]:
