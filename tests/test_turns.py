@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,7 @@ from lowmem_rmu.turns import (
     turn,
     world_size,
 )
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLDS = """
@@ -42,10 +42,7 @@ def holder(runs: Path, name: str, seconds: float) -> subprocess.Popen[bytes]:
 
 
 def waits_for(runs: Path, count: int) -> None:
-    until = time.monotonic() + 180
-    while len(tickets(runs)) < count:
-        assert time.monotonic() < until, "no process took its number"
-        time.sleep(0.05)
+    wait_until(lambda: len(tickets(runs)) >= count, "no process took its number")
 
 
 def test_processes_go_one_after_the_other_and_none_is_lost(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import httpx
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from tests.waiting import PATIENCE
+
 CHROMIUM = shutil.which("chromium")
-PATIENCE = 180
-"""Seconds that a browser test waits for anything at most: a busy machine may take long, and no test measures time."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 App = tuple[str, subprocess.Popen[bytes]]
 
@@ -73,7 +73,6 @@ def new_page(browser: Any) -> Iterator[Callable[..., Any]]:
     def open_page(**options: Any) -> Any:
         page = browser.new_page(**options)
         page.set_default_timeout(PATIENCE * 1000)
-        page.set_default_navigation_timeout(PATIENCE * 1000)
         opened.append(page)
         return page
 

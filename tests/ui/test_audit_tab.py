@@ -4,8 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from lowmem_rmu.runs import RunFolder, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.audit import NOTHING, STOPPED, AuditTab, minutes, progress
+from tests.waiting import wait_until
 
 CPU = torch.device("cpu")
 ALL = list(ATTACKS)
@@ -55,13 +54,6 @@ def own_run(forgetful: RunFolder, tmp_path: Path) -> RunFolder:
     return run
 
 
-def until(holds: Callable[[], bool], told: Callable[[], str]) -> None:
-    end = time.monotonic() + 240
-    while not holds():
-        assert time.monotonic() < end, told()
-        time.sleep(0.2)
-
-
 def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_run: RunFolder) -> None:
     tab.runs_dir = own_run.path.parent
     told, found, seen = tab.show("mine")
@@ -73,14 +65,14 @@ def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_r
         with pytest.raises(UserError, match=r"^Run mine is being audited: stop that before it is (deleted|renamed)\.$"):
             change(own_run)
     assert [jobs.needed_by(ticket, CPU) for ticket in tickets(tab.runs_dir)] == [None]
-    until(lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(), own_run.audit_output.read_text)
+    wait_until(lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(), own_run.audit_output.read_text, seconds=240)
     assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning: 10 unrelated samples, unlearned")
     tab.stop("mine")
-    until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text)
+    wait_until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text, seconds=240)
     assert progress(own_run) == STOPPED
 
     assert tab.start("mine", ["relearning"], "0.001", False)[0].startswith(AT_WORK)
-    until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text)
+    wait_until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text, seconds=240)
     told, found, seen = tab.tick("mine", seen)
     assert told == "<p><strong>Done</strong></p>", own_run.audit_output.read_text()
     assert "on the same 10 questions about what was forgotten" in found

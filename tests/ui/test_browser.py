@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from lowmem_rmu import __version__
 from lowmem_rmu.audit.suite import Settings
 from lowmem_rmu.runs import RunFolder, read_lines, write_json
 from lowmem_rmu.ui import jobs
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = "rmu.steps=12\nevaluation.limit=8\nevaluation.max_new_tokens=8"
@@ -75,13 +75,6 @@ def state_of(page: Page, name: str) -> Locator:
     return page.locator(".rmu-state", has_text=f"{name}:")
 
 
-def until(holds: Callable[[], bool], seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.2)
-
-
 def steps_of(runs_dir: Path, name: str) -> int:
     return len(read_lines(RunFolder(runs_dir / name).metrics))
 
@@ -134,19 +127,19 @@ def test_an_audit_names_what_it_had_no_time_for(page: Page, runs_dir: Path, forg
     fill(page.get_by_label("Budget in minutes"), "0.001")
     page.get_by_role("button", name="Audit", exact=True).click()
     expect(page.locator(".attacks:visible tr", has_text="relearning")).to_contain_text("not run: it would take about")
-    until(lambda: not jobs.is_audited_now(run))
+    wait_until(lambda: not jobs.is_audited_now(run))
     shutil.rmtree(run.path)
 
 
 def test_a_run_stops_and_goes_on(page: Page, runs_dir: Path) -> None:
     start(page, "halved", LONG)
-    until(lambda: steps_of(runs_dir, "halved") > 2)
+    wait_until(lambda: steps_of(runs_dir, "halved") > 2)
     page.get_by_role("button", name="Stop", exact=True).first.click()
     expect(state_of(page, "halved")).to_contain_text("stopped; it can go on")
     stopped_at = steps_of(runs_dir, "halved")
     page.get_by_role("button", name="Resume").first.click()
     expect(state_of(page, "halved")).to_contain_text("running")
-    until(lambda: steps_of(runs_dir, "halved") > stopped_at)
+    wait_until(lambda: steps_of(runs_dir, "halved") > stopped_at)
     page.get_by_role("button", name="Stop", exact=True).first.click()
     expect(state_of(page, "halved")).to_contain_text("stopped; it can go on")
     steps = [row["step"] for row in read_lines(RunFolder(runs_dir / "halved").metrics)]
@@ -300,15 +293,15 @@ def test_runs_are_renamed_and_deleted(page: Page, runs_dir: Path) -> None:
     expect(page.get_by_role("button", name="Keep it")).to_be_hidden()
     page.get_by_role("button", name="Delete …").click()
     page.get_by_role("button", name="Delete for good").click()
-    until(lambda: not (runs_dir / "storms").exists())
+    wait_until(lambda: not (runs_dir / "storms").exists())
 
 
 def test_a_run_outlives_the_app(open_app: Callable[[Path], AbstractContextManager[Any]], new_page: Callable[..., Page], tmp_path: Path) -> None:
     with open_app(tmp_path) as (address, _):
         Client(address, verbose=False).predict("tiny", "lasting", LONG, api_name="/start")
-        until(lambda: steps_of(tmp_path, "lasting") > 0)
+        wait_until(lambda: steps_of(tmp_path, "lasting") > 0)
     steps = steps_of(tmp_path, "lasting")
-    until(lambda: steps_of(tmp_path, "lasting") > steps)
+    wait_until(lambda: steps_of(tmp_path, "lasting") > steps)
     with open_app(tmp_path) as (address, _):
         page = new_page()
         visit(page, address)

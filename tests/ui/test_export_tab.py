@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from lowmem_rmu.runs import RunFolder, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.export import FORMAT_WORDS, KIND_WORDS, NOTHING, ExportTab, output_of, place_of, progress
+from tests.waiting import wait_until
 
 CPU = torch.device("cpu")
 
@@ -51,10 +51,7 @@ def tab(runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expo
 
 
 def wait_for_export(run: RunFolder) -> None:
-    until = time.monotonic() + 120
-    while jobs.is_exported_now(run):
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    wait_until(lambda: not jobs.is_exported_now(run), seconds=120)
 
 
 def test_every_format_is_offered_in_words() -> None:

@@ -19,10 +19,10 @@ from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.ui import jobs
+from tests.waiting import wait_until
 
 TAKEN = "Run taken exists already.\nChoose another name."
 PYTHON = sys.executable
-SECONDS = 180
 Sleeper = Callable[[], subprocess.Popen[bytes]]
 
 
@@ -79,13 +79,6 @@ def write_status(run: RunFolder, **status: Any) -> None:
 def queue(runs_dir: Path, name: str, process: subprocess.Popen[bytes]) -> None:
     with one_at_a_time(runs_dir):
         take_ticket(runs_dir, name, process.pid)
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until, what
-        time.sleep(0.02)
 
 
 def mistake(call: Callable[..., Any], *arguments: Any) -> str:

@@ -1,8 +1,6 @@
 """The tab where a run begins: what is started, what is refused, and a real run on one's own text."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from lowmem_rmu.ui.chat import LoadedModel
 from lowmem_rmu.ui.guard import on_the_page
 from lowmem_rmu.ui.texts import Own
 from lowmem_rmu.ui.unlearn import MATTER, Unlearning, UnlearnTab, changes_of, values_of
+from tests.waiting import wait_until
 
 CPU = torch.device("cpu")
 NOTHING = Own([], [], "")
@@ -43,13 +42,6 @@ def make_run(runs_dir: Path, name: str, state: str = "done") -> RunFolder:
     write_json(run.path / "config.json", {"preset": "tiny", "device": "cpu", "settings": load_preset("tiny").model_dump()})
     run.write_status("unlearn", 3, 9, state)
     return run
-
-
-def wait_until(condition: Callable[[], Any], what: Callable[[], Any]) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until, what()
-        time.sleep(0.05)
 
 
 def values(**changed: Any) -> list[Any]:
@@ -217,19 +209,19 @@ def test_a_run_on_own_text_goes_on_after_a_stop_and_under_another_name(tab: Unle
     retain.unlink()
     with pytest.raises(UserError, match=r"^Run mine is under way already\.$"):
         tab.resume("mine")
-    wait_until(lambda: len(read_lines(run.metrics)) > 2, run.output.read_text)
+    wait_until(lambda: len(read_lines(run.metrics)) > 2, run.output.read_text, SECONDS)
     assert "<progress max='3000'" in tab.show("mine")[0]
     tab.stop("mine")
-    wait_until(lambda: jobs.state_of(run).state == "stopped", run.output.read_text)
+    wait_until(lambda: jobs.state_of(run).state == "stopped", run.output.read_text, SECONDS)
     steps = len(read_lines(run.metrics))
     run = jobs.rename(run, "better")
     settings = run.path / "config.json"
     assert jobs.find(tab.runs_dir, "better").config["settings"]["topics"].keys() == {"tropical_storms"}
     assert "mine/" not in settings.read_text()
     tab.resume("better")
-    wait_until(lambda: len(read_lines(run.metrics)) > steps, run.output.read_text)
+    wait_until(lambda: len(read_lines(run.metrics)) > steps, run.output.read_text, SECONDS)
     jobs.stop(run)
-    wait_until(lambda: not jobs.state_of(run).is_live, run.output.read_text)
+    wait_until(lambda: not jobs.state_of(run).is_live, run.output.read_text, SECONDS)
     assert jobs.state_of(run).state == "stopped", run.output.read_text()
     rows = read_lines(run.metrics)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "it went on where it was"
