@@ -68,6 +68,7 @@ def row(task: str, role: str, base: float, unlearned: float | None, group: str |
         "lost": 930 if measured else None, "gained": 7 if measured else None, "p_value": (0.0 if unlearned < 0.5 else 0.21) if measured else None,
         "base_letters": [0.25, 0.249, 0.251, 0.25], "unlearned_letters": [0.02, 0.93, 0.05, 0.0] if measured else None,
         "base_confidence": 0.98, "unlearned_confidence": 0.614 if measured else None,
+        "base_balanced": 0.985, "unlearned_balanced": 0.253 if measured else None,
     }  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def test_tables_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
     page, _ = report(tmp_path, summary(), steps(4))
     accuracy, answers = page.rows_of("compounds")
     assert accuracy == ["compounds", "99.0% ± 0.6", "26.0% ± 2.7", "−73.0 ± 3.0", "yes p < 0.001", "1,264"]
-    assert answers == ["compounds", "930", "7", "25 · 25 · 25 · 25", "2 · 93 · 5 · 0", "98% → 61%"]
+    assert answers == ["compounds", "930", "7", "25 · 25 · 25 · 25", "2 · 93 · 5 · 0", "98.5% → 25.3%", "98% → 61%"]
     assert page.rows_of("locks_of_doors")[0] == ["locks_of_doors", "98.1% ± 0.6", "94.0% ± 2.7", "−4.0 ± 3.0", "no p = 0.210", "1,264"]
     cyclones = ["4.000 ± 0.020", "6.500 ± 0.030", "+2.500 ± 0.020", "yes", "54.6 → 665.1", "1.400 → 2.275", "–"]
     assert page.rows_of("cyclones3,000 tokens")[0][1:] == cyclones
@@ -173,9 +174,10 @@ def test_members_of_groups_are_folded(tmp_path: Path) -> None:
 
 def test_letters_and_confidence_are_folded(tmp_path: Path) -> None:
     page, _ = report(tmp_path, summary())
-    shown = [path for path, data in page.texts if "93 · 5" in data]
-    assert shown
-    assert all("details" in path.split("/") for path in shown)
+    for figure in ("93 · 5", "→ 25.3%"):
+        shown = [path for path, data in page.texts if figure in data]
+        assert shown
+        assert all("details" in path.split("/") for path in shown)
 
 
 def test_averages_are_told_with_the_tasks_and_not_among_their_parts(tmp_path: Path) -> None:
@@ -270,7 +272,7 @@ def test_base_alone(tmp_path: Path) -> None:
     page, html = report(tmp_path, content)
     accuracy, answers = page.rows_of("compounds")
     assert accuracy == ["compounds", "99.0% ± 0.6", "–", "–", "–", "1,264"]
-    assert answers == ["compounds", "–", "–", "25 · 25 · 25 · 25", "–", "98% → –"]
+    assert answers == ["compounds", "–", "–", "25 · 25 · 25 · 25", "–", "98.5% → –", "98% → –"]
     assert page.rows_of("cyclones3,000 tokens")[0][2:] == ["–", "–", "–", "54.6 → –", "1.400 → –", "–"]
     assert html.count("Not known") == 2
     assert "not measured in this run" in html

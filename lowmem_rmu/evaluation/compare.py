@@ -94,6 +94,9 @@ class Row:
     base_confidence: float | None = None
     unlearned_confidence: float | None = None
     """The mean probability of the answer among the four; None where a model gives none."""
+    base_balanced: float | None = None
+    unlearned_balanced: float | None = None
+    """The accuracy with every right letter weighted the same; None in runs of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -334,6 +337,7 @@ def _row(part: Part, base: Side, unlearned: Side | None) -> Row:
         scoring=_same(each.scoring for each in sets),
         base_letters=_letters(figures),
         base_confidence=figures["confidence"],
+        base_balanced=figures["balanced"],
     )  # fmt: skip
     return row if unlearned is None else replace(row, **_measured_after(part, base, unlearned))
 
@@ -376,6 +380,7 @@ def _measured_after(part: Part, base: Side, unlearned: Side) -> dict[str, Any]:
         "p_value": mcnemar(lost, gained),
         "unlearned_letters": _letters(figures),
         "unlearned_confidence": figures["confidence"],
+        "unlearned_balanced": figures["balanced"],
     }
 
 
@@ -493,14 +498,20 @@ def _needed(asked: int, score: float, unit: str = "questions") -> str:
 
 
 def _hardly_chooses(row: Row) -> str:
-    """Tells a model that always says A from one that guesses: both are right in a quarter of the cases."""
+    """Tell a model that always says A from one that guesses.
+
+    Its accuracy is the share of A among the right answers, so the balanced accuracy is given too.
+    """
     if row.role != "forgotten" or row.base_letters is None or row.unlearned_letters is None:
         return ""
     share, most = max(row.unlearned_letters), by_luck(SAME_LETTER, row.questions)
     letter = row.unlearned_letters.index(share)
     if share <= most or row.base_letters[letter] > most:
         return ""
-    return f"unlearned answers {LETTERS[letter]} to {share:.0%} of the questions: it hardly chooses any more, which is not the same as guessing."
+    words = f"unlearned answers {LETTERS[letter]} to {share:.0%} of the questions: it hardly chooses any more, which is not the same as guessing."
+    if row.unlearned_balanced is None:
+        return words
+    return f"{words} With every right letter weighted the same, {row.unlearned_balanced:.1%} are right (guessing: {row.chance:.0%})."
 
 
 def _judge_text(text: dict[str, Any]) -> tuple[Grade, str]:

@@ -201,14 +201,35 @@ def _origin(each: QuestionSet) -> dict[str, Any]:
 
 def summarise(answers: list[Answer]) -> dict[str, Any]:
     """Accuracy with its standard error in the n-1 form: sqrt(p (1 - p) / (n - 1)), as the harness computes it; how often each choice
-    was answered; and the mean probability of the answer among the four."""
+    was answered; the balanced accuracy; and the mean probability of the answer among the four."""
     total, correct = len(answers), sum(row["correct"] for row in answers)
     accuracy = correct / total
     stderr = math.sqrt(accuracy * (1 - accuracy) / (total - 1)) if total > 1 else 0.0
     letters = [sum(row["answer"] == choice for row in answers) for choice in range(len(LETTERS))]
     return {
-        "accuracy": accuracy, "stderr": stderr, "questions": total, "correct": correct, "answers": letters, "confidence": _confidence(answers),
+        "accuracy": accuracy,
+        "stderr": stderr,
+        "questions": total,
+        "correct": correct,
+        "answers": letters,
+        "balanced": balanced_accuracy(answers),
+        "confidence": _confidence(answers),
     }
+
+
+def balanced_accuracy(answers: list[Answer]) -> float:
+    """Return the share of right answers with every right choice weighted the same (balanced accuracy).
+
+    It is the mean, over the choices A to D, of the accuracy on the questions for which that choice is right. A model that gives
+    the same letter to every question reaches 0.25, whereas its accuracy is that letter's share of the right answers. Choices
+    that are right for no question are left out.
+    """
+    recalls = []
+    for choice in range(len(LETTERS)):
+        marks = [row["correct"] for row in answers if row["gold"] == choice]
+        if marks:
+            recalls.append(sum(marks) / len(marks))
+    return sum(recalls) / len(recalls)
 
 
 def _confidence(answers: list[Answer]) -> float | None:

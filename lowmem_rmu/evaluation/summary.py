@@ -14,6 +14,8 @@ GRADES = {"yes": "Yes", "partly": "Partly", "no": "No", "inconclusive": "Inconcl
 """The grades of a verdict (`compare.Grade`) as they are shown."""
 NOT_AUDITED, UNREADABLE = "not audited", "not readable"
 """What stands for an audit's mark where there is none."""
+ADDED_LATER = {"base_balanced": None, "unlearned_balanced": None}
+"""Fields of a row that runs of earlier versions do not have."""
 EARLIER_WORDS = {"cannot be told": "inconclusive"}
 """Marks and findings as earlier versions called them in `audit.json` and `verification.json`."""
 
@@ -188,6 +190,7 @@ def read_summary(run: RunFolder) -> dict[str, Any]:
         raise UserError(f"Run {run.path} has no summary.json: it has not finished.\nGo on with it: {again}")
     what_next = f"Have it written again: {again}"
     summary: dict[str, Any] = read_record(path, Summary, what_next)
+    summary["rows"] = [ADDED_LATER | row for row in summary["rows"]]
     row_fields = {field.name for field in fields(Row)}
     if lacking := [name for row in summary["rows"] for name in row_fields - row.keys()]:
         raise UserError(f"{path} was written by another version of this program, or is damaged: it lacks {lacking[0]}.\n{what_next}")

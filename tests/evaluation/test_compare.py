@@ -22,8 +22,8 @@ def answers(**right: str) -> list[dict[str, Any]]:
     return [given(name, 0 if mark == "1" else 1) for name, marks in right.items() for mark in marks]
 
 
-def given(task: str, answer: int | None, logprobs: list[float] | None = None) -> dict[str, Any]:
-    return {"task": task, "answer": answer, "gold": 0, "correct": answer == 0, "logprobs": logprobs}
+def given(task: str, answer: int | None, logprobs: list[float] | None = None, gold: int = 0) -> dict[str, Any]:
+    return {"task": task, "answer": answer, "gold": gold, "correct": answer == gold, "logprobs": logprobs}
 
 
 def row(role: Role, base: float, unlearned: float | None, group: str | None = None, questions: int = 1000, also: int = 0) -> Row:
@@ -41,7 +41,11 @@ def row(role: Role, base: float, unlearned: float | None, group: str | None = No
 
 def letters(base: str, unlearned: str, role: Role = "forgotten", repeat: int = 25) -> list[str]:
     """What the verdict says beyond the grade of a task whose questions were answered so, each of the letters `repeat` times."""
-    sides = [[given("quiz", LETTERS.index(letter)) for letter in side * repeat] for side in (base, unlearned)]
+    golds = [number % len(LETTERS) for number in range(len(base) * repeat)]
+    sides = [
+        [given("quiz", LETTERS.index(letter), gold=gold) for letter, gold in zip(side * repeat, golds, strict=True)]
+        for side in (base, unlearned)
+    ]
     rows = compare_tasks([question_set("quiz", len(sides[0]), role)], *sides)
     return verdict(rows, [])["sentences"][1:]
 
@@ -120,6 +124,7 @@ def test_letters_and_confidence_are_of_all_answers_of_a_side() -> None:
     assert both.base_confidence == pytest.approx((0.7 + 0.7 + 0.3 + 0.3) / 4)
     assert both.unlearned_letters == (0.25, 0.0, 0.0, 0.5), "a question without an answer counts among the questions"
     assert both.unlearned_confidence is None
+    assert (both.base_balanced, both.unlearned_balanced) == (0.5, 0.25)
 
 
 def test_tasks_and_groups_have_the_figures_that_the_evaluation_has() -> None:
@@ -377,7 +382,10 @@ def test_an_average_standard_error_away_is_not_enough_where_few_questions_change
 
 def test_one_letter_for_all_is_told_apart_from_guessing() -> None:
     [sentence] = letters("ABCD", "BBBB")
-    assert sentence == "quiz: unlearned answers B to 100% of the questions: it hardly chooses any more, which is not the same as guessing."
+    assert sentence == (
+        "quiz: unlearned answers B to 100% of the questions: it hardly chooses any more, which is not the same as guessing. "
+        "With every right letter weighted the same, 25.0% are right (guessing: 25%)."
+    )
     assert letters("ABCD", "BBBA")[0].startswith("quiz: unlearned answers B to 75% of the questions")
     assert letters("ABCD", "DCBA") == []
 

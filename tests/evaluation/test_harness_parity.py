@@ -196,7 +196,7 @@ def test_the_prompts_of_wmdp_are_equal_to_the_byte(name: str) -> None:
     (ours,) = load_task(name, Task.model_validate(known_tasks()[name] | {"source": str(questions)}))
     asked = [(each.prompt.context, continuation) for each in ask([ours]) for continuation in each.prompt.continuations]
     assert asked == [instance.args for instance in theirs.instances]
-    scores = score([ours], [{"task": name, "correct": True, "answer": 0, "logprobs": None}] * 15, 1.0)
+    scores = score([ours], [{"task": name, "correct": True, "answer": 0, "gold": 0, "logprobs": None}] * 15, 1.0)
     results = harness_results(scores, [ours], "a/model", 0.0)
     assert results["versions"] == {name: theirs.VERSION, "wmdp": "1"}
 

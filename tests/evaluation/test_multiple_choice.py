@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.multiple_choice import Interrupted, answer, ask, evaluate, summarise
+from lowmem_rmu.evaluation.multiple_choice import Interrupted, answer, ask, balanced_accuracy, evaluate, summarise
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
@@ -143,7 +143,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result_to_the_bit(
     ("correct", "total", "accuracy", "stderr"), [(3, 4, 0.75, 0.25), (1, 5, 0.2, math.sqrt(0.04)), (0, 3, 0.0, 0.0), (1, 1, 1.0, 0.0)]
 )
 def test_stderr_is_in_the_n_minus_1_form(correct: int, total: int, accuracy: float, stderr: float) -> None:
-    rows = [{"correct": number < correct, "answer": number % 2, "logprobs": [-1.0, -1.0, -1.0, -1.0]} for number in range(total)]
+    rows = [{"correct": number < correct, "answer": number % 2, "gold": 0, "logprobs": [-1.0] * 4} for number in range(total)]
     summary = summarise(rows)
     assert (summary["accuracy"], summary["stderr"]) == (pytest.approx(accuracy), pytest.approx(stderr))
     assert (summary["questions"], summary["correct"]) == (total, correct)
@@ -152,11 +152,21 @@ def test_stderr_is_in_the_n_minus_1_form(correct: int, total: int, accuracy: flo
 
 
 def test_confidence_is_the_probability_of_the_answer_among_the_four() -> None:
-    sure = {"correct": True, "answer": 1, "logprobs": [math.log(each) for each in (0.01, 0.07, 0.01, 0.01)]}
-    torn = {"correct": False, "answer": 0, "logprobs": [math.log(each) for each in (0.3, 0.3, 0.2, 0.2)]}
+    sure = {"correct": True, "answer": 1, "gold": 1, "logprobs": [math.log(each) for each in (0.01, 0.07, 0.01, 0.01)]}
+    torn = {"correct": False, "answer": 0, "gold": 2, "logprobs": [math.log(each) for each in (0.3, 0.3, 0.2, 0.2)]}
     assert summarise([sure, torn])["confidence"] == pytest.approx((0.7 + 0.3) / 2)
     assert summarise([sure, torn | {"logprobs": None}])["confidence"] == pytest.approx(0.7)
     assert summarise([torn | {"logprobs": None}])["confidence"] is None
+
+
+def answered(golds: str, answers: str) -> list[dict[str, Any]]:
+    return [{"gold": LETTERS.index(gold), "correct": gold == answer} for gold, answer in zip(golds, answers, strict=True)]
+
+
+def test_balanced_accuracy_weights_every_right_letter_the_same() -> None:
+    assert balanced_accuracy(answered("ABCDDDDD", "DDDDDDDD")) == 0.25, "its accuracy would be 5/8"
+    assert balanced_accuracy(answered("ABCD", "ABCD")) == 1.0
+    assert balanced_accuracy(answered("AAAB", "AABB")) == pytest.approx((2 / 3 + 1) / 2), "letters that are never right are left out"
 
 
 def test_a_group_is_weighed_by_its_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet]) -> None:
