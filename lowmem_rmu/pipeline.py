@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu import __version__
 from lowmem_rmu.chat import Sampling, answer
-from lowmem_rmu.data.corpora import GUARDED, FormShares, Samples, load_samples, spread
+from lowmem_rmu.data.corpora import GUARDED, FormShares, Samples, load_samples, mix, spread
 from lowmem_rmu.data.questions import LETTERS, QuestionSet, load_questions, unasked_subjects
 from lowmem_rmu.data.sources import Sources, corpora_of, find_sources, sources_record
 from lowmem_rmu.data.tokens import encode_texts
@@ -125,7 +125,7 @@ def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
     shares = FormShares(preset.retain.questions, preset.retain.chat)
     retained = [load_samples(corpus, tokenizer, preset.retain.max_tokens, shares, guards) for corpus in preset.retain.corpora]
     retain = Samples(
-        train=sum((part.train for part in retained), []),
+        train=mix([part.train for part in retained], [corpus.share for corpus in preset.retain.corpora]),
         held_out=sum((part.held_out for part in retained), []),
         held_out_bytes=sum((part.held_out_bytes for part in retained), []),
         prompts=spread(sum((part.prompts for part in retained), []), GUARDED),

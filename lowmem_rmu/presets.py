@@ -84,6 +84,9 @@ class Corpus(Section):
     """Shorter documents (headings, empty lines) are left out."""
     held_out: float = Field(0.0, ge=0.0, lt=1.0)
     """The share of documents that training never sees; their loss is reported before and after."""
+    share: float | None = Field(None, gt=0, lt=1)
+    """Only in a retain set: the share of its samples that come from this corpus, which are repeated or left out to reach it.
+    Corpora without a share divide the rest by their size."""
     without_access: str | None = None
     """What to do where access to a gated data set is not granted, e.g. another preset."""
 
@@ -112,6 +115,12 @@ class Topic(Section):
     """Multiple-choice questions made of the topic's text, per sample of prose: they are forgotten too."""
 
     @model_validator(mode="after")
+    def _share_in_the_retain_set_alone(self) -> "Topic":
+        if self.corpus.share is not None:
+            raise ValueError("corpus.share counts in the retain set only: leave it out of a topic")
+        return self
+
+    @model_validator(mode="after")
     def _coefficient_where_it_counts(self) -> "Topic":
         if self.steering != "adaptive" and self.steering_coefficient is None:
             raise ValueError(f"steering: {self.steering} takes a steering_coefficient")
@@ -138,6 +147,15 @@ class Retain(Section):
     every question as part of the topic."""
     chat: float = Field(0.25, ge=0, le=100)
     """Conversations made of the retain text in the model's chat template, per sample of prose."""
+
+    @model_validator(mode="after")
+    def _shares_leave_a_rest(self) -> "Retain":
+        shares = [corpus.share for corpus in self.corpora if corpus.share is not None]
+        if len(shares) == len(self.corpora):
+            raise ValueError("every corpus has a share: leave it out of one at least, which gets the rest")
+        if sum(shares) >= 1:
+            raise ValueError(f"the shares of the corpora add up to {sum(shares):g}: together they must stay below 1")
+        return self
 
 
 class Rmu(Section):

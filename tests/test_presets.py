@@ -150,6 +150,13 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
         ("target_layer: 3", "target_layer: 3\n  steps: 0", "line 6: rmu.steps: should be greater than or equal to 1 (it is 0)"),
         ("./plants.txt", "./plants.txt\n      title_matches: '(a'", "line 11: topics.plants.corpus.title_matches: is no regular expression: "),
         ("./plants.txt", "./plants.txt\n      held_out: 1", "line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)"),
+        ("./plants.txt", "./plants.txt\n      share: 0.3", "line 8: topics.plants: corpus.share counts in the retain set only"),
+        ("- source: owner/data", "- {source: owner/data, share: 0.3}", "line 12: retain: every corpus has a share"),
+        (
+            "- source: owner/data",
+            "- {source: a/b, share: 0.6}\n    - {source: c/d, share: 0.4}\n    - source: e/f",
+            "line 12: retain: the shares of the corpora add up to 1: together they must stay below 1",
+        ),
         ("retain:\n  corpora:\n    - source: owner/data", "retain: [1]", "line 12: retain: should be a valid dictionary (it is a list)"),
     ],
 )  # fmt: skip

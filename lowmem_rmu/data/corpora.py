@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -120,6 +120,24 @@ def put_aside(sequences: list[list[int]], count: int) -> tuple[list[list[int]], 
     chosen = set(_places(len(sequences), min(count, len(sequences) // PUT_ASIDE)))
     left = [ids for index, ids in enumerate(sequences) if index not in chosen]
     return left, [sequences[index] for index in sorted(chosen)]
+
+
+def mix(corpora: Sequence[list[list[int]]], shares: Sequence[float | None]) -> list[list[int]]:
+    """Return the samples of several corpora together, one corpus after the other, with some in given shares of the whole.
+
+    A corpus without a share keeps all of its samples, once. A corpus with one has its samples repeated or thinned out until
+    they make up that share; at least one corpus must have none.
+    """
+    free = sum(len(samples) for samples, share in zip(corpora, shares, strict=True) if share is None)
+    total = free / (1 - sum(share for share in shares if share is not None))
+    mixed: list[list[int]] = []
+    for samples, share in zip(corpora, shares, strict=True):
+        if share is None or not samples:
+            mixed += samples
+            continue
+        rounds, rest = divmod(round(share * total), len(samples))
+        mixed += samples * rounds + spread(samples, rest)
+    return mixed
 
 
 def _places(length: int, count: int) -> list[int]:

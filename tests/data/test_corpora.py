@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lowmem_rmu.data.corpora import (
     by_length,
     find_documents,
     load_samples,
+    mix,
     pad,
     read_documents,
     split_held_out,
@@ -452,3 +454,26 @@ def test_a_column_of_the_hub_that_holds_no_text_is_a_users_mistake(monkeypatch: 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([{"text": None}, {"text": None}]).add_column("id", [1, 2]))
     with pytest.raises(UserError, match='owner/data, row 0: "id" is no text'):
         read_documents(Corpus(source="owner/data", text_field="id"))
+
+
+def test_a_corpus_with_a_share_makes_up_that_part_of_the_mixture() -> None:
+    prose = [[number] for number in range(70)]
+    few = [[100], [101], [102], [103]]
+    mixed = mix([few, prose], [0.3, None])
+    assert len(mixed) == 100
+    assert mixed[30:] == prose
+    # 30 of four samples: each seven times, and two of them once more.
+    assert sorted(Counter(ids[0] for ids in mixed[:30]).values()) == [7, 7, 8, 8]
+
+
+def test_a_large_corpus_with_a_share_is_thinned_out() -> None:
+    mixed = mix([[[number] for number in range(1000)], [[-1]] * 90], [0.1, None])
+    chosen = [ids[0] for ids in mixed if ids[0] >= 0]
+    assert len(chosen) == 10
+    assert chosen == sorted(set(chosen))
+    assert chosen[-1] > 800, "from all of the corpus, not its beginning"
+
+
+def test_without_shares_every_sample_counts_once() -> None:
+    assert mix([[[1], [2]], [[3]]], [None, None]) == [[1], [2], [3]]
+    assert mix([[], [[3]]], [0.5, None]) == [[3]]
