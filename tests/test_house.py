@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lowmem_rmu"
 LAYERS = (
     "app", "lowmem_rmu.__main__", "lowmem_rmu.run", "lowmem_rmu.measure", "lowmem_rmu.pipeline", "lowmem_rmu.ui", "lowmem_rmu.audit",
-    "lowmem_rmu.report", "lowmem_rmu.export", "lowmem_rmu.evaluation", "lowmem_rmu.unlearning", "lowmem_rmu.chat", "lowmem_rmu.data",
+    "lowmem_rmu.report", "lowmem_rmu.export", "lowmem_rmu.evaluation", "lowmem_rmu.unlearning", "lowmem_rmu.neighbors",
+    "lowmem_rmu.chat", "lowmem_rmu.data",
     "lowmem_rmu.model", "lowmem_rmu.processes", "lowmem_rmu.presets", "lowmem_rmu.turns", "lowmem_rmu.runs", "lowmem_rmu.records",
     "lowmem_rmu.parsing", "lowmem_rmu.console", "lowmem_rmu.errors", "lowmem_rmu",
 )  # fmt: skip
