@@ -72,8 +72,8 @@ HEARTBEAT_SECONDS = 1.0
 NO_TEXT_FOR_THE_GUARD = (
     "Training went unguarded: a corpus is too short to put text aside for the guard. Nobody looked whether the rest was kept while it trained."
 )
-NO_LAYERS_FOR_THE_GUARD = (
-    "Training went unguarded: nothing was to be evaluated, so that only the layers up to the target layer were loaded, and the guard needs all."
+TARGET_LAYER_ALONE = (
+    "The guard measured the output of the target layer, not predictions: nothing is evaluated, so that no layer above it was loaded."
 )
 NO_MORE: Any = ()
 """What the first process tells the others when there is nothing left to evaluate."""
@@ -325,13 +325,14 @@ class Job:
             retain=self.inputs.retain.train,
             pad_id=tokenizer.pad_token_id,
             cues=cued,
-            guard=guard_data(self.inputs) if self._is_whole else None,
+            guard=guard_data(self.inputs),
+            is_whole=self._is_whole,
         )
         if rmu.guard_every and data.guard is None:
-            self._note("guard", [NO_TEXT_FOR_THE_GUARD if self._is_whole else NO_LAYERS_FOR_THE_GUARD])
+            self._note("guard", [NO_TEXT_FOR_THE_GUARD])
         if not isinstance(self._model, PeftModel):
             self._model = add_adapter(self._model, rmu, self.preset.model)
-        if data.guard is not None:
+        if data.guard is not None and data.is_whole:
             self._note("texts", self._look_at_texts(data.guard))
         unlearning = Unlearning(self._model, rmu, self.preset.topics, data, self.folder.cache)
         unlearning.restore(self.folder.checkpoint)
@@ -339,7 +340,7 @@ class Job:
         if not unlearning.run(self.folder.checkpoint, self._on_step, self._asked_to_stop):
             raise Stopped(self.folder.path)
         if unlearning.outcome:
-            self._note("guard", [unlearning.outcome])
+            self._note("guard", [unlearning.outcome] + ([] if data.is_whole else [TARGET_LAYER_ALONE]))
 
     def _look_at_scores(self) -> list[str]:
         """Return what base's answers say about the topic before it is trained on."""

@@ -202,11 +202,14 @@ class Rmu(Section):
     checkpoint_every: int = Field(50, ge=1, le=10**6)
     """Steps between checkpoints that `--resume` can go on from."""
     guard_every: int = Field(10, ge=0, le=10**6)
-    """Steps between the guard's looks at text and questions that training does not see; 0: never. It needs the whole
-    model, so that a run that evaluates nothing has none."""
+    """Steps between the guard's looks at text and questions that training does not see; 0: never. Training ends early once the
+    topic is far from base with the rest within the limit."""
     guard_limit: float = Field(0.3, gt=0, le=100)
     """Nats per token by which retain text and questions about it may diverge from base. Training ends when two checks in a row
     exceed it, and the best earlier point is kept."""
+    guard_shift_limit: float = Field(0.25, gt=0, le=100)
+    """The same for a run that evaluates nothing and loads no layer above the target layer: how far the target layer's output may
+    move, relative to its size."""
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     """What torch takes as a seed."""
 
@@ -400,7 +403,7 @@ def preset_of_run(config: Mapping[str, Any], where: Path) -> Preset:
     return preset.model_copy(update={"model": model})
 
 
-RMU_BEFORE = {"sinks": "counted", "guard_every": 0, "guard_limit": 0.3, "schedule": "constant"}
+RMU_BEFORE = {"sinks": "counted", "guard_every": 0, "guard_limit": 0.3, "guard_shift_limit": 0.25, "schedule": "constant"}
 """What earlier versions did in place of settings of `rmu` that they did not know."""
 
 
@@ -430,8 +433,8 @@ def recorded_retain(retain: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded_corpus(corpus: Any) -> Any:
-    """Settings of a corpus as they were meant: older versions left tokenized text as it was."""
-    return {"detokenize": False} | corpus if isinstance(corpus, dict) else corpus
+    """Settings of a corpus as they were meant: older versions left tokenized text as it was, and knew no shares."""
+    return {"detokenize": False, "share": None} | corpus if isinstance(corpus, dict) else corpus
 
 
 def recorded_topic(topic: Any) -> Any:

@@ -144,6 +144,10 @@ class StepRow:
     question_kl: float | None = None
     topic_kl: float | None = None
     topic_question_kl: float | None = None
+    retain_shift: float | None = None
+    question_shift: float | None = None
+    topic_shift: float | None = None
+    topic_question_shift: float | None = None
 
 
 @dataclass(frozen=True)

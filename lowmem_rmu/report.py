@@ -29,7 +29,8 @@ ROLES = {"forgotten": "To be forgotten", "adjacent": "Close to it, should stay",
 """What is expected of a task, as the page says it and in its order."""
 SIDES = ("base", "unlearned")
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
-DIVERGENCES = {"retain_kl": "Text to keep", "topic_kl": "Topic"}
+DIVERGENCES = {"retain_kl": "Text to keep", "topic_kl": "Topic", "retain_shift": "Text to keep", "topic_shift": "Topic"}
+"""Nats where the whole model was there to measure, else the shift of the target layer's output."""
 ACTIVATIONS = {
     "forget_norm": "Activation norm, forget set",
     "retain_norm": "Activation norm, retain set",
@@ -131,14 +132,16 @@ def _content(run: RunFolder) -> dict[str, Any]:
     if metrics:
         charts["losses"] = _charts("losses", lambda width: _curves(metrics, LOSSES, width))
         charts["activations"] = _charts("activations", lambda width: _curves(metrics, ACTIVATIONS, width, same_scale=True))
-    checks = [row | {"topic": ""} for row in metrics if row.get("retain_kl") is not None]
+    checks = [row | {"topic": ""} for row in metrics if any(row.get(key) is not None for key in DIVERGENCES)]
+    measured = {key: words for key, words in DIVERGENCES.items() if any(row.get(key) is not None for row in checks)}
     if checks:
-        charts["divergence"] = _charts("divergence", lambda width: _curves(checks, DIVERGENCES, width))
+        charts["divergence"] = _charts("divergence", lambda width: _curves(checks, measured, width))
     return {
         "run": run.path.name,
         "config": config,
         "summary": summary,
         "checks": checks,
+        "in_nats": "retain_kl" in measured,
         "sinks": _sinks(metrics, config),
         "created": datetime.fromisoformat(config["created"]),
         "settings": yaml.safe_dump(without_places(config["settings"]), sort_keys=False, allow_unicode=True, width=100),

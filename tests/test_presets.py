@@ -436,7 +436,7 @@ def test_runs_of_versions_without_them_had_no_forms_no_guard_and_counted_sinks(g
     for each in settings["topics"].values():
         del each["questions"], each["corpus"]["detokenize"]
     for corpus in settings["retain"]["corpora"]:
-        del corpus["detokenize"]
+        del corpus["detokenize"], corpus["share"]
     read = recorded_preset(settings, Path("runs/a"))
     assert (read.rmu.sinks, read.rmu.guard_every, read.retain.questions, read.retain.chat) == ("counted", 0, 0, 0)
     assert {topic.questions for topic in read.topics.values()} == {0}

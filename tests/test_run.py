@@ -796,11 +796,15 @@ def test_what_base_does_not_know_is_said_before_training(tmp_path: Path) -> None
     assert len(notes) >= 3
 
 
-def test_a_run_that_the_guard_cannot_look_after_says_so(tmp_path: Path) -> None:
+def test_a_run_without_evaluation_is_guarded_at_the_target_layer(tmp_path: Path) -> None:
     assert run_tiny(tmp_path, "alone", *GUARDED, "--stages", "unlearn").exit_code == 0
     folder = RunFolder(tmp_path / "alone")
-    assert not any("retain_kl" in row for row in read_lines(folder.metrics))
-    assert folder.read_notes()["guard"][0].startswith("Training went unguarded: nothing was to be evaluated")
+    rows = read_lines(folder.metrics)
+    assert [row["step"] for row in rows if "retain_shift" in row] == [2, 4, 6]
+    assert not any("retain_kl" in row for row in rows)
+    outcome, how = folder.read_notes()["guard"]
+    assert "of the activations' own size" in outcome
+    assert how.startswith("The guard measured the output of the target layer")
 
 
 def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ DIVERGENCES = {
     "topic_kl": "topic",
     "topic_question_kl": "questions about the topic",
 }
+SHIFTS = {key.replace("_kl", "_shift"): words for key, words in DIVERGENCES.items()}
+"""The same of a run that loaded no layer above the target layer."""
 OUTPUT_LINES = 3
 MISSING = "–"
 TRACE = "(most recent call"
@@ -113,7 +115,7 @@ def curves(folder: RunFolder | None) -> list[pd.DataFrame | None]:
     """
     rows = read_lines(folder.metrics, StepRow) if folder else []
     losses = [_long(rows, {key: None}) for key in LOSSES]
-    return [*losses, _long(rows, NORMS), _long(rows, DIVERGENCES)]
+    return [*losses, _long(rows, NORMS), _long(rows, DIVERGENCES | SHIFTS)]
 
 
 def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame | None:

@@ -2,14 +2,19 @@
 
     every few steps   KL(base || unlearned) on text and questions that training does not see   -> a `Check`
     after each check  best so far: the topic as far as it gets while the rest stays within the limit
-    too far twice     training ends, and the best weights come back; without any, a collapse ends the run
+    far enough        training ends: the topic is gone from what the model says
+    too far twice     training ends, and the best weights come back; without any, a collapse (one letter, one token over
+                      and over, a divergence that runs away) ends the run
 
 Losses at the target layer cannot show this: they look perfect on a model that answers A to every question.
+
+Where only the layers up to the target layer are loaded, `LayerGuard` measures how far their output has moved instead.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -18,18 +23,35 @@ from torch.nn.functional import kl_div
 
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.model.adapters import base_only
+from lowmem_rmu.model.layers import run_layers, run_trunk
 from lowmem_rmu.model.logits import POSITIONS, head_of, hidden_at
+from lowmem_rmu.unlearning.losses import sink_scale
 
 TOKENS = 64
 """Tokens of a text that a check looks at; questions are looked at whole."""
-MOVED = 0.5
-"""Nats per token: a topic that has moved less counts as not moved yet."""
-FAR = 3.0
-"""Nats per token: a topic this far from base is gone from what the model says; more distance costs the rest, for nothing."""
-COLLAPSED = 10.0
-"""Times the limit: a model that has moved this far on what is to stay is no longer the same model."""
+LOOPING = 0.5
+"""Share of the positions of ordinary text: a model that predicts one and the same token at more of them writes in a loop."""
 PATIENCE = 2
 """Checks in a row that end training: a single one can be chance."""
+Unit = Literal["nats", "shift"]
+"""Nats per token, from the logits; or the relative shift of the target layer's output, `||h - h0|| / ||h0||`."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What counts as near and far from base, in one unit of distance."""
+
+    moved: float
+    """A topic that has moved less counts as not moved yet."""
+    far: float
+    """A topic this far from base is gone from what the model says: training ends, as more distance would only cost the rest."""
+    collapsed: float
+    """Times the limit: a model that has moved this far on what is to stay is no longer the same model."""
+
+
+BOUNDS: dict[Unit, Bounds] = {"nats": Bounds(moved=0.5, far=2.0, collapsed=10.0), "shift": Bounds(moved=0.5, far=1.1, collapsed=4.0)}
+"""Of shifts: where they meet those of nats on a model of 1.5 billion parameters (docs/selectivity.md)."""
+WORDS: dict[Unit, str] = {"nats": "nats per token", "shift": "of the activations' own size"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,10 @@ class GuardData:
 
 @dataclass(frozen=True)
 class Check:
-    """One look at the model after `step` steps; divergences are in nats, means over predicted tokens or over questions."""
+    """One look at the model after `step` steps: how far it has moved from base, as means over positions or over questions.
+
+    In nats, the distances are divergences KL(base || unlearned). As a shift, they are relative to the activations of base.
+    """
 
     step: int
     retain_kl: float
@@ -61,6 +86,15 @@ class Check:
     letters: str = ""
     """The answers to the questions about the retain text."""
     base_letters: str = ""
+    top_share: float = 0.0
+    """The share of positions of the retain text at which the most common prediction is the model's most likely token."""
+    base_top_share: float = 0.0
+    unit: Unit = "nats"
+
+    @property
+    def bounds(self) -> Bounds:
+        """What counts as far in the unit of this check."""
+        return BOUNDS[self.unit]
 
     @property
     def damage(self) -> float:
@@ -82,27 +116,40 @@ class Check:
         """Whether every question gets the same answer, where base gave several."""
         return len(set(self.letters)) == 1 and len(set(self.base_letters)) > 2
 
+    @property
+    def writes_one_token(self) -> bool:
+        """Whether one token is predicted at most positions, where base predicts many: generated text would loop."""
+        return self.top_share > LOOPING and self.base_top_share < LOOPING / 2
+
     def has_collapsed(self, limit: float) -> bool:
-        return self.says_one_letter or self.damage > COLLAPSED * limit
+        return self.says_one_letter or self.writes_one_token or self.damage > self.bounds.collapsed * limit
 
     def row(self) -> dict[str, float | str | None]:
         """What `metrics.jsonl` holds of it, beside the figures of the step."""
-        return {
-            "retain_kl": self.retain_kl,
-            "question_kl": self.question_kl,
-            "topic_kl": self.topic_kl,
-            "topic_question_kl": self.topic_question_kl,
-            "letters": self.letters,
+        distances = {
+            "retain": self.retain_kl,
+            "question": self.question_kl,
+            "topic": self.topic_kl,
+            "topic_question": self.topic_question_kl,
         }
+        if self.unit == "shift":
+            return {f"{name}_shift": distance for name, distance in distances.items()}
+        return {**{f"{name}_kl": distance for name, distance in distances.items()}, "letters": self.letters}
 
 
 def best_of(checks: Sequence[Check], limit: float) -> Check | None:
     """Return the best check with the rest within `limit`, or None before the topic has moved.
 
-    The topic should be as far away as possible; among checks where it is beyond `FAR`, the one with the least damage is the best.
+    The topic should be as far away as possible; among checks where it is beyond `Bounds.far`, the one with the least damage is
+    the best.
     """
-    good = [check for check in checks if check.damage <= limit and check.distance >= MOVED]
-    return max(good, key=lambda check: (min(check.distance, FAR), -check.damage), default=None)
+    good = [check for check in checks if check.damage <= limit and check.distance >= check.bounds.moved]
+    return max(good, key=lambda check: (min(check.distance, check.bounds.far), -check.damage), default=None)
+
+
+def is_gone(best: Check | None) -> bool:
+    """Whether the topic is so far from base that more training would gain nothing."""
+    return best is not None and best.distance >= best.bounds.far
 
 
 def is_too_far(checks: Sequence[Check], limit: float) -> bool:
@@ -117,6 +164,29 @@ def has_collapsed(checks: Sequence[Check], limit: float) -> bool:
     return len(last) == PATIENCE and all(check.has_collapsed(limit) for check in last)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Predictions at `n` positions: divergence from base in nats and the most likely tokens, `(n,)`; answers A to D, `n` letters."""
+
+    kl: Tensor
+    predicted: Tensor
+    base_predicted: Tensor
+    letters: str
+    base_letters: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """The model compared with base on the texts and questions of one kind; fields as those of `Check`."""
+
+    text_kl: float
+    top_share: float
+    base_top_share: float
+    question_kl: float | None = None
+    letters: str = ""
+    base_letters: str = ""
+
+
 class Guard:
     """Measures a model against itself with its adapter off. What base gives is computed once."""
 
@@ -128,34 +198,43 @@ class Guard:
     @torch.inference_mode()
     def check(self, step: int) -> Check:
         """Look at the model as it is after `step` steps."""
-        retain, letters, base_letters = self._look("retain", self.data.retain)
-        topics = [self._look(f"topic {name}", kind)[0] for name, kind in self.data.topics.items()]
+        retain = self._look("retain", self.data.retain)
+        topics = [self._look(f"topic {name}", kind) for name, kind in self.data.topics.items()]
         # Of several topics, the one that has moved least counts.
-        questions = [asked for _, asked in topics if asked is not None]
+        questions = [topic.question_kl for topic in topics if topic.question_kl is not None]
         return Check(
             step=step,
-            retain_kl=retain[0],
-            question_kl=retain[1],
-            topic_kl=min(text for text, _ in topics),
+            retain_kl=retain.text_kl,
+            question_kl=retain.question_kl,
+            topic_kl=min(topic.text_kl for topic in topics),
             topic_question_kl=min(questions, default=None),
-            letters=letters,
-            base_letters=base_letters,
+            letters=retain.letters,
+            base_letters=retain.base_letters,
+            top_share=retain.top_share,
+            base_top_share=retain.base_top_share,
         )
 
-    def _look(self, name: str, kind: Kind) -> tuple[tuple[float, float | None], str, str]:
-        """Return the divergence on texts and on questions, and the letters that the model and base answer."""
+    def _look(self, name: str, kind: Kind) -> Look:
+        """Compare the model with base on the texts and questions of one kind."""
         texts = [ids[:TOKENS] for ids in kind.texts]
-        text_kl = _mean(values for values, _, _ in self._pieces(f"{name} texts", texts, whole=True))
+        read = list(self._pieces(f"{name} texts", texts, whole=True))
+        found = Look(
+            text_kl=torch.cat([piece.kl for piece in read]).mean().item(),
+            top_share=_top_share([piece.predicted for piece in read]),
+            base_top_share=_top_share([piece.base_predicted for piece in read]),
+        )
         if not kind.questions:
-            return (text_kl, None), "", ""
+            return found
         asked = list(self._pieces(f"{name} questions", kind.questions, whole=False))
-        question_kl = _mean(values for values, _, _ in asked)
-        letters = "".join(self._letters(after) for _, after, _ in asked)
-        base_letters = "".join(self._letters(before) for _, _, before in asked)
-        return (text_kl, question_kl), letters, base_letters
+        return replace(
+            found,
+            question_kl=torch.cat([piece.kl for piece in asked]).mean().item(),
+            letters="".join(piece.letters for piece in asked),
+            base_letters="".join(piece.base_letters for piece in asked),
+        )
 
-    def _pieces(self, name: str, sequences: list[list[int]], whole: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield divergences with the log-probabilities of the model and of base, a few positions at a time.
+    def _pieces(self, name: str, sequences: list[list[int]], whole: bool) -> Iterator[Piece]:
+        """Yield what the model and base predict, a few positions at a time.
 
         With `whole`, every token but a first one is predicted; else only what follows the last one.
         """
@@ -169,27 +248,81 @@ class Guard:
             with base_only(self.model):
                 expected = head_of(self.model, before, input_ids=batch.input_ids).log_softmax(-1)
             found = head_of(self.model, after, input_ids=batch.input_ids).log_softmax(-1)
-            yield kl_div(found, expected, reduction="none", log_target=True).sum(-1), found, expected
+            yield Piece(
+                kl=kl_div(found, expected, reduction="none", log_target=True).sum(-1),
+                predicted=found.argmax(dim=-1),
+                base_predicted=expected.argmax(dim=-1),
+                letters=self._letters(found),
+                base_letters=self._letters(expected),
+            )
 
     def _letters(self, logprobs: Tensor) -> str:
         best = logprobs[:, self.data.letters].argmax(dim=-1).tolist()
         return "".join("ABCD"[index] for index in best)
 
 
-def _mean(pieces: Iterator[Tensor]) -> float:
-    return torch.cat(list(pieces)).mean().item()
+class LayerGuard:
+    """Measures how far the target layer's output has moved, where no layer above it is loaded.
+
+    A shift is `||h - h0|| / ||h0||`, the mean over positions without attention sinks: `h0` is what base gives. It says less than
+    the divergence of predictions, as it cannot know what later layers make of it.
+    """
+
+    def __init__(self, model: PeftModel, data: GuardData, pad_id: int, updated: slice) -> None:
+        self.model, self.data, self.pad_id, self.updated = model, data, pad_id, updated
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def check(self, step: int) -> Check:
+        """Look at the loaded layers as they are after `step` steps."""
+        text, question = self._look(self.data.retain)
+        topics = [self._look(kind) for kind in self.data.topics.values()]
+        return Check(
+            step=step,
+            retain_kl=text,
+            question_kl=question,
+            # Of several topics, the one that has moved least counts.
+            topic_kl=min(moved for moved, _ in topics),
+            topic_question_kl=min((moved for _, moved in topics if moved is not None), default=None),
+            unit="shift",
+        )
+
+    def _look(self, kind: Kind) -> tuple[float, float | None]:
+        """Return the shift on texts and on questions; None without questions."""
+        texts = [ids[:TOKENS] for ids in kind.texts]
+        return self._shift(texts), self._shift(kind.questions) if kind.questions else None
+
+    def _shift(self, sequences: list[list[int]]) -> float:
+        batch = pad(sequences, self.pad_id, "right", self.device)
+        trunk = run_trunk(self.model, batch.input_ids, batch.attention_mask, self.updated)
+        moved = run_layers(self.model, trunk, self.updated).float()
+        with base_only(self.model):
+            frozen = run_layers(self.model, trunk, self.updated).float()
+        ordinary = batch.is_token & (sink_scale(frozen, batch.is_token) == 1)
+        shifts = (moved - frozen).norm(dim=-1) / frozen.norm(dim=-1)
+        return shifts[ordinary].mean().item()
 
 
-def outcome(checks: Sequence[Check], limit: float) -> str:
-    """Return in words which weights a guarded run has kept, and what the guard saw there."""
+def _top_share(predicted: list[Tensor]) -> float:
+    """Return how often the most common of the predicted tokens occurs, as a share."""
+    tokens = torch.cat(predicted)
+    return int(tokens.bincount().max()) / len(tokens)
+
+
+def outcome(checks: Sequence[Check], limit: float, steps: int) -> str:
+    """Return in words which weights a guarded run of up to `steps` steps has kept, and what the guard saw there."""
     best, last = best_of(checks, limit), checks[-1]
+    ended = ""
+    if last.step < steps:
+        reason = "the topic is far from base" if is_gone(best) else "text and questions that are to stay are too far from base"
+        ended = f"Training ended {steps - last.step} steps early: {reason}. "
     if best is None:
         return (
-            f"The guard found no point with the topic far from base and the rest within {limit:g} nats per token: after step {last.step} the "
-            f"topic diverges by {last.distance:.2f} and the rest by {last.damage:.2f}. The last weights are kept."
+            f"The guard found no point with the topic far from base and the rest within {limit:g} {WORDS[last.unit]}: after step {last.step} "
+            f"the topic diverges by {last.distance:.2f} and the rest by {last.damage:.2f}. The last weights are kept."
         )
     return (
-        f"The weights after step {best.step} of {last.step} are kept: the topic diverges from base by {best.distance:.2f} nats per token, "
+        f"{ended}The weights after step {best.step} of {last.step} are kept: the topic diverges from base by {best.distance:.2f} {WORDS[best.unit]}, "
         f"text and questions that are to stay by {best.damage:.2f} (limit {limit:g})."
     )
 
@@ -198,8 +331,10 @@ def collapse(check: Check) -> str:
     """Return what ends the run of a model that no longer answers as a model does."""
     if check.says_one_letter:
         found = f"it answers {check.letters[0]} to every question about text that is to stay (base: {letter_share(check.base_letters)})"
+    elif check.writes_one_token:
+        found = f"at {check.top_share:.0%} of the positions of text that is to stay it predicts the same token (base: {check.base_top_share:.0%})"
     else:
-        found = f"on text that is to stay it diverges from base by {check.damage:.1f} nats per token"
+        found = f"on text that is to stay it diverges from base by {check.damage:.1f} {WORDS[check.unit]}"
     return (
         f"The model has collapsed by step {check.step}: {found}, and the guard found no better point before.\n"
         "Lower rmu.learning_rate or a topic's adaptive_scale, raise its alpha, or give more and other retain text."

@@ -24,7 +24,7 @@ from lowmem_rmu.model.memory import memory_in_use
 from lowmem_rmu.presets import Rmu, Topic
 from lowmem_rmu.unlearning.cache import HiddenStateCache
 from lowmem_rmu.unlearning.checkpoint import BestWeights, Progress, load_checkpoint, save_checkpoint, trainable
-from lowmem_rmu.unlearning.drift import Check, Guard, GuardData, best_of, collapse, has_collapsed, is_too_far, outcome
+from lowmem_rmu.unlearning.drift import Check, Guard, GuardData, LayerGuard, best_of, collapse, has_collapsed, is_gone, is_too_far, outcome
 from lowmem_rmu.unlearning.losses import masked_mse, mean_cosine, mean_norm, sink_scale
 from lowmem_rmu.unlearning.targets import check_scale, make_target
 
@@ -42,6 +42,8 @@ class UnlearningData:
     pad_id: int
     cues: dict[str, list[list[int]]] = field(default_factory=dict)
     guard: GuardData | None = None
+    is_whole: bool = True
+    """Whether the layers above the target layer are loaded too: the guard then measures predictions, else the target layer's output."""
 
 
 class BatchKey(NamedTuple):
@@ -106,13 +108,27 @@ class Unlearning:
         self.updated_layers = slice(min(rmu.adapter_layers), rmu.target_layer + 1)
         self.optimizer = OPTIMIZERS[rmu.optimizer](trainable(model).values(), lr=rmu.learning_rate)
         self.progress = Progress()
-        self.guard = Guard(model, data.guard, data.pad_id) if data.guard and rmu.guard_every else None
+        self.guard = self._make_guard()
         self.batches = make_batches(rmu, data)
         self.turns = take_turns(rmu, list(topics), self.batches)
         self.comes_again = {key for key, times in Counter(key for turn in self.turns for key in turn[1:]).items() if times > 1}
         self.cache = HiddenStateCache(int(rmu.cache_gib * 2**30), cache_folder if rmu.cache_in == "disk" else None)
         hidden_size, cued = model.config.hidden_size, {name: [self._last_frozen(ids) for ids in each] for name, each in data.cues.items()}
         self.targets = {name: make_target(name, topic, rmu, hidden_size, cued.get(name, [])) for name, topic in topics.items()}
+
+    def _make_guard(self) -> Guard | LayerGuard | None:
+        """Return the guard that the loaded layers allow, if the settings and the texts do."""
+        texts = self.data.guard
+        if texts is None or not self.rmu.guard_every:
+            return None
+        if self.data.is_whole:
+            return Guard(self.model, texts, self.data.pad_id)
+        return LayerGuard(self.model, texts, self.data.pad_id, self.updated_layers)
+
+    @property
+    def limit(self) -> float:
+        """How far what is to stay may move, in the guard's unit."""
+        return self.rmu.guard_limit if self.data.is_whole else self.rmu.guard_shift_limit
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -154,12 +170,16 @@ class Unlearning:
     @property
     def best(self) -> Check | None:
         """The guard's best check so far."""
-        return best_of(self.progress.checks, self.rmu.guard_limit)
+        return best_of(self.progress.checks, self.limit)
 
     def _is_over(self) -> bool:
-        """Whether all steps are done, or the guard has found the rest too far from base while there is a better point."""
-        ended = self.best is not None and is_too_far(self.progress.checks, self.rmu.guard_limit)
-        return ended or self.progress.step >= self.rmu.steps
+        """Whether all steps are done, or the guard has ended training.
+
+        It does where the topic is far enough from base, and where the rest is too far while there is a better point.
+        """
+        if self.progress.step >= self.rmu.steps or is_gone(self.best):
+            return True
+        return self.best is not None and is_too_far(self.progress.checks, self.limit)
 
     def _guarded(self, weights: BestWeights) -> dict[str, Any]:
         """Let the guard look where it is its turn; what it found, for the step's row.
@@ -173,14 +193,14 @@ class Unlearning:
         self.progress.checks.append(check)
         if self.best is check:
             weights.save(check.step, trainable(self.model))
-        if self.best is None and has_collapsed(self.progress.checks, self.rmu.guard_limit):
+        if self.best is None and has_collapsed(self.progress.checks, self.limit):
             raise UserError(collapse(check))
         return check.row()
 
     @property
     def outcome(self) -> str | None:
         """What became of a run that the guard looked after, in words; None without a guard."""
-        return outcome(self.progress.checks, self.rmu.guard_limit) if self.progress.checks else None
+        return outcome(self.progress.checks, self.limit, self.rmu.steps) if self.progress.checks else None
 
     def step(self) -> dict[str, Any]:
         """One optimiser step; its row of `metrics.jsonl`. Raises UserError where training has gone wrong."""

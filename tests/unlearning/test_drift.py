@@ -1,6 +1,7 @@
 """The guard: what it measures, which point it keeps, and when it ends a run."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
+from lowmem_rmu.model.layers import run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import BestWeights, trainable
 from lowmem_rmu.unlearning.drift import Check, Guard, GuardData, Kind, best_of, collapse, has_collapsed, is_too_far, letter_share
 from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
+from lowmem_rmu.unlearning.losses import SINK_RATIO
 
 CPU = torch.device("cpu")
 TEXTS = [[1, *range(start, start + 12 + start % 3)] for start in range(20, 60, 8)]
@@ -35,11 +38,14 @@ def data(**changes: Any) -> GuardData:
     return GuardData(**kinds | changes)
 
 
-def unlearning_of(settings: ModelSettings, guard: GuardData | None, alpha: float = 3.0, **changes: Any) -> Unlearning:
+def unlearning_of(
+    settings: ModelSettings, guard: GuardData | None, alpha: float = 3.0, layers: int | None = None, **changes: Any
+) -> Unlearning:
+    """With `layers`, only the first ones are loaded."""
     rmu = RMU.model_copy(update=changes)
     topic = Topic(corpus=Corpus(source="./nowhere"), alpha=alpha, adaptive_scale=3.0)
-    model = add_adapter(load_model(settings, CPU), rmu, settings)
-    return Unlearning(model, rmu, {"bio": topic}, UnlearningData({"bio": OTHERS}, TEXTS, 2, guard=guard))
+    model = add_adapter(load_model(settings, CPU, layers), rmu, settings)
+    return Unlearning(model, rmu, {"bio": topic}, UnlearningData({"bio": OTHERS}, TEXTS, 2, guard=guard, is_whole=layers is None))
 
 
 def run(unlearning: Unlearning, folder: Path, stop_at: int | None = None) -> list[dict[str, Any]]:
@@ -76,6 +82,45 @@ def test_it_measures_what_two_whole_models_give(small_settings: ModelSettings, t
     with torch.no_grad():
         answers = [unlearning.model(torch.tensor([ids])).logits[0, -1, LETTERS].argmax().item() for ids in QUESTIONS]
     assert found.letters == "".join("ABCD"[int(index)] for index in answers)
+    for model, share in ((unlearning.model, found.top_share), (base, found.base_top_share)):
+        with torch.no_grad():
+            predicted = [int(token) for ids in TEXTS for token in model(torch.tensor([ids])).logits[0, :-1].argmax(-1)]
+        assert share == pytest.approx(Counter(predicted).most_common(1)[0][1] / len(predicted))
+
+
+def test_shifts_are_measured_without_the_upper_layers(small_settings: ModelSettings, tmp_path: Path) -> None:
+    """What the target layer of the whole model gives, with the adapter on and off."""
+    unlearning = unlearning_of(small_settings, data(), layers=3)
+    rows = run(unlearning, tmp_path)
+    assert [row["step"] for row in rows if "retain_shift" in row] == [3, 6, 9, 12]
+    found = unlearning.progress.checks[-1]
+    assert found.unit == "shift"
+    base = AutoModelForCausalLM.from_pretrained(small_settings.name, dtype=torch.float32)
+
+    def shifts(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            frozen = base.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
+            trunk = run_trunk(unlearning.model, torch.tensor([ids]), None, unlearning.updated_layers)
+            moved = run_layers(unlearning.model, trunk, unlearning.updated_layers)[0]
+        norms = frozen.norm(dim=-1)
+        ordinary = norms <= SINK_RATIO * norms.nanmedian()
+        return ((moved - frozen).norm(dim=-1) / norms)[ordinary]
+
+    assert found.retain_kl == pytest.approx(torch.cat([shifts(ids) for ids in TEXTS]).mean().item(), rel=1e-3)
+    assert found.topic_kl == pytest.approx(torch.cat([shifts(ids) for ids in OTHERS]).mean().item(), rel=1e-3)
+    assert found.question_kl == pytest.approx(torch.cat([shifts(ids) for ids in QUESTIONS]).mean().item(), rel=1e-3)
+
+
+def test_a_shift_has_bounds_and_a_limit_of_its_own(small_settings: ModelSettings, tmp_path: Path) -> None:
+    checks = [check(10, 0.1, 0.9, unit="shift"), check(20, 0.2, 1.3, unit="shift"), check(30, 0.1, 2.4, unit="shift")]
+    assert best_of(checks, 0.25) == checks[2], "both are far enough: the one with less damage"
+    assert best_of(checks[:2], 0.15) == checks[0]
+    assert has_collapsed([check(10, 1.1, 2.0, unit="shift")] * 2, 0.25)
+    assert not has_collapsed([check(10, 1.1, 2.0)] * 2, 0.25), "in nats that is 10 times the limit"
+    unlearning = unlearning_of(small_settings, data(), layers=3, guard_shift_limit=3.0)
+    run(unlearning, tmp_path)
+    assert unlearning.limit == 3.0
+    assert "of the activations' own size" in str(unlearning.outcome)
 
 
 def test_of_several_topics_the_one_that_moved_least_counts(small_settings: ModelSettings, tmp_path: Path) -> None:
@@ -88,7 +133,7 @@ def test_of_several_topics_the_one_that_moved_least_counts(small_settings: Model
 
 
 def test_the_best_point_has_the_topic_farthest_and_the_rest_within_the_limit() -> None:
-    checks = [check(10, 0.01, 0.2), check(20, 0.2, 2.8), check(30, 0.1, 2.0), check(40, 0.9, 8.0)]
+    checks = [check(10, 0.01, 0.2), check(20, 0.2, 1.8), check(30, 0.1, 1.0), check(40, 0.9, 8.0)]
     assert best_of(checks, 0.3) == checks[1]
     assert best_of(checks, 0.15) == checks[2]
     assert best_of(checks, 0.05) is None  # the topic has hardly moved there
@@ -96,7 +141,7 @@ def test_the_best_point_has_the_topic_farthest_and_the_rest_within_the_limit() -
 
 
 def test_among_points_with_the_topic_far_enough_the_least_damage_is_best() -> None:
-    checks = [check(10, 0.2, 9.0), check(20, 0.1, 3.5), check(30, 0.05, 2.9), check(40, 0.15, 12.0)]
+    checks = [check(10, 0.2, 9.0), check(20, 0.1, 2.5), check(30, 0.05, 1.9), check(40, 0.15, 12.0)]
     assert best_of(checks, 0.3) == checks[1]
 
 
@@ -121,6 +166,10 @@ def test_a_collapse_is_one_letter_or_a_divergence_that_runs_away() -> None:
     assert has_collapsed([check(10, 0.1, 1.0, **same)] * 2, 0.3)
     assert not has_collapsed([check(10, 0.1, 1.0, **mixed), check(20, 0.1, 1.0, **same)], 0.3)
     assert has_collapsed([check(10, 3.1, 1.0, **mixed)] * 2, 0.3)
+    # One token at most positions, unless base does so too.
+    assert has_collapsed([check(10, 0.1, 1.0, top_share=0.7, base_top_share=0.1)] * 2, 0.3)
+    assert not has_collapsed([check(10, 0.1, 1.0, top_share=0.7, base_top_share=0.3)] * 2, 0.3)
+    assert not has_collapsed([check(10, 0.1, 1.0, top_share=0.4, base_top_share=0.1)] * 2, 0.3)
     # Where base itself answers one or two letters, one letter says nothing.
     assert not has_collapsed([check(10, 0.1, 1.0, base_letters="AAAB", letters="AAAA")] * 2, 0.3)
 
@@ -157,18 +206,35 @@ def scripted(unlearning: Unlearning, found: dict[int, tuple[float, float]]) -> d
 
 def test_training_ends_beyond_the_limit_and_the_best_weights_come_back(small_settings: ModelSettings, tmp_path: Path) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
-    seen = scripted(unlearning, {3: (0.1, 2.0), 6: (0.5, 9.0), 9: (0.6, 9.0)})
+    seen = scripted(unlearning, {3: (0.1, 1.5), 6: (0.5, 9.0), 9: (0.6, 9.0)})
     rows = run(unlearning, tmp_path)
     assert len(rows) == 9  # of 12
     assert all(torch.equal(tensor, seen[3][name]) for name, tensor in trainable(unlearning.model).items())
     assert any(not torch.equal(tensor, seen[9][name]) for name, tensor in trainable(unlearning.model).items())
     assert unlearning.outcome is not None
-    assert unlearning.outcome.startswith("The weights after step 3 of 9 are kept: the topic diverges from base by 2.00 nats")
+    assert unlearning.outcome.startswith(
+        "Training ended 3 steps early: text and questions that are to stay are too far from base. "
+        "The weights after step 3 of 9 are kept: the topic diverges from base by 1.50 nats"
+    )
+
+
+def test_training_ends_once_the_topic_is_far(small_settings: ModelSettings, tmp_path: Path) -> None:
+    unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
+    seen = scripted(unlearning, {3: (0.1, 1.9), 6: (0.2, 2.1)})
+    assert len(run(unlearning, tmp_path)) == 6  # of 12
+    assert all(torch.equal(tensor, seen[6][name]) for name, tensor in trainable(unlearning.model).items())
+    assert str(unlearning.outcome).startswith("Training ended 6 steps early: the topic is far from base. The weights after step 6 of 6 are kept")
+
+
+def test_a_far_topic_ends_nothing_while_the_rest_is_too_far(small_settings: ModelSettings, tmp_path: Path) -> None:
+    unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
+    scripted(unlearning, {3: (0.1, 1.0), 6: (0.4, 2.1), 9: (0.1, 1.2), 12: (0.1, 1.1)})
+    assert len(run(unlearning, tmp_path)) == 12
 
 
 def test_a_better_point_before_the_last_step_comes_back(small_settings: ModelSettings, tmp_path: Path) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
-    seen = scripted(unlearning, {3: (0.1, 2.0), 6: (0.2, 4.0), 9: (0.1, 1.0), 12: (0.4, 9.0)})
+    seen = scripted(unlearning, {3: (0.1, 1.2), 6: (0.2, 1.9), 9: (0.1, 1.0), 12: (0.4, 9.0)})
     assert len(run(unlearning, tmp_path)) == 12
     assert all(torch.equal(tensor, seen[6][name]) for name, tensor in trainable(unlearning.model).items())
 
@@ -194,6 +260,11 @@ def test_one_letter_is_named() -> None:
     assert said.startswith("The model has collapsed by step 20: it answers B to every question about text that is to stay (base: A 2, B 1, C 1, D 1)")
 
 
+def test_one_token_over_and_over_is_named() -> None:
+    said = collapse(check(20, 0.1, 1.0, top_share=0.83, base_top_share=0.08))
+    assert "at 83% of the positions of text that is to stay it predicts the same token (base: 8%)" in said
+
+
 @pytest.mark.parametrize("stop_at", [4, 7, 10])
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(small_settings: ModelSettings, tmp_path: Path, stop_at: int) -> None:
     whole = unlearning_of(small_settings, data(), guard_limit=0.5)
@@ -210,7 +281,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(small_settings: Mo
 
 def test_only_the_best_weights_are_kept_with_a_checkpoint(small_settings: ModelSettings, tmp_path: Path) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3, checkpoint_every=7)
-    scripted(unlearning, {3: (0.1, 2.0), 6: (0.1, 4.0), 9: (0.1, 5.0), 12: (0.1, 1.0)})
+    scripted(unlearning, {3: (0.1, 1.2), 6: (0.1, 1.4), 9: (0.1, 1.5), 12: (0.1, 1.0)})
     run(unlearning, tmp_path, stop_at=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best-6.safetensors", "state.safetensors"]
 
