@@ -2,10 +2,12 @@
 
     python benchmarks/rmu_step.py --shape smollm2-135m --model ./SmolLM2-135M-Instruct --quantisation none   # float32 on a CPU
     python benchmarks/rmu_step.py --shape zephyr-7b --random-weights                                # also yi-34b, mixtral-8x7b
+    python benchmarks/rmu_step.py ... --sinks                                                       # the cost of masking attention sinks
 """
 
 import gc
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from ctypes import CDLL
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
@@ -114,10 +116,7 @@ def measure_engine(setup: Setup, trainable: str) -> Measured:
     peak = PeakMemory(setup.device)
     unlearning = build_engine(setup, trainable)
 
-    def step() -> tuple[float, float]:
-        row = unlearning.step()
-        return row["forget_loss"], row["retain_loss"]
-
+    step = partial(step_loss, unlearning)
     first = [timed(setup.device, step) for _ in range(len(TOPICS) * setup.rounds)]
     updates = engine_updates(unlearning)
     again = [timed(setup.device, step) for _ in first]
@@ -136,11 +135,36 @@ def mean_seconds(timings: list[tuple[float, tuple[float, float]]]) -> float:
     return sum(seconds for seconds, _ in timings) / len(timings)
 
 
-def build_engine(setup: Setup, trainable: str) -> Unlearning:
+def measure_sinks(setup: Setup) -> tuple[float, float]:
+    """Return the median seconds of a LoRA step with attention sinks counted and with sinks masked.
+
+    The two engines take turns, so that both meet the same noise. No batch comes twice: each step runs the frozen layers.
+    """
+    engines = []
+    for sinks in ("counted", "masked"):
+        engine = build_engine(setup, "lora", {"padding": "masked", "sinks": sinks, "shuffle": True, "cache_gib": 0.0})
+        engine.step()  # the first step allocates
+        engines.append(engine)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(len(TOPICS) * setup.rounds - 1):
+        for engine, times in zip(engines, seconds, strict=True):
+            times.append(timed(setup.device, partial(step_loss, engine))[0])
+    counted, masked = (statistics.median(times) for times in seconds)
+    return counted, masked
+
+
+def step_loss(unlearning: Unlearning) -> tuple[float, float]:
+    """Take a step and return its forget and retain loss."""
+    row = unlearning.step()
+    return row["forget_loss"], row["retain_loss"]
+
+
+def build_engine(setup: Setup, trainable: str, more: dict[str, Any] | None = None) -> Unlearning:
+    """Build the engine with the paper's order and losses, but for the settings in `more`."""
     preset = setup.preset
     changes = {"trainable": trainable, "modules": ["down_proj"], "steps": 2 * len(TOPICS) * setup.rounds, "cache_gib": 8.0}
     as_the_paper = {"shuffle": False, "padding": "paper", "max_grad_norm": None, "learning_rate": RATE}
-    rmu = preset.rmu.model_copy(update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None})
+    rmu = preset.rmu.model_copy(update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None} | (more or {}))
     topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT, max_tokens=setup.tokens)
     model = cut_model(setup, trained_modules(skeleton(setup.config), rmu))
     data = UnlearningData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
@@ -260,6 +284,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1)] = 4,
     tokens: Annotated[int, typer.Option(min=2)] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Distinct batches a topic: the engine goes through them twice.")] = 2,
+    sinks: Annotated[bool, typer.Option("--sinks", help="Only compare steps with sinks masked and counted.")] = False,
 ) -> None:
     """Measures the engine with whole matrices and with LoRA, then the yardstick where it fits."""
     quiet_libraries()
@@ -268,6 +293,10 @@ def main(
         changes = [f"model.name={model}"] * bool(model) + [f"model.quantisation={quantisation}"] * bool(quantisation)
         preset = load_preset(shape, changes)
         setup = Setup(preset, config_for_plan(preset), resolve_device(device), random_weights, batch, tokens, rounds)
+        if sinks:
+            counted, masked = measure_sinks(setup)
+            print(f"Seconds per step: sinks counted {counted:.2f}, masked {masked:.2f}; ratio {masked / counted:.3f}.")
+            return
         dense = bool(trained_modules(skeleton(setup.config), preset.rmu.model_copy(update={"trainable": "weights"})))
         engines = [measure_engine(setup, trainable) for trainable in ("weights", "lora") if dense or trainable == "lora"]
         yardstick = measure_yardstick(setup) if dense and yardstick_fits(setup) else None

@@ -5,13 +5,14 @@
     python benchmarks/selectivity.py ... --variant "" --variant "rmu.sinks=counted" --variant "retain.questions=0 retain.chat=0"
 
 `--data` holds `openstax/economics.jsonl` and `psychology.jsonl` (running text, a section a line), `wikitext-2/test.txt` and
-`mmlu/test`. A topic is forgotten from its textbook; the other textbook and WikiText are the retain set. Questions about the
-subject of the retain textbook are not asked. The settings of both topics are the same, whatever the topic.
+`mmlu/test`. A topic is forgotten from its textbook; the other textbook, WikiText and passages that the base model writes about
+subjects next to the topic are the retain set. Questions about the subject of the retain textbook are not asked. The settings of
+both topics are the same, whatever the topic.
 """
 
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +28,12 @@ from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import LETTERS
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import Pairs
+from lowmem_rmu.evaluation.multiple_choice import balanced_accuracy
 from lowmem_rmu.evaluation.statistics import change_bounds
-from lowmem_rmu.model.loading import resolve_device
+from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
+from lowmem_rmu.neighbors import save_passages, write_passages
 from lowmem_rmu.pipeline import Job, read_inputs, run_config
-from lowmem_rmu.presets import Preset, load_preset
+from lowmem_rmu.presets import ModelSettings, Preset, load_preset
 from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
 from lowmem_rmu.unlearning.drift import Check, best_of
@@ -43,6 +46,13 @@ class Subjects:
     forgotten: list[str]
     adjacent: list[str]
     kept: list[str]
+    neighbors: list[str]
+    """What base writes about for the retain set."""
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """The subjects by the name and role of their task."""
+        return {"forgotten": self.forgotten, "adjacent": self.adjacent, "kept": self.kept}
 
 
 KEPT = [
@@ -55,13 +65,18 @@ TOPICS = {
         ["high_school_macroeconomics", "high_school_microeconomics"],
         ["econometrics", "management", "marketing", "professional_accounting"],
         KEPT,
+        # Without econometrics: what the model writes under that name is economics.
+        ["management", "marketing", "accounting"],
     ),
     "psychology": Subjects(
         ["high_school_psychology", "professional_psychology"],
         ["human_aging", "human_sexuality", "sociology", "moral_disputes"],
         KEPT,
+        ["human aging", "human sexuality", "sociology", "moral philosophy"],
     ),
 }
+PASSAGES = 40
+"""Passages about each neighbor."""
 OTHER = {"economics": "psychology", "psychology": "economics"}
 """The textbook that stays, by the one that is forgotten."""
 
@@ -107,27 +122,47 @@ class Measured:
     seconds: float
 
 
-def preset_of(topic: str, model: Path, data: Path, limit: int) -> dict[str, Any]:
-    """Return the raw preset that forgets a topic with the default settings, as YAML would hold it."""
-    subjects = TOPICS[topic]
+def preset_of(topic: str, model: Path, data: Path, limit: int, neighbors: Path | None) -> dict[str, Any]:
+    """Return the raw preset that forgets a topic with the default settings, as YAML would hold it.
+
+    `neighbors` is the file with the passages about neighboring subjects; None leaves them out of the retain set.
+    """
     layers = yaml.safe_load((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     # A quarter of the way up, as in the paper: layer 7 of Zephyr's 32.
     target = layers // 4
     questions = str((data / "mmlu/test").resolve())
     books = {name: str((data / f"openstax/{name}.jsonl").resolve()) for name in (topic, OTHER[topic])}
     articles = {"source": str((data / "wikitext-2/test.txt").resolve()), "title_excludes": "^$"}
+    close = [{"source": str(neighbors.resolve()), "share": 0.4}] if neighbors else []
     return {
         "title": f"{model.name} forgets {topic}",
         "model": {"name": str(model.resolve()), "dtype": "bfloat16"},
-        "rmu": {"target_layer": target, "adapter_layers": [target - 2, target - 1, target], "steps": 60},
-        "topics": {topic: {"corpus": {"source": books[topic]}, "alpha": 400, "adaptive_scale": 1.5, "max_tokens": 128}},
-        "retain": {"corpora": [{"source": books[OTHER[topic]]}, articles], "max_tokens": 128},
+        "rmu": {
+            "target_layer": target,
+            "adapter_layers": [target - 2, target - 1, target],
+            "steps": 120,
+            "schedule": "linear",
+            "retain_batch_size": 8,
+        },
+        "topics": {topic: {"corpus": {"source": books[topic]}, "alpha": 150, "adaptive_scale": 3, "max_tokens": 128}},
+        "retain": {"corpora": [*close, {"source": books[OTHER[topic]]}, articles], "max_tokens": 128},
         "evaluation": {
             "limit": limit,
             "batch_tokens": 2048,
-            "tasks": {role: {"source": questions, "subjects": each, "role": role} for role, each in asdict(subjects).items()},
+            "tasks": {role: {"source": questions, "subjects": each, "role": role} for role, each in TOPICS[topic].tasks.items()},
         },
     }
+
+
+def written_neighbors(topic: str, model: Path, folder: Path) -> Path:
+    """Return the file of passages about the topic's neighbors, which base writes where it is not there yet."""
+    file = folder / f"neighbors-{topic}.jsonl"
+    if not file.exists():
+        # Not quantized: on a CPU, generation in 4-bit takes several times as long.
+        settings = ModelSettings(name=str(model.resolve()), dtype="bfloat16", quantisation="none")
+        base = load_model(settings, resolve_device("auto"))
+        save_passages(write_passages(base, load_tokenizer(settings), TOPICS[topic].neighbors, PASSAGES), file)
+    return file
 
 
 def measure(preset: Preset, name: str, runs: Path) -> Measured:
@@ -167,14 +202,9 @@ def group_result(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> G
     marks = [(base["correct"], unlearned["correct"]) for base, unlearned in zip(before, after, strict=True)]
     known = sum(base for base, _ in marks)
     pairs = Pairs(len(marks), known, lost=marks.count((True, False)), gained=marks.count((False, True)))
-    # The share of right answers among the questions of each right letter.
-    recalls = []
-    for letter in sorted({row["gold"] for row in after}):
-        right = [row["correct"] for row in after if row["gold"] == letter]
-        recalls.append(sum(right) / len(right))
     answered = Counter(LETTERS[row["answer"]] for row in after)
     letters = " ".join(f"{letter}{count}" for letter, count in answered.most_common())
-    return GroupResult(pairs, 100 * sum(recalls) / len(recalls), letters)
+    return GroupResult(pairs, 100 * balanced_accuracy(after), letters)
 
 
 def kept_check(rows: list[dict[str, Any]], limit: float) -> dict[str, Any]:
@@ -211,6 +241,7 @@ def main(
     variant: Annotated[list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")] = None,
     seeds: Annotated[str, typer.Option(help="Of unlearning, with commas between them.")] = "0",
     limit: Annotated[int, typer.Option(min=1, help="Questions of each group at most.")] = 200,
+    neighbors: Annotated[bool, typer.Option(help="Have base write passages about neighboring subjects for the retain set.")] = True,
 ) -> None:
     """Run each variant with each seed, and print the table."""
     quiet_libraries()
@@ -223,7 +254,8 @@ def main(
             raise UserError(f"There is no topic {topic}. Choose one of: {', '.join(TOPICS)}.")
         runs.mkdir(parents=True, exist_ok=True)
         file = runs / f"{topic}.yaml"
-        file.write_text(yaml.safe_dump(preset_of(topic, model, data, limit), sort_keys=False), encoding="utf-8")
+        passages = written_neighbors(topic, model, runs) if neighbors else None
+        file.write_text(yaml.safe_dump(preset_of(topic, model, data, limit, passages), sort_keys=False), encoding="utf-8")
         for each in variant or [""]:
             for seed in seeds.split(","):
                 preset = load_preset(str(file), [change.replace("TOPIC", topic) for change in each.split()] + [f"rmu.seed={seed}"])

@@ -40,10 +40,11 @@ def test_both_topics_have_the_same_settings_and_share_no_subject(tmp_path: Path)
     presets = {}
     for topic in TOPICS:
         file = tmp_path / f"{topic}.yaml"
-        file.write_text(yaml.safe_dump(preset_of(topic, tmp_path, data, 20)))
+        file.write_text(yaml.safe_dump(preset_of(topic, tmp_path, data, 20, tmp_path / "neighbors.jsonl")))
         presets[topic] = load_preset(str(file))
     economics, psychology = presets["economics"], presets["psychology"]
     assert economics.rmu == psychology.rmu
+    assert [corpus.share for corpus in economics.retain.corpora] == [corpus.share for corpus in psychology.retain.corpora] == [0.4, None, None]
     without_text = {"corpus"}
     assert economics.topics["economics"].model_dump(exclude=without_text) == psychology.topics["psychology"].model_dump(exclude=without_text)
     for subjects in TOPICS.values():
