@@ -287,6 +287,7 @@ def build_model(
     if layers is not None:
         model.set_output_embeddings(torch.nn.Identity())
     keep_autograd_on_cpu(model)
+    give_head_whole_rows(model)
     return model.requires_grad_(False).eval(), report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
 
 
@@ -337,6 +338,22 @@ def keep_autograd_on_cpu(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def give_head_whole_rows(model: PreTrainedModel) -> None:
+    """Copy what the head reads where it is a slice of hidden states, such as the last position of each prompt in a batch.
+
+    In 16 bits on a CPU, PyTorch copies the head's weights once for each row of such a slice: 30 GB for 64 prompts and 152,000
+    tokens, which took 700 times as long as the product.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_whole_rows)
+
+
+def _whole_rows(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return a module's inputs with the first one contiguous in memory."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def describe_weights(model: torch.nn.Module) -> dict[str, Any]:

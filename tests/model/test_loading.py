@@ -155,6 +155,18 @@ def test_the_first_layers_alone_have_no_head_and_the_same_activations(small_sett
     assert torch.equal(*outputs)
 
 
+def test_the_head_never_reads_a_slice(small_settings: ModelSettings) -> None:
+    model = load_model(small_settings, CPU)
+    seen: list[bool] = []
+    # Called after the hook of a loaded model, with what the head is given.
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0].is_contiguous()))
+    with torch.no_grad():
+        model(IDS, logits_to_keep=1)
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+    assert len(seen) == 3
+    assert all(seen)
+
+
 def test_the_tokens_that_end_an_answer_are_the_checkpoints_own(folder: Path) -> None:
     edit_json(folder / "generation_config.json", eos_token_id=[2, 17])
     assert load_model(settings_of(folder), CPU).generation_config.eos_token_id == [2, 17]
