@@ -368,6 +368,9 @@ def quiet_libraries() -> None:
     # In 16 bits on a CPU, torch compiles kernels for every shape of batch and keeps 1,024 of them, twice: 300 MB for the tiny model.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    # OpenMP's threads wait for each other actively. Where another process has one of two cores, a tiny model's run then takes 40
+    # minutes instead of one; with a short wait it does not, and loses nothing on idle cores. (Read when torch is imported.)
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on being imported it warns of optional CPU kernels that are not used here
