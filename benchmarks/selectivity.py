@@ -123,13 +123,10 @@ class Measured:
 
 
 def preset_of(topic: str, model: Path, data: Path, limit: int, neighbors: Path | None) -> dict[str, Any]:
-    """Return the raw preset that forgets a topic with the default settings, as YAML would hold it.
+    """Return the raw preset that forgets a topic with the default settings, as YAML would hold it. Layers and alpha are the defaults too.
 
     `neighbors` is the file with the passages about neighboring subjects; None leaves them out of the retain set.
     """
-    layers = yaml.safe_load((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    # A quarter of the way up, as in the paper: layer 7 of Zephyr's 32.
-    target = layers // 4
     questions = str((data / "mmlu/test").resolve())
     books = {name: str((data / f"openstax/{name}.jsonl").resolve()) for name in (topic, OTHER[topic])}
     articles = {"source": str((data / "wikitext-2/test.txt").resolve()), "title_excludes": "^$"}
@@ -138,13 +135,11 @@ def preset_of(topic: str, model: Path, data: Path, limit: int, neighbors: Path |
         "title": f"{model.name} forgets {topic}",
         "model": {"name": str(model.resolve()), "dtype": "bfloat16"},
         "rmu": {
-            "target_layer": target,
-            "adapter_layers": [target - 2, target - 1, target],
             "steps": 120,
             "schedule": "linear",
             "retain_batch_size": 8,
         },
-        "topics": {topic: {"corpus": {"source": books[topic]}, "alpha": 150, "adaptive_scale": 3, "max_tokens": 128}},
+        "topics": {topic: {"corpus": {"source": books[topic]}, "adaptive_scale": 3, "max_tokens": 128}},
         "retain": {"corpora": [*close, {"source": books[OTHER[topic]]}, articles], "max_tokens": 128},
         "evaluation": {
             "limit": limit,

@@ -1,5 +1,6 @@
 """Typed presets: YAML in, a checked `Preset` out, or one complete list of what is wrong with it."""
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -95,8 +96,9 @@ class Topic(Section):
     """What is to be forgotten, and how hard."""
 
     corpus: Corpus
-    alpha: float = Field(ge=0, le=1e9)
-    """Weight of the retain loss in this topic's steps."""
+    alpha: float = Field(150, ge=0, le=1e9)
+    """Weight of the retain loss in this topic's steps. With adaptive steering both losses are in the units of the target layer's
+    activations, so that no size of a model enters it (docs/selectivity.md)."""
     steering: Literal["random", "adaptive", "contrastive"] = "adaptive"
     """Where forget activations are pushed to. `random`: a control vector of the length `steering_coefficient` (RMU). `adaptive`:
     one whose length is `adaptive_scale` times the typical activation norm (arXiv 2408.06223). `contrastive`: the frozen activation plus
@@ -162,7 +164,8 @@ class Rmu(Section):
     """Representation misdirection for unlearning (arXiv 2403.03218)."""
 
     target_layer: int = Field(ge=0, lt=10_000)
-    """0-based; its output is steered. Nothing above it takes part in training."""
+    """0-based; its output is steered. Nothing above it takes part in training. A preset that names neither this nor `adapter_layers`
+    gets them by the model's depth (`layers_by_depth`), where the number of its layers is known before anything is downloaded."""
     adapter_layers: list[int] = Field(min_length=1)
     """The layers that get adapters: at or below the target layer."""
     modules: list[str] = Field(["down_proj"], min_length=1)
@@ -371,7 +374,7 @@ def load_preset(
     given = Given(labels or {})
     for change in overrides or []:
         given.paths.add(override(content, change, given.labels))
-    content = resolve_paths(content, path.parent, given.paths)
+    content = layers_by_depth(resolve_paths(content, path.parent, given.paths))
     try:
         return Preset.model_validate(content)
     except ValidationError as error:
@@ -514,6 +517,45 @@ def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str =
                 raise UserError(f"{shortened(where)}: {error}") from error
         return content
     return {key: resolve_paths(value, folder, overridden, f"{where}.{key}" if where else str(key)) for key, value in content.items()}
+
+
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What a model's configuration calls the number of its layers."""
+
+
+def layers_by_depth(content: Any) -> Any:
+    """Return a preset's content with `rmu.target_layer` and `rmu.adapter_layers` by the model's depth, where it leaves both out.
+
+    The target layer lies a quarter of the way up, as in the WMDP paper, and the adapters on it and on the two layers below it. A target layer
+    at a quarter and at 40% did equally well (docs/selectivity.md). Content that does not hold what is needed is returned as it is.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("rmu", {}), dict):
+        return content
+    rmu = content.get("rmu", {})
+    layers = model_depth(content.get("model"))
+    if layers is None or "target_layer" in rmu or "adapter_layers" in rmu:
+        return content
+    target = layers // 4
+    found = {"target_layer": target, "adapter_layers": list(range(max(0, target - 2), target + 1))}
+    return content | {"rmu": found | rmu}
+
+
+def model_depth(model: Any) -> int | None:
+    """Return the number of layers of a preset's model, from `model.config` or from a local folder's `config.json`; None if neither says."""
+    if not isinstance(model, dict):
+        return None
+    config = model.get("config")
+    if config is None and isinstance(model.get("name"), str):
+        try:
+            config = json.loads((Path(model["name"]) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+    if not isinstance(config, dict):
+        return None
+    sections = (config, config.get("text_config"))
+    counts = (section[key] for section in sections if isinstance(section, dict) for key in DEPTH_KEYS if key in section)
+    depth = next(counts, None)
+    return depth if isinstance(depth, int) and depth > 0 else None
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,39 @@ def test_a_corpus_that_is_gated_says_which_preset_works_without_it(name: str) ->
 
 def test_the_preset_for_those_without_access_uses_no_gated_corpus() -> None:
     assert [topic.corpus.source for topic in load_preset("zephyr-7b-cyber").topics.values()] == ["cais/wmdp-corpora"]
+
+
+WITHOUT_LAYERS = GOOD.replace("  target_layer: 3\n  adapter_layers: [1, 2, 3]\n", "  rank: 8\n")
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "adapted"),
+    [
+        ({"num_hidden_layers": 28}, 7, [5, 6, 7]),
+        ({"n_layer": 12}, 3, [1, 2, 3]),
+        ({"text_config": {"num_hidden_layers": 4}}, 1, [0, 1]),
+        ({"num_hidden_layers": 1}, 0, [0]),
+    ],
+)
+def test_layers_come_from_the_depth_of_a_local_model(tmp_path: Path, config: dict[str, Any], target: int, adapted: list[int]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    rmu = load_preset(str(write(tmp_path, WITHOUT_LAYERS)), [f"model.name={tmp_path / 'model'}"]).rmu
+    assert (rmu.target_layer, rmu.adapter_layers, rmu.rank) == (target, adapted, 8)
+
+
+def test_layers_come_from_the_depth_that_a_preset_gives(tmp_path: Path) -> None:
+    path = write(tmp_path, WITHOUT_LAYERS.replace("owner/model", "owner/model\n  config: {model_type: llama, num_hidden_layers: 16}"))
+    assert load_preset(str(path)).rmu.adapter_layers == [2, 3, 4]
+    # One of the two says what the user wants: the other is not guessed.
+    assert "rmu.adapter_layers" in complaint(path, "rmu.target_layer=3")
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"num_hidden_layers": "many"}', "{}"])
+def test_layers_of_an_unknown_depth_are_asked_for(tmp_path: Path, config: str) -> None:
+    assert "rmu.target_layer" in complaint(write(tmp_path, WITHOUT_LAYERS))
+    (tmp_path / "config.json").write_text(config)
+    assert "rmu.target_layer" in complaint(write(tmp_path, WITHOUT_LAYERS), f"model.name={tmp_path}")
 
 
 def test_an_unknown_preset_gets_the_nearest_names() -> None:
