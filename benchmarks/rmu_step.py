@@ -57,6 +57,8 @@ class Setup:
     batch: int
     tokens: int
     rounds: int
+    coefficient: float = COEFFICIENT
+    """The length of the control vector."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +167,7 @@ def build_engine(setup: Setup, trainable: str, more: dict[str, Any] | None = Non
     changes = {"trainable": trainable, "modules": ["down_proj"], "steps": 2 * len(TOPICS) * setup.rounds, "cache_gib": 8.0}
     as_the_paper = {"shuffle": False, "padding": "paper", "max_grad_norm": None, "learning_rate": RATE}
     rmu = preset.rmu.model_copy(update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None} | (more or {}))
-    topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT, max_tokens=setup.tokens)
+    topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=setup.coefficient, max_tokens=setup.tokens)
     model = cut_model(setup, trained_modules(skeleton(setup.config), rmu))
     data = UnlearningData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
     return Unlearning(add_adapter(model, rmu, preset.model), rmu, dict.fromkeys(TOPICS, topic), data)
@@ -192,7 +194,7 @@ def measure_yardstick(setup: Setup) -> Measured:
     timings = []
     for number in range(setup.rounds):
         for seed, name in enumerate(TOPICS, start=1):
-            vector = (COEFFICIENT * unit_vector(setup.config.hidden_size, f"{rmu.seed} {name}")).to(setup.device, setup.dtype)
+            vector = (setup.coefficient * unit_vector(setup.config.hidden_size, f"{rmu.seed} {name}")).to(setup.device, setup.dtype)
             step = partial(yardstick.step, batches[seed][number], batches[0][number], vector, ALPHA)
             timings.append(timed(setup.device, step))
     size = peak.read()
@@ -284,6 +286,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1)] = 4,
     tokens: Annotated[int, typer.Option(min=2)] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Distinct batches a topic: the engine goes through them twice.")] = 2,
+    coefficient: Annotated[float, typer.Option(min=0, help="Length of the control vector; longer for shapes with large activations.")] = COEFFICIENT,
     sinks: Annotated[bool, typer.Option("--sinks", help="Only compare steps with sinks masked and counted.")] = False,
 ) -> None:
     """Measures the engine with whole matrices and with LoRA, then the yardstick where it fits."""
@@ -292,7 +295,7 @@ def main(
     with friendly_exit():
         changes = [f"model.name={model}"] * bool(model) + [f"model.quantisation={quantisation}"] * bool(quantisation)
         preset = load_preset(shape, changes)
-        setup = Setup(preset, config_for_plan(preset), resolve_device(device), random_weights, batch, tokens, rounds)
+        setup = Setup(preset, config_for_plan(preset), resolve_device(device), random_weights, batch, tokens, rounds, coefficient)
         if sinks:
             counted, masked = measure_sinks(setup)
             print(f"Seconds per step: sinks counted {counted:.2f}, masked {masked:.2f}; ratio {masked / counted:.3f}.")
