@@ -286,7 +286,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1)] = 4,
     tokens: Annotated[int, typer.Option(min=2)] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Distinct batches a topic: the engine goes through them twice.")] = 2,
-    coefficient: Annotated[float, typer.Option(min=0, help="Length of the control vector; longer for shapes with large activations.")] = COEFFICIENT,
+    coefficient: Annotated[float, typer.Option(min=0.1, help="Length of the control vector: longer for large activations.")] = COEFFICIENT,
     sinks: Annotated[bool, typer.Option("--sinks", help="Only compare steps with sinks masked and counted.")] = False,
 ) -> None:
     """Measures the engine with whole matrices and with LoRA, then the yardstick where it fits."""

@@ -123,7 +123,7 @@ class Measured:
 
 
 def preset_of(topic: str, model: Path, data: Path, limit: int, neighbors: Path | None) -> dict[str, Any]:
-    """Return the raw preset that forgets a topic with the default settings, as YAML would hold it. Layers and alpha are the defaults too.
+    """Return the raw preset that forgets a topic, as YAML would hold it; layers and alpha are chosen as for any preset without them.
 
     `neighbors` is the file with the passages about neighboring subjects; None leaves them out of the retain set.
     """

@@ -1,6 +1,5 @@
 """Typed presets: YAML in, a checked `Preset` out, or one complete list of what is wrong with it."""
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowmem_rmu.errors import UserError, nearest, shortened, shown
-from lowmem_rmu.parsing import MAX_DEPTH, ParseError, parse_yaml
+from lowmem_rmu.parsing import MAX_DEPTH, ParseError, parse_json, parse_yaml
 
 PRESETS_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 TASKS_FILE = Path(__file__).resolve().parent / "tasks.yaml"
@@ -97,8 +96,8 @@ class Topic(Section):
 
     corpus: Corpus
     alpha: float = Field(150, ge=0, le=1e9)
-    """Weight of the retain loss in this topic's steps. With adaptive steering both losses are in the units of the target layer's
-    activations, so that no size of a model enters it (docs/selectivity.md)."""
+    """Weight of the retain loss in this topic's steps. It is a pure number: both losses are in the units of the target layer's activations
+    (docs/selectivity.md)."""
     steering: Literal["random", "adaptive", "contrastive"] = "adaptive"
     """Where forget activations are pushed to. `random`: a control vector of the length `steering_coefficient` (RMU). `adaptive`:
     one whose length is `adaptive_scale` times the typical activation norm (arXiv 2408.06223). `contrastive`: the frozen activation plus
@@ -541,21 +540,29 @@ def layers_by_depth(content: Any) -> Any:
 
 
 def model_depth(model: Any) -> int | None:
-    """Return the number of layers of a preset's model, from `model.config` or from a local folder's `config.json`; None if neither says."""
+    """Return the number of layers of a preset's model, None if it is not known here.
+
+    A local model's own `config.json` says it, for a model on the Hub the preset's `model.config`.
+    """
     if not isinstance(model, dict):
         return None
-    config = model.get("config")
-    if config is None and isinstance(model.get("name"), str):
-        try:
-            config = json.loads((Path(model["name"]) / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+    name = model.get("name")
+    config = local_config(name) if isinstance(name, str) and is_local(name) else model.get("config")
     if not isinstance(config, dict):
         return None
-    sections = (config, config.get("text_config"))
-    counts = (section[key] for section in sections if isinstance(section, dict) for key in DEPTH_KEYS if key in section)
-    depth = next(counts, None)
+    # A multimodal model keeps the shape of its text part in a section.
+    text = config.get("text_config")
+    shape = config | text if isinstance(text, dict) else config
+    depth = next((shape[key] for key in DEPTH_KEYS if key in shape), None)
     return depth if isinstance(depth, int) and depth > 0 else None
+
+
+def local_config(folder: str) -> Any:
+    """Return what the `config.json` of a model's folder holds, None where it cannot be read: loading the model says why."""
+    try:
+        return parse_json((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ParseError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ def test_layers_come_from_the_depth_of_a_local_model(tmp_path: Path, config: dic
 def test_layers_come_from_the_depth_that_a_preset_gives(tmp_path: Path) -> None:
     path = write(tmp_path, WITHOUT_LAYERS.replace("owner/model", "owner/model\n  config: {model_type: llama, num_hidden_layers: 16}"))
     assert load_preset(str(path)).rmu.adapter_layers == [2, 3, 4]
+    # A local model's own depth counts, whatever the preset says about the model that it replaces.
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 28}))
+    assert load_preset(str(path), [f"model.name={tmp_path}"]).rmu.adapter_layers == [5, 6, 7]
     # One of the two says what the user wants: the other is not guessed.
     assert "rmu.adapter_layers" in complaint(path, "rmu.target_layer=3")
 

@@ -28,14 +28,13 @@ from lowmem_rmu.model.quantisation import READ_DIRECTLY, Nf4Config
 from lowmem_rmu.model.shards import is_needed, open_weights
 from lowmem_rmu.model.source import COPY_AGAIN, Source, locate, read_json
 from lowmem_rmu.model.stored import StoredTensor, checkpoint_tensors
-from lowmem_rmu.presets import ModelSettings, Preset, is_local
+from lowmem_rmu.presets import DEPTH_KEYS, ModelSettings, Preset, is_local
 
 LOGGER = logging.getLogger(__name__)
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 """Where `config.json` says that the weights are quantized: transformers, old compressed-tensors, MLX."""
-MOST = {
-    "num_hidden_layers": 2_000, "n_layer": 2_000, "n_layers": 2_000, "num_layers": 2_000, "vocab_size": 50_000_000,
-    "hidden_size": 1_000_000, "n_embd": 1_000_000, "d_model": 1_000_000, "intermediate_size": 10_000_000,
+MOST = dict.fromkeys(DEPTH_KEYS, 2_000) | {
+    "vocab_size": 50_000_000, "hidden_size": 1_000_000, "n_embd": 1_000_000, "d_model": 1_000_000, "intermediate_size": 10_000_000,
     "num_attention_heads": 100_000, "n_head": 100_000, "num_key_value_heads": 100_000,
     "num_local_experts": 100_000, "num_experts": 100_000, "n_routed_experts": 100_000,
 }  # fmt: skip
