@@ -37,8 +37,8 @@ from lowmem_rmu.model.loading import load_model, resolve_device, resolve_dtype, 
 from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available
 from lowmem_rmu.presets import Corpus, Preset, Topic, load_preset
 from lowmem_rmu.run import friendly_exit, quiet_libraries
-from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
-from lowmem_rmu.unlearning.targets import unit_vector
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
+from lowmem_rmu.unlearning.steering import unit_vector
 
 TOPICS, COEFFICIENT, ALPHA, RATE = ("bio", "cyber"), 6.5, 100.0, 5e-5
 
@@ -125,7 +125,7 @@ def measure_engine(setup: Setup, trainable: str) -> Measured:
     return Measured(f"engine, {trainable}", mean_seconds(first), mean_seconds(again), peak.read(), [losses for _, losses in first], updates)
 
 
-def engine_updates(unlearning: Unlearning) -> dict[str, Tensor]:
+def engine_updates(unlearning: Trainer) -> dict[str, Tensor]:
     wrappers = {name: module for name, module in unlearning.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     return {
         f"{name.removeprefix('base_model.model.')}.weight": (each.modules_to_save["default"].weight - each.original_module.weight).detach().cpu()
@@ -155,13 +155,13 @@ def measure_sinks(setup: Setup) -> tuple[float, float]:
     return counted, masked
 
 
-def step_loss(unlearning: Unlearning) -> tuple[float, float]:
+def step_loss(unlearning: Trainer) -> tuple[float, float]:
     """Take a step and return its forget and retain loss."""
     row = unlearning.step()
     return row["forget_loss"], row["retain_loss"]
 
 
-def build_engine(setup: Setup, trainable: str, more: dict[str, Any] | None = None) -> Unlearning:
+def build_engine(setup: Setup, trainable: str, more: dict[str, Any] | None = None) -> Trainer:
     """Build the engine with the paper's order and losses, but for the settings in `more`."""
     preset = setup.preset
     changes = {"trainable": trainable, "modules": ["down_proj"], "steps": 2 * len(TOPICS) * setup.rounds, "cache_gib": 8.0}
@@ -169,8 +169,8 @@ def build_engine(setup: Setup, trainable: str, more: dict[str, Any] | None = Non
     rmu = preset.rmu.model_copy(update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None} | (more or {}))
     topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=setup.coefficient, max_tokens=setup.tokens)
     model = cut_model(setup, trained_modules(skeleton(setup.config), rmu))
-    data = UnlearningData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
-    return Unlearning(add_adapter(model, rmu, preset.model), rmu, dict.fromkeys(TOPICS, topic), data)
+    data = TrainingData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
+    return Trainer(add_adapter(model, rmu, preset.model), rmu, dict.fromkeys(TOPICS, topic), data)
 
 
 def cut_model(setup: Setup, unquantised: list[str]) -> PreTrainedModel:

@@ -36,7 +36,7 @@ from lowmem_rmu.pipeline import Job, read_inputs, run_config
 from lowmem_rmu.presets import ModelSettings, Preset, load_preset
 from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
-from lowmem_rmu.unlearning.drift import Check, best_of
+from lowmem_rmu.unlearning.guard import Check, best_of
 
 
 @dataclass(frozen=True)

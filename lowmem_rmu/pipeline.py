@@ -62,9 +62,9 @@ from lowmem_rmu.runs import (
     write_json,
     write_lines,
 )
-from lowmem_rmu.unlearning.drift import GuardData, Kind
-from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
-from lowmem_rmu.unlearning.targets import cues
+from lowmem_rmu.unlearning.guard import GuardData, Kind
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
+from lowmem_rmu.unlearning.steering import cues
 
 SIDE_OF = {"evaluate-base": "base", "evaluate-unlearned": "unlearned"}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -320,7 +320,7 @@ class Job:
         self._note("topic", self._look_at_scores())
         tokenizer, forget = self.inputs.tokenizer, self.inputs.forget
         cued = {name: encode_texts(tokenizer, cues(name, topic)) for name, topic in self.preset.topics.items()}
-        data = UnlearningData(
+        data = TrainingData(
             forget={name: samples.train for name, samples in forget.items()},
             retain=self.inputs.retain.train,
             pad_id=tokenizer.pad_token_id,
@@ -334,7 +334,7 @@ class Job:
             self._model = add_adapter(self._model, rmu, self.preset.model)
         if data.guard is not None and data.is_whole:
             self._note("texts", self._look_at_texts(data.guard))
-        unlearning = Unlearning(self._model, rmu, self.preset.topics, data, self.folder.cache)
+        unlearning = Trainer(self._model, rmu, self.preset.topics, data, self.folder.cache)
         unlearning.restore(self.folder.checkpoint)
         self.folder.truncate_metrics(unlearning.progress.step)
         if not unlearning.run(self.folder.checkpoint, self._on_step, self._asked_to_stop):

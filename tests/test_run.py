@@ -43,7 +43,7 @@ from lowmem_rmu.presets import load_preset, preset_names
 from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.unlearning.checkpoint import trainable
-from lowmem_rmu.unlearning.loop import Unlearning
+from lowmem_rmu.unlearning.trainer import Trainer
 
 TINY_MODEL = Path(__file__).parent.parent / "lowmem_rmu/tiny/model"
 SHORT = ("--set", "rmu.steps=6", "--set", "rmu.checkpoint_every=2", "--set", "evaluation.limit=18", "--device", "cpu")
@@ -727,16 +727,16 @@ def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_after_the_last_step_get_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Unlearning.step
+    step = Trainer.step
 
-    def breaking(self: Unlearning) -> dict[str, Any]:
+    def breaking(self: Trainer) -> dict[str, Any]:
         row = step(self)
         if row["step"] == 6:
             next(iter(trainable(self.model).values())).data.fill_(math.inf)
         return row
 
     with monkeypatch.context() as broken:
-        broken.setattr(Unlearning, "step", breaking)
+        broken.setattr(Trainer, "step", breaking)
         result = run_tiny(tmp_path, "broken")
     assert result.exit_code == 2
     assert "The trained weights are no longer finite after step 6." in result.stderr
@@ -808,10 +808,10 @@ def test_a_run_without_evaluation_is_guarded_at_the_target_layer(tmp_path: Path)
 
 
 def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(self: Unlearning) -> None:
+    def exhausted(self: Trainer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Unlearning, "step", exhausted)
+    monkeypatch.setattr(Trainer, "step", exhausted)
     result = run_tiny(tmp_path, "oom")
     assert result.exit_code == 2
     assert "Out of memory in the stage unlearn" in result.stderr

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import differences, with_recorded_defaults
 from lowmem_rmu.runs import replaced
-from lowmem_rmu.unlearning.drift import Check
+from lowmem_rmu.unlearning.guard import Check
 
 NAME = "state.safetensors"
 

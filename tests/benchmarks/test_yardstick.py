@@ -13,8 +13,8 @@ from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import trainable
-from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
-from lowmem_rmu.unlearning.targets import unit_vector
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
+from lowmem_rmu.unlearning.steering import unit_vector
 
 STEPS, LAYERS, TARGET, ALPHA, COEFFICIENT, RATE = 20, [2, 3], 3, 30.0, 6.5, 1e-3
 PAD = 2
@@ -47,7 +47,7 @@ def follow_the_paper(settings: ModelSettings, steps: int) -> tuple[list[tuple[fl
     return losses, before, {name: matrix.detach() for name, matrix in yardstick.matrices.items()}
 
 
-def engine(settings: ModelSettings, **changes: Any) -> Unlearning:
+def engine(settings: ModelSettings, **changes: Any) -> Trainer:
     rmu = Rmu(
         **{
             "target_layer": TARGET, "adapter_layers": LAYERS, "batch_size": 2, "steps": STEPS, "shuffle": False, "padding": "paper",
@@ -57,7 +57,7 @@ def engine(settings: ModelSettings, **changes: Any) -> Unlearning:
     model = load_model(settings, torch.device("cpu"), layers=TARGET + 1)
     model = load_model(settings, torch.device("cpu"), TARGET + 1, trained_modules(model, rmu))
     topic = Topic(corpus=Corpus(source="./nowhere"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT)
-    return Unlearning(add_adapter(model, rmu, settings), rmu, dict.fromkeys(FORGET, topic), UnlearningData(FORGET, RETAIN, PAD))
+    return Trainer(add_adapter(model, rmu, settings), rmu, dict.fromkeys(FORGET, topic), TrainingData(FORGET, RETAIN, PAD))
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"cache_gib": 0.0}], ids=str)

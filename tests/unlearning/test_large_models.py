@@ -14,7 +14,7 @@ from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import describe_weights, load_model
 from lowmem_rmu.presets import ModelSettings, Preset, Rmu, load_preset
-from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 37).reshape(2, 16)
@@ -60,8 +60,8 @@ def test_a_preset_runs_from_loading_to_the_reloaded_adapter(
     assert counted["in_4bit"] > 0.95 * (counted["weights"] - embeddings)
 
     base = target_activations(cut, rmu)
-    data = UnlearningData({topic: sequences(seed) for seed, topic in enumerate(preset.topics)}, sequences(99), pad_id=2)
-    unlearning = Unlearning(add_adapter(cut, rmu, settings), rmu, preset.topics, data)
+    data = TrainingData({topic: sequences(seed) for seed, topic in enumerate(preset.topics)}, sequences(99), pad_id=2)
+    unlearning = Trainer(add_adapter(cut, rmu, settings), rmu, preset.topics, data)
     rows: list[dict[str, Any]] = []
     assert unlearning.run(tmp_path / "checkpoint", rows.append, lambda: False)
     assert [row["topic"] for row in rows] == ["bio", "cyber"] * (STEPS // 2)

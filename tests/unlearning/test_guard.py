@@ -17,8 +17,8 @@ from lowmem_rmu.model.layers import run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import BestWeights, trainable
-from lowmem_rmu.unlearning.drift import Check, Guard, GuardData, Kind, best_of, collapse, has_collapsed, is_too_far, letter_share
-from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
+from lowmem_rmu.unlearning.guard import Check, Guard, GuardData, Kind, best_of, collapse, has_collapsed, is_too_far, letter_share
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 from lowmem_rmu.unlearning.losses import SINK_RATIO
 
 CPU = torch.device("cpu")
@@ -40,15 +40,15 @@ def data(**changes: Any) -> GuardData:
 
 def unlearning_of(
     settings: ModelSettings, guard: GuardData | None, alpha: float = 3.0, layers: int | None = None, **changes: Any
-) -> Unlearning:
+) -> Trainer:
     """With `layers`, only the first ones are loaded."""
     rmu = RMU.model_copy(update=changes)
     topic = Topic(corpus=Corpus(source="./nowhere"), alpha=alpha, adaptive_scale=3.0)
     model = add_adapter(load_model(settings, CPU, layers), rmu, settings)
-    return Unlearning(model, rmu, {"bio": topic}, UnlearningData({"bio": OTHERS}, TEXTS, 2, guard=guard, is_whole=layers is None))
+    return Trainer(model, rmu, {"bio": topic}, TrainingData({"bio": OTHERS}, TEXTS, 2, guard=guard, is_whole=layers is None))
 
 
-def run(unlearning: Unlearning, folder: Path, stop_at: int | None = None) -> list[dict[str, Any]]:
+def run(unlearning: Trainer, folder: Path, stop_at: int | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     unlearning.run(folder, rows.append, lambda: unlearning.progress.step == stop_at)
     return rows
@@ -187,11 +187,11 @@ def test_checks_come_as_often_as_asked_and_after_the_last_step(small_settings: M
     assert not any("retain_kl" in row for row in run(unlearning_of(small_settings, data(), steps=4, guard_every=0), tmp_path / "off"))
 
 
-def weights(unlearning: Unlearning) -> dict[str, torch.Tensor]:
+def weights(unlearning: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trainable(unlearning.model).items()}
 
 
-def scripted(unlearning: Unlearning, found: dict[int, tuple[float, float]]) -> dict[int, dict[str, torch.Tensor]]:
+def scripted(unlearning: Trainer, found: dict[int, tuple[float, float]]) -> dict[int, dict[str, torch.Tensor]]:
     """Let the guard find `(damage, distance)` by step; return what the weights were at each check, filled in as they come."""
     seen: dict[int, dict[str, torch.Tensor]] = {}
 

@@ -23,10 +23,10 @@ from lowmem_rmu.model.adapters import add_adapter, base_only
 from lowmem_rmu.model.layers import decoder_layers
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
-from lowmem_rmu.unlearning import loop
+from lowmem_rmu.unlearning import trainer
 from lowmem_rmu.unlearning.checkpoint import trainable
-from lowmem_rmu.unlearning.loop import Unlearning, UnlearningData
-from lowmem_rmu.unlearning.targets import unit_vector
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
+from lowmem_rmu.unlearning.steering import unit_vector
 
 CPU = torch.device("cpu")
 PAD = 2
@@ -55,21 +55,21 @@ def adaptive(**changes: Any) -> Topic:
 
 def unlearning_of(
     settings: ModelSettings, rmu: Rmu, topics: dict[str, Topic] | None = None, layers: int | None = TARGET + 1, cache_folder: Path | None = None
-) -> Unlearning:
+) -> Trainer:
     topics = topics or {"bio": topic(), "cyber": topic(alpha=7.0, steering_coefficient=11.0)}
-    data = UnlearningData({name: sequences(number) for number, name in enumerate(topics)}, sequences(99, 7), PAD)
+    data = TrainingData({name: sequences(number) for number, name in enumerate(topics)}, sequences(99, 7), PAD)
     trained = [f"model.layers.{index}.mlp.down_proj" for index in rmu.adapter_layers] if rmu.trainable == "weights" else []
     model = add_adapter(load_model(settings, CPU, layers=layers, unquantised=trained), rmu, settings)
-    return Unlearning(model, rmu, topics, data, cache_folder)
+    return Trainer(model, rmu, topics, data, cache_folder)
 
 
-def run(unlearning: Unlearning, folder: Path, stop_at: int | None = None) -> tuple[list[dict[str, Any]], bool]:
+def run(unlearning: Trainer, folder: Path, stop_at: int | None = None) -> tuple[list[dict[str, Any]], bool]:
     rows: list[dict[str, Any]] = []
     finished = unlearning.run(folder, rows.append, lambda: unlearning.progress.step == stop_at)
     return rows, finished
 
 
-def adapter(unlearning: Unlearning) -> dict[str, Tensor]:
+def adapter(unlearning: Trainer) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainable(unlearning.model).items()}
 
 
@@ -201,7 +201,7 @@ def test_gradients_are_clipped(small_settings: ModelSettings, monkeypatch: pytes
 
 
 def test_a_linear_schedule_falls_to_zero_and_a_resumed_run_follows_it(small_settings: ModelSettings, tmp_path: Path) -> None:
-    def rates(unlearning: Unlearning, stop_at: int | None = None) -> list[float]:
+    def rates(unlearning: Trainer, stop_at: int | None = None) -> list[float]:
         found: list[float] = []
         unlearning.run(
             tmp_path / "checkpoint",
@@ -239,7 +239,7 @@ def test_padding_that_is_added_moves_no_masked_loss(small_settings: ModelSetting
         longer = pad([*rows, [pad_id] * 40], pad_id, side, device)
         return Batch(longer.input_ids[:-1], longer.is_token[:-1], None)
 
-    monkeypatch.setattr(loop, "pad", pad_more)
+    monkeypatch.setattr(trainer, "pad", pad_more)
     padded, _ = run(unlearning_of(small_settings, rmu_of()), tmp_path / "padded")
     assert padded[0]["tokens"] == plain[0]["tokens"]
     for one, other in zip(plain, padded, strict=True):
@@ -273,7 +273,7 @@ def test_activation_checkpointing_changes_no_figure(small_settings: ModelSetting
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_adapter(
     small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "check_scale", lambda *_: None)  # which refuses such a vector first
+    monkeypatch.setattr(trainer, "check_scale", lambda *_: None)  # which refuses such a vector first
     endless = topic().model_copy(update={"steering_coefficient": 1e30})  # which a preset cannot say
     unlearning = unlearning_of(small_settings, rmu_of(checkpoint_every=1), {"bio": topic(), "cyber": endless})
     unlearning.step()
@@ -295,7 +295,7 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_taken_for_an_adapter(
 ) -> None:
     """The loss shows them one step later only: they are looked at with every checkpoint (here every second step), and after the last."""
     unlearning = unlearning_of(small_settings, rmu_of(checkpoint_every=2))
-    monkeypatch.setattr(loop.Unlearning, "_check", lambda *_: None)
+    monkeypatch.setattr(trainer.Trainer, "_check_losses", lambda *_: None)
 
     def spoil(row: dict[str, Any]) -> None:
         if row["step"] == step:
@@ -341,9 +341,9 @@ def test_a_control_vector_of_another_scale_is_refused_in_the_first_step(small_se
 def test_contrastive_steering_aims_from_expert_to_novice(small_settings: ModelSettings) -> None:
     contrastive = topic(steering="contrastive", steering_coefficient=0.7)
     novice, expert = [1, 9, 30, 40], [1, 9, 50, 60, 70]
-    data = UnlearningData({"bio": sequences(0)}, sequences(99, 7), PAD, {"bio": [novice, expert]})
+    data = TrainingData({"bio": sequences(0)}, sequences(99, 7), PAD, {"bio": [novice, expert]})
     model = add_adapter(load_model(small_settings, CPU, layers=TARGET + 1), rmu_of(), small_settings)
-    row = Unlearning(model, rmu_of(shuffle=False), {"bio": contrastive}, data).step()
+    row = Trainer(model, rmu_of(shuffle=False), {"bio": contrastive}, data).step()
     frozen = AutoModelForCausalLM.from_pretrained(small_settings.name, dtype=torch.float32)
     ends = [target_output(frozen, torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1].detach() for ids in (novice, expert)]
     # At the first step updated is frozen, so the loss is the size of the move alone: 0.7 times a vector of length 1.
@@ -420,7 +420,7 @@ def test_a_stop_at_the_last_step_comes_too_late(small_settings: ModelSettings, t
 
 def test_checkpoints_are_made_as_often_as_asked(small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, model, optimizer, progress, settings: made.append(progress.step))
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda folder, model, optimizer, progress, settings: made.append(progress.step))
     run(unlearning_of(small_settings, rmu_of(steps=7, checkpoint_every=3)), tmp_path / "checkpoint")
     assert made == [3, 6]
 

@@ -9,7 +9,7 @@ import torch
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import Corpus, Rmu, Topic
-from lowmem_rmu.unlearning.targets import check_scale, cues, make_target, unit_vector
+from lowmem_rmu.unlearning.steering import check_scale, cues, make_target, unit_vector
 
 
 def test_a_unit_vector_has_unit_norm_and_no_negative_entry() -> None:
