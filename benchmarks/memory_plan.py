@@ -25,13 +25,15 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
 from lowmem_rmu.console import prepare_streams
+from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model import shards
 from lowmem_rmu.model.loading import keep_layers, resolve_device
 from lowmem_rmu.model.memory import StageNeed, config_for_plan, gib, memory_in_use, plan, reset_peak
-from lowmem_rmu.pipeline import Job, read_inputs, run_config
+from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import Corpus, Preset, Task, load_preset
 from lowmem_rmu.run import friendly_exit, parse_stages, quiet_libraries
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
+from lowmem_rmu.status import StatusWriter
 
 TINY = Path(__file__).resolve().parent.parent / "lowmem_rmu/tiny"
 
@@ -73,7 +75,7 @@ def measure(preset: Preset, device: torch.device, stages: list[str]) -> dict[str
     with TemporaryDirectory() as runs:
         folder = RunFolder.create(Path(runs), "measured")
         write_json(folder.path / "config.json", run_config("measured", preset, device))
-        Job(preset, folder, inputs, device, stages, meter).run()
+        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder, meter)))
         meter.note()
     return meter.peaks
 

@@ -37,8 +37,8 @@ from lowmem_rmu.model.loading import load_model, resolve_device, resolve_dtype, 
 from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available
 from lowmem_rmu.presets import Corpus, Preset, Topic, load_preset
 from lowmem_rmu.run import friendly_exit, quiet_libraries
-from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 from lowmem_rmu.unlearning.steering import unit_vector
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
 TOPICS, COEFFICIENT, ALPHA, RATE = ("bio", "cyber"), 6.5, 100.0, 5e-5
 

@@ -29,11 +29,13 @@ from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.corpora import tokenise
 from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import ask
+from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model.loading import resolve_device
-from lowmem_rmu.pipeline import Job, read_inputs, run_config
+from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.status import StatusWriter
 
 LOWEST_LAYER = " ".join([
     "rmu.target_layer=0 rmu.adapter_layers=[0] rmu.steps=1000 rmu.learning_rate=4e-3",
@@ -86,7 +88,8 @@ def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
     """The adapter that a run makes."""
     folder = RunFolder.create(runs, "measured")
     write_json(folder.path / "config.json", run_config("measured", preset, device))
-    Job(preset, folder, read_inputs(preset, ["unlearn"]), device, ["unlearn"], Silent()).run()
+    stages = ["unlearn"]
+    run_stages(RunContext(preset, folder, read_inputs(preset, stages), device, stages, StatusWriter(folder, Silent())))
     return folder.adapter
 
 

@@ -30,12 +30,14 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import Pairs
 from lowmem_rmu.evaluation.multiple_choice import balanced_accuracy
 from lowmem_rmu.evaluation.statistics import change_bounds
+from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
 from lowmem_rmu.neighbors import save_passages, write_passages
-from lowmem_rmu.pipeline import Job, read_inputs, run_config
+from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import ModelSettings, Preset, load_preset
 from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
+from lowmem_rmu.status import StatusWriter
 from lowmem_rmu.unlearning.guard import Check, best_of
 
 
@@ -168,7 +170,9 @@ def measure(preset: Preset, name: str, runs: Path) -> Measured:
         folder = RunFolder.create(runs, name)
         write_json(folder.path / "config.json", run_config(name, preset, device))
     if not (folder.path / "summary.json").exists():
-        Job(preset, folder, read_inputs(preset, list(STAGES)), device, list(STAGES), Silent()).run()
+        stages = list(STAGES)
+        inputs = read_inputs(preset, stages)
+        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder, Silent())))
     return read_measured(folder)
 
 

@@ -80,16 +80,16 @@ def evaluate(
 def ask_model(name: str, quantisation: str | None, dtype: str | None, device: str, asked: Evaluation, to: Path | None) -> dict[str, Any]:
     """The summary; empty in all processes but the first."""
     from lowmem_rmu.data.sources import find_task_sources
+    from lowmem_rmu.distributed import Distributed
     from lowmem_rmu.measure import find_subject, measure
     from lowmem_rmu.model.loading import resolve_device
-    from lowmem_rmu.processes import Processes
 
-    subject, processes = find_subject(name, quantisation, dtype), Processes()
+    subject, distributed = find_subject(name, quantisation, dtype), Distributed()
     folder = to or EVALUATIONS / RunFolder.new_name(subject.file_name)
-    if processes.is_first:
+    if distributed.is_main_process:
         print_left_out(find_task_sources(asked))
-    with watched(folder) if processes.is_first else nullcontext() as watcher:
-        return measure(subject, asked, resolve_device(processes.device(device)), folder, watcher, processes)
+    with watched(folder) if distributed.is_main_process else nullcontext() as watcher:
+        return measure(subject, asked, resolve_device(distributed.device(device)), folder, watcher, distributed)
 
 
 def ask_server(url: str, model: str, asked: Evaluation, to: Path | None) -> dict[str, Any]:

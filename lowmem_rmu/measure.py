@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from lowmem_rmu.data.questions import QuestionSet, load_questions, unasked_subjects
 from lowmem_rmu.data.sources import find_task_sources, sources_record
+from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.errors import UserError, command_line, nearest
 from lowmem_rmu.evaluation.compare import compare_tasks, rows_as_json
 from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
@@ -38,7 +39,6 @@ from lowmem_rmu.presets import (
     resolve_paths,
     short_name,
 )
-from lowmem_rmu.processes import Processes
 from lowmem_rmu.records import AnswerRow, Object, intact_record, read_record
 from lowmem_rmu.runs import RunFolder, Stopped, Watcher, add_lines, make_private, read_lines, write_json, write_lines
 
@@ -169,7 +169,7 @@ def _named(name: str) -> list[tuple[str, list[str] | None]]:
 
 
 def measure(
-    subject: Subject, evaluation: Evaluation, device: torch.device, to: Path, watcher: Watcher | None, processes: Processes
+    subject: Subject, evaluation: Evaluation, device: torch.device, to: Path, watcher: Watcher | None, distributed: Distributed
 ) -> dict[str, Any]:
     """Asks all questions, of base and of unlearned where there is an adapter, and leaves the scores in `to`; goes on where it was stopped.
 
@@ -179,21 +179,24 @@ def measure(
     if subject.adapter:
         check_base(subject)
     questions, digest = load_questions(evaluation), model_digest(subject.model, device, subject.unquantised)
-    if processes.is_first:
+    if distributed.is_main_process:
         claim(to, subject.name, subject.digest(digest), evaluation)
     tokenizer = load_tokenizer(subject.model)
     model: Any = load_model(subject.model, device, unquantised=subject.unquantised)
-    batch_tokens = processes.from_first(fixed_batch_tokens(evaluation.batch_tokens, model, tokenizer.pad_token_id, to) if processes.is_first else 0)
+    batch_tokens = 0
+    if distributed.is_main_process:
+        batch_tokens = fixed_batch_tokens(evaluation.batch_tokens, model, tokenizer.pad_token_id, to)
+    batch_tokens = distributed.broadcast(batch_tokens)
     if subject.adapter:
         model = load_adapter(model, subject.adapter)
     for side in subject.sides:
         shared = shared_answers(to.parent, digest) if side == "base" else None
         with base_only(model) if side == "base" else nullcontext(), stopped_in(to):
             hear = followed(watcher, side, questions) if watcher else unheard
-            evaluated = evaluate_and_keep(model, tokenizer, questions, batch_tokens, to / f"answers_{side}.jsonl", shared, hear, processes)
-        if processes.is_first:
+            evaluated = evaluate_and_keep(model, tokenizer, questions, batch_tokens, to / f"answers_{side}.jsonl", shared, hear, distributed)
+        if distributed.is_main_process:
             write_scores(to, side, evaluated.scores, questions, subject.name)
-    return summary(to, subject.name, questions, evaluation.limit) if processes.is_first else {}
+    return summary(to, subject.name, questions, evaluation.limit) if distributed.is_main_process else {}
 
 
 def check_base(subject: Subject) -> None:

@@ -204,13 +204,61 @@ def parse_stages(text: str) -> list[str]:
 def main_job(
     preset_name: str, preset: Preset, runs_dir: Path, name: str | None, device: str, stages: list[str], resume: bool
 ) -> RunFolder | None:
-    """Runs the stages in a new run folder, or goes on in an old one, once it is its turn; None where this process only helped another."""
-    folder = find_run(runs_dir, name, preset_name, preset) if resume else None
-    if world_size() > 1:  # processes that `accelerate launch` has started must not wait for each other's turn
-        path = folder.path if folder else new_path(runs_dir, name, preset_name)
-        return main_job_in_turn(preset_name, preset, path, device, stages, folder)
+    """Go through the stages in a new run folder, or resume an old one, once the device is free.
+
+    Returns None in the other processes of `accelerate launch`, which take their share of the questions only.
+    """
+    # Heavy libraries load only once there is work for them.
+    from lowmem_rmu.distributed import Distributed
+    from lowmem_rmu.evaluation.workers import work
+    from lowmem_rmu.inputs import read_inputs
+    from lowmem_rmu.model.fit import check_fits
+    from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.pipeline import RunContext, is_done, run_config, run_stages
+    from lowmem_rmu.status import StatusWriter
+
+    existing = find_run(runs_dir, name, preset_name, preset) if resume else None
+    with device_turn(runs_dir, name, preset_name, existing) as path:
+        if existing is not None:
+            # The model may have a new commit on the Hub since the run began.
+            preset = preset_of_run(existing.config, existing.path)
+        distributed = Distributed()
+        chosen_device = resolve_device(distributed.device(device))
+        if not distributed.is_main_process:
+            inputs = read_inputs(preset, stages)
+            work(preset, inputs.tokenizer, inputs.questions, chosen_device, distributed)
+            return None
+
+        # Refuse what cannot work before anything is loaded or written.
+        remaining = [stage for stage in stages if existing is None or not is_done(existing, stage)]
+        check_fits(preset, chosen_device, remaining)
+        inputs = read_inputs(preset, stages)
+        print_left_out(inputs.sources)
+
+        folder = existing
+        if folder is None:
+            config = run_config(preset_name, preset, chosen_device, inputs.sources)
+            # Until it has its config.json, the folder looks like that of a killed start.
+            with one_at_a_time(runs_dir):
+                folder = RunFolder.create(runs_dir, path.name)
+                write_json(folder.path / "config.json", config)
+        with present(folder.path), watched(folder.path) as watcher:
+            status = StatusWriter(folder, watcher)
+            run_stages(RunContext(preset, folder, inputs, chosen_device, stages, status, distributed))
+        return folder
+
+
+@contextmanager
+def device_turn(runs_dir: Path, name: str | None, preset_name: str, existing: RunFolder | None) -> Iterator[Path]:
+    """Choose the folder of a run and wait until the device is free. Yields the folder's path.
+
+    Raises UserError for a name that is taken and a run that is under way, and Stopped where a stop was requested meanwhile.
+    """
+    if world_size() > 1:  # the processes of `accelerate launch` must not wait for each other
+        yield existing.path if existing else new_path(runs_dir, name, preset_name)
+        return
     with one_at_a_time(runs_dir):
-        path = folder.path if folder else new_path(runs_dir, name, preset_name)
+        path = existing.path if existing else new_path(runs_dir, name, preset_name)
         process = process_of(runs_dir, path.name)
         if process and process.pid != os.getpid():
             raise UserError(
@@ -222,7 +270,7 @@ def main_job(
     waiting = Waiting(path)
     with refusals_noted(path), turn(runs_dir, path.name, os.getpid(), waiting.tell):
         waiting.check_stop()  # all runs before it may have ended since the last look
-        return main_job_in_turn(preset_name, preset, path, device, stages, folder)
+        yield path
 
 
 def new_path(runs_dir: Path, name: str | None, preset_name: str) -> Path:
@@ -234,35 +282,6 @@ def new_path(runs_dir: Path, name: str | None, preset_name: str) -> Path:
         return runs_dir / free_name(runs_dir, RunFolder.new_name(preset_name))
     check_free(runs_dir, name)
     return runs_dir / name
-
-
-def main_job_in_turn(preset_name: str, preset: Preset, path: Path, device: str, stages: list[str], folder: RunFolder | None) -> RunFolder | None:
-    """`path` is where the run goes; `folder` the run to go on with."""
-    from lowmem_rmu.model.fit import check_fits  # heavy libraries load only once there is work for them
-    from lowmem_rmu.model.loading import resolve_device
-    from lowmem_rmu.pipeline import Job, help_evaluate, is_done, read_inputs, run_config
-    from lowmem_rmu.processes import Processes
-
-    if folder is not None:
-        # The model may have a new commit on the Hub since the run began.
-        preset = preset_of_run(folder.config, folder.path)
-    processes = Processes()
-    on = resolve_device(processes.device(device))
-    if not processes.is_first:
-        help_evaluate(preset, read_inputs(preset, stages), on, processes)
-        return None
-    check_fits(preset, on, [stage for stage in stages if folder is None or not is_done(folder, stage)])
-    inputs = read_inputs(preset, stages)
-    print_left_out(inputs.sources)
-    if folder is None:
-        config = run_config(preset_name, preset, on, inputs.sources)
-        # Until it has its config.json, the folder looks like that of a killed start.
-        with one_at_a_time(path.parent):
-            folder = RunFolder.create(path.parent, path.name)
-            write_json(folder.path / "config.json", config)
-    with present(folder.path), watched(folder.path) as watcher:
-        Job(preset, folder, inputs, on, stages, watcher, processes).run()
-    return folder
 
 
 def forget_old_stop(stop: Path) -> None:
@@ -403,10 +422,10 @@ def _millions(count: int) -> str:
 def print_plan(preset: Preset, device: str, stages: list[str]) -> None:
     """What would be loaded, downloaded and trained, and the memory each stage needs."""
     from lowmem_rmu.data.sources import find_sources, sentences
+    from lowmem_rmu.inputs import needs_text
     from lowmem_rmu.model.loading import check_checkpoint, resolve_device
     from lowmem_rmu.model.memory import gib, memory_available
     from lowmem_rmu.model.memory import plan as memory_plan
-    from lowmem_rmu.pipeline import needs_text
 
     on, console = resolve_device(device), Console()
     check_checkpoint(preset.model)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from typer.testing import CliRunner
 
 from lowmem_rmu import __main__ as verbs
-from lowmem_rmu import chat, pipeline, report
+from lowmem_rmu import chat, inputs, report
 from lowmem_rmu import run as command_line
 from lowmem_rmu.audit import suite
 from lowmem_rmu.export import reproduce, verification
@@ -140,7 +140,7 @@ def spoilable(forgetful: RunFolder, tmp_path_factory: pytest.TempPathFactory) ->
         run = RunFolder(Path(shutil.copytree(forgetful.path, runs / forgetful.path.name)))
         (runs.parent / "tiny.yaml").write_text(yaml.safe_dump(run.config["settings"]), encoding="utf-8")
         loaded: dict[str, Any] = {}
-        patch.setattr(pipeline, "read_inputs", cached(pipeline.read_inputs))
+        patch.setattr(inputs, "read_inputs", cached(inputs.read_inputs))
         patch.setattr(fit, "check_fits", lambda *_: None)
         patch.setattr(suite, "prepare", cached(suite.prepare))
         patch.setattr(suite.Audit, "_too_large", lambda *_: None)

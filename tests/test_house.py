@@ -13,12 +13,33 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lowmem_rmu"
 LAYERS = (
-    "app", "lowmem_rmu.__main__", "lowmem_rmu.run", "lowmem_rmu.measure", "lowmem_rmu.pipeline", "lowmem_rmu.ui", "lowmem_rmu.audit",
-    "lowmem_rmu.report", "lowmem_rmu.export", "lowmem_rmu.evaluation", "lowmem_rmu.unlearning", "lowmem_rmu.neighbors",
-    "lowmem_rmu.chat", "lowmem_rmu.data",
-    "lowmem_rmu.model", "lowmem_rmu.processes", "lowmem_rmu.presets", "lowmem_rmu.turns", "lowmem_rmu.runs", "lowmem_rmu.records",
-    "lowmem_rmu.parsing", "lowmem_rmu.console", "lowmem_rmu.errors", "lowmem_rmu",
-)  # fmt: skip
+    "app",
+    "lowmem_rmu.__main__",
+    "lowmem_rmu.run",
+    "lowmem_rmu.measure",
+    "lowmem_rmu.pipeline",
+    "lowmem_rmu.inputs",
+    "lowmem_rmu.ui",
+    "lowmem_rmu.audit",
+    "lowmem_rmu.report",
+    "lowmem_rmu.export",
+    "lowmem_rmu.evaluation",
+    "lowmem_rmu.unlearning",
+    "lowmem_rmu.neighbors",
+    "lowmem_rmu.chat",
+    "lowmem_rmu.data",
+    "lowmem_rmu.model",
+    "lowmem_rmu.distributed",
+    "lowmem_rmu.presets",
+    "lowmem_rmu.turns",
+    "lowmem_rmu.status",
+    "lowmem_rmu.runs",
+    "lowmem_rmu.records",
+    "lowmem_rmu.parsing",
+    "lowmem_rmu.console",
+    "lowmem_rmu.errors",
+    "lowmem_rmu",
+)
 """From top to bottom: a module imports from its own layer or from those after it. The last is the bare package: its version."""
 DISTRIBUTIONS = {"yaml": "PyYAML"}
 """Modules whose distribution has another name."""

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_rmu.audit.recovery import Values, less_what_base_gains
 from lowmem_rmu.data.corpora import read_documents, split_held_out
 from lowmem_rmu.data.tokens import encode_texts
+from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.evaluation.multiple_choice import CHANCE, Answer, Asked, Work, answer, by_prompt
 from lowmem_rmu.evaluation.perplexity import sequence_losses
 from lowmem_rmu.presets import Corpus
-from lowmem_rmu.processes import Processes
 
 RARE = 0.05
 """A word of a question that so large a share of the questions at most has says what the question is about."""
@@ -122,7 +122,7 @@ class Texts:
 def answers_of(model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Asked], batch_tokens: int) -> list[Answer]:
     """What the model answers to prompts of whatever form, in their order."""
     places, found = by_prompt(asked), dict[str, list[float]]()
-    for some in Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens).results(set(), Processes()):
+    for some in Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens).results(set(), Distributed()):
         found |= some
     return [answer(each, found[each.prompt.digest]) for each in asked]
 

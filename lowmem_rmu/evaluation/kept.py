@@ -7,9 +7,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import QuestionSet
+from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, evaluate
 from lowmem_rmu.evaluation.scorer import find_batch_tokens
-from lowmem_rmu.processes import Processes
 from lowmem_rmu.records import AnswerRow, KnownAnswer, file_digest, read_record
 from lowmem_rmu.runs import add_lines, make_private, read_lines, write_json, write_lines
 
@@ -25,14 +25,14 @@ def evaluate_and_keep(
     path: Path,
     shared: Path | None,
     progress: Callable[[int, float], bool],
-    processes: Processes,
+    distributed: Distributed,
 ) -> Evaluated:
     """As `evaluate`, with the answers in `path`, in the order of the questions once all are there.
 
     `shared` holds what the same model has answered elsewhere, and gets what is new. Only the first process reads and writes.
     """
-    if not processes.is_first:
-        return evaluate(model, tokenizer, sets, batch_tokens, processes=processes)
+    if not distributed.is_main_process:
+        return evaluate(model, tokenizer, sets, batch_tokens, distributed=distributed)
     before = read_lines(path, AnswerRow)
     write_lines(path, before)  # without the line that a kill may have torn, and without damaged ones: they are asked again
     known = {row["prompt"]: row["logprobs"] for row in (read_lines(shared, KnownAnswer) if shared else []) + before if row["logprobs"]}
@@ -43,7 +43,7 @@ def evaluate_and_keep(
             add_lines(shared, [{"prompt": row["prompt"], "logprobs": row["logprobs"]} for row in answers])
         add_lines(path, answers)
 
-    evaluated = evaluate(model, tokenizer, sets, batch_tokens, known, keep, progress, processes)
+    evaluated = evaluate(model, tokenizer, sets, batch_tokens, known, keep, progress, distributed)
     write_lines(path, evaluated.answers)
     evaluated.scores["answers_sha256"] = file_digest(path)  # so that a later reader sees whether the file is still whole
     return evaluated

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.data.tokens import encode_texts
+from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.prompts import Prompt, prompt
 from lowmem_rmu.evaluation.scorer import Request, Scorer, can_share_prefix, plan_batches
 from lowmem_rmu.model.logits import NOT_FINITE
-from lowmem_rmu.processes import Processes
 
 CHANCE = 1 / len(LETTERS)
 ROUND = 4  # batches that each process takes before they tell each other
@@ -58,7 +58,7 @@ def evaluate(
     known: Mapping[str, list[float]] | None = None,
     keep: Callable[[list[Answer]], None] = lambda answers: None,
     progress: Progress = lambda done, accuracy: False,
-    processes: Processes | None = None,
+    distributed: Distributed | None = None,
 ) -> Evaluated:
     """Asks the model every question as it stands (adapter on or off); of `processes`, each asks its share of them.
 
@@ -66,20 +66,20 @@ def evaluate(
     `progress` hears questions done and accuracy so far, and may ask to stop: then Interrupted is raised. Of several processes, those
     of the first one count.
     """
-    processes = processes or Processes()
-    known = processes.from_first(known)
+    distributed = distributed or Distributed()
+    known = distributed.broadcast(known)
     started, everything = time.monotonic(), ask(sets)
     places = by_prompt(everything)
     fitting = {digest: len(same[0].question.choices) for digest, same in places.items()}
     logprobs = {digest: values for digest, values in (known or {}).items() if len(values) == fitting.get(digest)}
     done = [answer(each, values) for digest, values in logprobs.items() for each in places[digest]]
     known_before, work = len(done), Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens)
-    for found in work.results(set(logprobs), processes):
+    for found in work.results(set(logprobs), distributed):
         new = [answer(each, values) for digest, values in found.items() for each in places[digest]]
         logprobs |= found
         done += new
         keep(new)
-        if processes.from_first(progress(len(done), sum(each["correct"] for each in done) / max(1, len(done)))):
+        if distributed.broadcast(progress(len(done), sum(each["correct"] for each in done) / max(1, len(done)))):
             raise Interrupted
     answers = [answer(each, logprobs[each.prompt.digest]) for each in everything]
     scores = score(sets, answers, time.monotonic() - started)
@@ -138,17 +138,17 @@ class Work:
             self.requests += kept
         self.batches = plan_batches(self.requests, groups.values(), batch_tokens, can_share_prefix(model))
 
-    def results(self, known: set[str], processes: Processes) -> Iterator[dict[str, list[float]]]:
+    def results(self, known: set[str], distributed: Distributed) -> Iterator[dict[str, list[float]]]:
         """Log-probabilities by prompt, as they come. A batch is computed whole where any prompt in it is not known, so that its figures
         are the same to the bit whatever was known before."""
         have = {number for digest in known for number in self.numbers[digest]}
         batches = [batch for batch in self.batches if not have.issuperset(batch.numbers)]
         missing = [digest for digest in self.numbers if digest not in known]
         found: dict[int, list[float]] = {}
-        size = 1 if processes.count == 1 else processes.count * ROUND
+        size = 1 if distributed.num_processes == 1 else distributed.num_processes * ROUND
         for start in range(0, len(batches), size):
-            mine = processes.mine(batches[start : start + size])
-            for part in processes.gathered([dict(zip(batch.numbers, self.scorer.score(self.requests, batch), strict=True)) for batch in mine]):
+            mine = distributed.split(batches[start : start + size])
+            for part in distributed.gather([dict(zip(batch.numbers, self.scorer.score(self.requests, batch), strict=True)) for batch in mine]):
                 found |= part
             complete = [digest for digest in missing if all(number in found for number in self.numbers[digest])]
             missing = [digest for digest in missing if digest not in set(complete)]

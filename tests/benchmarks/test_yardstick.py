@@ -13,8 +13,8 @@ from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import trainable
-from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 from lowmem_rmu.unlearning.steering import unit_vector
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
 STEPS, LAYERS, TARGET, ALPHA, COEFFICIENT, RATE = 20, [2, 3], 3, 30.0, 6.5, 1e-3
 PAD = 2

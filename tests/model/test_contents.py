@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.merge import merge
+from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.measure import find_subject, measure
 from lowmem_rmu.model.contents import places_of
 from lowmem_rmu.model.loading import check_checkpoint, load_config, load_model, skeleton
-from lowmem_rmu.pipeline import read_inputs
 from lowmem_rmu.presets import Evaluation, ModelSettings, load_preset
-from lowmem_rmu.processes import Processes
 from tests.export.conftest import save_run
 
 CPU = torch.device("cpu")
@@ -115,7 +115,7 @@ def test_layers_that_are_not_read_may_hold_anything(folder: Path) -> None:
 def test_every_verb_says_it_before_any_work(folder: Path, tmp_path: Path) -> None:
     edit_weights(folder, fp8)
     with pytest.raises(UserError, match="is stored as F8_E4M3"):
-        measure(find_subject(str(folder)), Evaluation(), CPU, tmp_path / "evaluation", None, Processes())
+        measure(find_subject(str(folder)), Evaluation(), CPU, tmp_path / "evaluation", None, Distributed())
     assert not (tmp_path / "evaluation").exists()
     preset = load_preset("tiny", [f"model.name={folder}", "rmu.target_layer=3", "rmu.adapter_layers=[1]"])
     with pytest.raises(UserError, match="is stored as F8_E4M3"):

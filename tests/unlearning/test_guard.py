@@ -18,8 +18,8 @@ from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import BestWeights, trainable
 from lowmem_rmu.unlearning.guard import Check, Guard, GuardData, Kind, best_of, collapse, has_collapsed, is_too_far, letter_share
-from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 from lowmem_rmu.unlearning.losses import SINK_RATIO
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")
 TEXTS = [[1, *range(start, start + 12 + start % 3)] for start in range(20, 60, 8)]

@@ -25,8 +25,8 @@ from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning import trainer
 from lowmem_rmu.unlearning.checkpoint import trainable
-from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 from lowmem_rmu.unlearning.steering import unit_vector
+from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")
 PAD = 2
