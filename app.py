@@ -74,8 +74,9 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Opens the app on http://127.0.0.1:7860."""
+    from lowmem_rmu.cli.errors import friendly_exit
+    from lowmem_rmu.cli.startup import quiet_libraries
     from lowmem_rmu.errors import UserError
-    from lowmem_rmu.run import friendly_exit, quiet_libraries
     from lowmem_rmu.runs import make_private
     from lowmem_rmu.ui.access import Access, Sites, Token
 

@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from benchmarks.harness import harness_model, mmlu, quiet_harness
 from benchmarks.rmu_step import PeakMemory
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import QuestionSet, load_task
 from lowmem_rmu.errors import UserError, nearest
@@ -37,7 +39,6 @@ from lowmem_rmu.evaluation.scorer import find_batch_tokens
 from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
 from lowmem_rmu.model.memory import gib
 from lowmem_rmu.presets import ModelSettings, Task, known_tasks
-from lowmem_rmu.run import friendly_exit, quiet_libraries
 
 T = TypeVar("T")
 BATCH_SIZES = (1, 4, 8, 16)  # of the harness, tried out on about so many questions, so often:

@@ -32,6 +32,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
 from benchmarks.shapes import RandomWeight
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.model.changes import BEFORE, FIRST_FACTOR, SECOND_FACTOR, adapted_digests
 from lowmem_rmu.model.loading import skeleton
@@ -41,7 +43,6 @@ from lowmem_rmu.model.shards import INDEX
 from lowmem_rmu.model.stored import checkpoint_tensors
 from lowmem_rmu.pipeline import run_config
 from lowmem_rmu.presets import Preset, load_preset
-from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.runs import RunFolder, write_json
 
 KINDS = {"copy": "shutil.copytree", "copies": "merge, everything copied", "links": "merge, unchanged files linked"}

@@ -24,6 +24,9 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.run import parse_stages
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model import shards
@@ -31,7 +34,6 @@ from lowmem_rmu.model.loading import keep_layers, resolve_device
 from lowmem_rmu.model.memory import StageNeed, config_for_plan, gib, memory_in_use, plan, reset_peak
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import Corpus, Preset, Task, load_preset
-from lowmem_rmu.run import friendly_exit, parse_stages, quiet_libraries
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
 from lowmem_rmu.status import StatusWriter
 

@@ -31,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from benchmarks.shapes import random_model
 from benchmarks.yardstick import Padded, Yardstick
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.loading import load_model, resolve_device, resolve_dtype, skeleton
 from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available
 from lowmem_rmu.presets import Corpus, Preset, Topic, load_preset
-from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.unlearning.steering import unit_vector
 from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 

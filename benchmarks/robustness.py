@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 from lowmem_rmu.audit import relearning
 from lowmem_rmu.audit.audited import SIDES, Audited, prepare
 from lowmem_rmu.audit.knowledge import Knowledge, Questions, Texts, evenly, held_out_documents
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.corpora import tokenise
 from lowmem_rmu.data.questions import QuestionSet
@@ -33,7 +35,6 @@ from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import Preset, load_preset
-from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.runs import RunFolder, write_json
 from lowmem_rmu.status import StatusWriter
 

@@ -24,6 +24,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
 from benchmarks.robustness import Silent
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import LETTERS
 from lowmem_rmu.errors import UserError
@@ -35,7 +37,6 @@ from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
 from lowmem_rmu.neighbors import save_passages, write_passages
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import ModelSettings, Preset, load_preset
-from lowmem_rmu.run import friendly_exit, quiet_libraries
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
 from lowmem_rmu.status import StatusWriter
 from lowmem_rmu.unlearning.guard import Check, best_of

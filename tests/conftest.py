@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, MistralConfig, MixtralConfig, PretrainedConfig, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from lowmem_rmu import run as command_line
+from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import RunFolder
 from tests.families import FAMILIES, Family

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from lowmem_rmu import __main__ as verbs
 from lowmem_rmu import chat, inputs, report
-from lowmem_rmu import run as command_line
 from lowmem_rmu.audit import suite
+from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.export import reproduce, verification
 from lowmem_rmu.model import fit
 from lowmem_rmu.model.adapters import load_adapter

@@ -22,9 +22,10 @@ import torch
 import yaml
 
 from lowmem_rmu import report
+from lowmem_rmu.cli.run import main_job
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.evaluation.kept import BASE_ANSWERS
 from lowmem_rmu.presets import load_preset
-from lowmem_rmu.run import main_job, quiet_libraries
 from lowmem_rmu.runs import STAGES, read_lines
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="folders are told by their descriptors in /proc")

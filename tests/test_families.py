@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowmem_rmu import run as command_line
 from lowmem_rmu.chat import ChatModel, Sampling
+from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.merge import merge
 from lowmem_rmu.model.loading import load_config

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from lowmem_rmu.cli.run import main_job
+from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.presets import load_preset
-from lowmem_rmu.run import main_job, quiet_libraries
 
 KILLS = 20
 SETTINGS = ["rmu.steps=90", "rmu.batch_size=2", "rmu.retain_batch_size=2", "rmu.checkpoint_every=1", "rmu.cache_in=disk"]

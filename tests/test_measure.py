@@ -11,8 +11,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from lowmem_rmu import run as command_line
 from lowmem_rmu.__main__ import app
+from lowmem_rmu.cli.progress import Lines
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.measure import check_base, choose_tasks, find_subject
 from lowmem_rmu.runs import read_lines, write_json
@@ -78,7 +78,7 @@ def test_a_stopped_evaluation_says_how_to_go_on_and_ends_the_same(tmp_path: Path
     small = ("--batch-tokens", "512")
     assert evaluate(TINY / "model", tmp_path / "one/whole", *small).exit_code == 0
     with monkeypatch.context() as patched:
-        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: True)
+        patched.setattr(Lines, "asks_to_stop", lambda self: True)
         stopped = evaluate(TINY / "model", tmp_path / "two/stopped", *small)
     assert stopped.exit_code == 130
     assert f"go on with: the same command with --to {tmp_path / 'two/stopped'}" in stopped.stderr

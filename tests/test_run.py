@@ -32,7 +32,10 @@ from safetensors.torch import load_file
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 from typer.testing import CliRunner
 
-from lowmem_rmu import run as command_line
+from lowmem_rmu.cli import run as command_line
+from lowmem_rmu.cli.errors import resume_command
+from lowmem_rmu.cli.progress import Interrupts, Lines
+from lowmem_rmu.cli.tables import accuracy_table, text_table
 from lowmem_rmu.data.questions import Question, QuestionSet, load_questions, stratified, unasked_subjects
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json
@@ -186,7 +189,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_stopped(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: self.stage == "unlearn")
+        patched.setattr(Lines, "asks_to_stop", lambda self: self.stage == "unlearn")
         result = run_tiny(tmp_path, "stopped")
     assert result.exit_code == 130
     assert "go on with: python -m lowmem_rmu.run" in result.stderr
@@ -211,7 +214,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_the_same(
     assert run_tiny(tmp_path, "whole", *small).exit_code == 0
     shutil.rmtree(tmp_path / ".base_answers")
     with monkeypatch.context() as patched:
-        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: self.stage == f"evaluate-{side}")
+        patched.setattr(Lines, "asks_to_stop", lambda self: self.stage == f"evaluate-{side}")
         assert run_tiny(tmp_path, "stopped", *small).exit_code == 130
     answers = tmp_path / f"stopped/evaluation/answers_{side}.jsonl"
     there = answers.read_text()
@@ -321,7 +324,7 @@ def read_all(terminal: int) -> None:
 
 
 def test_a_closed_terminal_is_heard_once_and_under_nohup_not_at_all() -> None:
-    interrupts, before = command_line.Interrupts(), signal.getsignal(signal.SIGHUP)
+    interrupts, before = Interrupts(), signal.getsignal(signal.SIGHUP)
     with interrupts.watched():
         for _ in range(3):
             interrupts._hang_up(signal.SIGHUP, None)
@@ -337,12 +340,12 @@ def test_a_closed_terminal_is_heard_once_and_under_nohup_not_at_all() -> None:
 def test_what_goes_on_with_a_run_can_be_pasted_into_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["my presets/a.yaml", "--set", "title=It's $HOME; rm", "--runs-dir", "my runs", "--resume"]
     monkeypatch.setattr(sys, "argv", ["/x/lowmem_rmu/run.py", *given])
-    words = shlex.split(command_line.resume_command(Path("my runs/tiny-1")))
+    words = shlex.split(resume_command(Path("my runs/tiny-1")))
     assert words == ["python", "-m", "lowmem_rmu.run", *given[:-1], "--name", "tiny-1", "--resume"]
     for name in (["--name", "mine"], ["--name=mine"]):
         monkeypatch.setattr(sys, "argv", ["/x/lowmem_rmu/__main__.py", "run", "tiny", *name])
         expected = ["python", "-m", "lowmem_rmu", "run", "tiny", *name, "--resume"]
-        assert shlex.split(command_line.resume_command(Path("runs/mine"))) == expected
+        assert shlex.split(resume_command(Path("runs/mine"))) == expected
 
 
 def test_runs_that_start_within_a_second_get_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +523,8 @@ def test_only_refusals_are_noted(tmp_path: Path) -> None:
 
 LISTENS = """
 import time
-from lowmem_rmu.run import Interrupts, friendly_exit
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.progress import Interrupts
 interrupts = Interrupts()
 with friendly_exit(), interrupts.watched():
     print("ready", flush=True)
@@ -550,7 +554,7 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals, stops
 
 def test_signals_are_handled_as_before_once_the_work_is_done() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    interrupts = command_line.Interrupts()
+    interrupts = Interrupts()
     with pytest.raises(RuntimeError, match="broke"), interrupts.watched():
         raise RuntimeError("broke")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -571,7 +575,7 @@ def test_signals_that_come_while_a_run_is_stopping_lose_nothing(
         write(self, stage, step, total, state, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(command_line.Lines, "asks_to_stop", lambda self: self.stage == "unlearn")
+        patched.setattr(Lines, "asks_to_stop", lambda self: self.stage == "unlearn")
         patched.setattr(RunFolder, "write_status", interrupted)
         result = run_tiny(tmp_path, "both", "--stages", "unlearn")
     assert result.exit_code == 130, result.output
@@ -891,7 +895,7 @@ def rows_of(sets: list[QuestionSet], lost: int = 0) -> list[dict[str, Any]]:
 
 def test_the_tables_of_a_run_fit_in_80_columns(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
-    lines = printed(command_line.accuracy_table(summary))
+    lines = printed(accuracy_table(summary))
     names = [line.split()[0] for line in lines if " ± " in line and line.split()[0] != "Accuracy"]
     assert names == [row["task"].removeprefix(f"{row['group']}_") for row in summary["rows"]], "each on one line of its own"
     assert names.index("gates") < names.index("birds")
@@ -899,21 +903,21 @@ def test_the_tables_of_a_run_fit_in_80_columns(finished: Path) -> None:
 
 
 def test_changes_that_are_larger_than_noise_are_marked() -> None:
-    five, six = (printed(command_line.accuracy_table({"rows": rows_of([asked("quiz", 30)], lost)})) for lost in (5, 6))
+    five, six = (printed(accuracy_table({"rows": rows_of([asked("quiz", 30)], lost)})) for lost in (5, 6))
     assert "*" not in line_of("quiz", five)
     assert line_of("quiz", six).endswith(" *")
 
 
 def test_averages_are_shown_where_subjects_are_too_many() -> None:
     sets = [asked(f"m_{index}", 1, "m", averages=("m_even", "both") if index % 2 == 0 else ("both",)) for index in range(14)]
-    lines = printed(command_line.accuracy_table({"rows": rows_of([*sets, asked("quiz", 1, averages=("both",))])}))
+    lines = printed(accuracy_table({"rows": rows_of([*sets, asked("quiz", 1, averages=("both",))])}))
     assert [line.split()[0] for line in lines if "kept" in line] == ["m", "even", "quiz", "both"]
 
 
 def test_tables_say_of_what_they_show_a_sample_and_how_it_was_asked() -> None:
     five = (Question("?", ("a", "b", "c", "d"), 0),) * 5
     sets = [asked("m_a", 3, "m", sampled_from=1200, examples=five), asked("quiz", 1400, scoring="cloze")]
-    lines = printed(command_line.accuracy_table({"rows": rows_of(sets)}), width=120)
+    lines = printed(accuracy_table({"rows": rows_of(sets)}), width=120)
     assert line_of("m", lines).split()[:3] == ["m", "5-shot", "kept"]
     assert "3 of 1,200" in line_of("a", lines)
     assert "shot" not in line_of("a", lines), "its task says so"
@@ -923,7 +927,7 @@ def test_tables_say_of_what_they_show_a_sample_and_how_it_was_asked() -> None:
 def test_the_table_says_which_subjects_a_limit_left_without_a_question() -> None:
     sets = stratified([asked("m_a", 300, "m"), asked("m_b", 200, "m"), asked("m_small", 3, "m")], 2)
     lines = printed(
-        command_line.accuracy_table({"rows": rows_of(sets), "unasked": unasked_subjects(sets)}), width=120
+        accuracy_table({"rows": rows_of(sets), "unasked": unasked_subjects(sets)}), width=120
     )
     assert "2 of 503" in line_of("m", lines)
     assert lines[-1].strip() == "Fewer questions than subjects. m: no question on small."
@@ -935,17 +939,17 @@ def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_column
     texts = compare_texts({"compounds": "forgotten", "retain": "kept"}, {"compounds": before, "retain": before}, {
         "compounds": after, "retain": before | {"kl": 0.0312, "kl_stderr": 0.0021},
     })  # fmt: skip
-    lines = printed(command_line.text_table({"texts": texts}))
+    lines = printed(text_table({"texts": texts}))
     assert line_of("compounds", lines).split(maxsplit=2)[2] == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
     assert lines[-1] == "KL from base to unlearned in nats a token: retain 0.0312 ± 0.0021"
-    alone = printed(command_line.text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
+    alone = printed(text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
     assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]
     assert not any("KL" in line for line in alone)
 
 
 def test_work_of_unknown_length_is_told_piece_by_piece() -> None:
     told = io.StringIO()
-    lines = command_line.Lines(Console(file=told), command_line.Interrupts())
+    lines = Lines(Console(file=told), Interrupts())
     lines.started("relearning", 0)
     for done, piece in enumerate(("base", "unlearned")):
         lines.advanced(done, {"": piece})
@@ -973,7 +977,7 @@ class Avx512(MetaPathFinder):
 
 sys.meta_path.insert(0, Avx512())
 if sys.argv[1] == "quiet":
-    from lowmem_rmu.run import quiet_libraries
+    from lowmem_rmu.cli.startup import quiet_libraries
     quiet_libraries()
 import lowmem_rmu.pipeline
 from transformers.integrations import hub_kernels
@@ -990,7 +994,7 @@ def test_compiled_code_of_the_hub_is_never_loaded_where_the_package_for_it_is_in
     about = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
-    path = os.pathsep.join([str(tmp_path), str(Path(command_line.__file__).parents[1])])
+    path = os.pathsep.join([str(tmp_path), str(Path(command_line.__file__).parents[2])])
     command = [sys.executable, "-c", FAKE_KERNELS, mode]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False)
     expected = (0, "nothing was fetched\n") if mode == "quiet" else (77, "")

@@ -22,11 +22,11 @@ from lowmem_rmu.audit.audited import prepare
 from lowmem_rmu.audit.suite import ATTACKS, Audit
 from lowmem_rmu.audit.tables import audit_tables
 from lowmem_rmu.audit.verdict import CONTROLS
+from lowmem_rmu.cli.progress import watched
 from lowmem_rmu.console import Console, prepare_streams
 from lowmem_rmu.model.adapters import save_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import ModelSettings, load_preset
-from lowmem_rmu.run import watched
 from lowmem_rmu.runs import write_json
 from lowmem_rmu.tiny.build import FORGOTTEN, HERE, IGNORE, LETTERS, LessonBatch, Lessons, collate, header, new_model, question_block, train
 from lowmem_rmu.tiny.world import Fact, World, conversation, multiple_choice

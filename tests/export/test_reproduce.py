@@ -10,7 +10,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from lowmem_rmu import run as command_line
+from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.data.corpora import read_documents
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export import reproduce

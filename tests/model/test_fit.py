@@ -9,7 +9,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lowmem_rmu import run as command_line
+from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import fit
 from lowmem_rmu.model.fit import changed_plan, check_fits, out_of_memory, savings

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lowmem_rmu import run as command_line
+from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.presets import load_preset
 
 

@@ -1,0 +1,86 @@
+"""The verb `audit`: attack a run's model."""
+
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowmem_rmu.cli.errors import friendly_exit
+from lowmem_rmu.cli.progress import say_once, watched
+from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.console import Console, print_json
+from lowmem_rmu.runs import RunFolder, Stopped, present
+from lowmem_rmu.turns import turn
+
+if TYPE_CHECKING:
+    from lowmem_rmu.audit.suite import Settings
+
+
+def audit(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
+    attacks: Annotated[str, typer.Option(help="Which ones, with commas between them; all if left out.")] = "",
+    budget: Annotated[float | None, typer.Option(min=0, help="Minutes it may take; what does not fit is named.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions per forgotten task at most; what --power takes if left out.")
+    ] = None,
+    power: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=0.99, help="Probability to find what is gone; 0.8 with 100 to 300 questions per task."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what each attack will take; try nothing.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Discard what an earlier audit of the run found.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print audit.json.")] = False,
+) -> None:
+    """Attacks a run's model: is what it forgot gone, or only hidden?"""
+    quiet_libraries()
+    with friendly_exit():
+        from lowmem_rmu.audit.suite import ATTACKS, Settings  # heavy libraries load only once there is work for them
+
+        folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
+        names = [name.strip() for name in attacks.split(",") if name.strip()] or list(ATTACKS)
+        run_attacks(folder, names, budget, Settings(limit, seed), plan, again, device, as_json, power)
+
+
+def run_attacks(
+    folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str,
+    as_json: bool, power: float | None = None,
+) -> None:  # fmt: skip
+    """Waits for its turn, for attacks take the device; prints what they will take and, unless that is all that is asked, what they found.
+
+    All is printed before the turn ends: who sees that it has ended reads there how.
+    """
+    from lowmem_rmu.audit.suite import Audit, open_audit
+    from lowmem_rmu.audit.tables import audit_tables, cost_table
+    from lowmem_rmu.evaluation.summary import note_audit
+    from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.report import write_report
+
+    on, chosen = resolve_device(device), Audit.choose(names)
+    try:
+        with (
+            turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once("audit")),
+            present(folder.path),
+            watched(folder.path, "Audit") as watcher,
+            TemporaryDirectory() as scratch,
+        ):
+            opened = open_audit(folder, on, settings, watcher, again, power, Path(scratch) if plan else None)
+            Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
+            if opened.power:
+                print(opened.power.words, file=sys.stderr)
+            if plan:
+                return
+            try:
+                found = opened.run(chosen, None if budget is None else 60 * budget)
+            finally:  # what was found until a stop is told too
+                if (folder.path / "summary.json").exists():
+                    note_audit(folder)
+                    write_report(folder)
+            print_json(found) if as_json else Console().print(audit_tables(found))
+            print(f"Audited: {folder.audit_result}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        raise Stopped(folder.path, "the same command") from None

@@ -1,0 +1,37 @@
+"""The verb `presets`, and what a preset needs."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.console import Console
+from lowmem_rmu.presets import load_preset, preset_names
+
+
+def presets() -> None:
+    """Lists the presets."""
+    quiet_libraries()
+    Console().print(presets_table())
+
+
+def presets_table() -> Table:
+    """Every preset: model, size, memory, what is forgotten."""
+    import torch
+
+    from lowmem_rmu.model.memory import config_for_plan, count_weights, gib
+    from lowmem_rmu.model.memory import plan as memory_plan
+
+    table = Table(title="Presets", title_justify="left")
+    for column in ("Preset", "Model", "Parameters", "GPU memory needed", "Forgets"):
+        table.add_column(column, no_wrap=column == "Preset", overflow="fold")
+    for name in preset_names():
+        preset = load_preset(name)
+        weights = count_weights(config_for_plan(preset), preset.rmu.modules)
+        needed = max(stage.total for stage in memory_plan(preset, torch.device("cuda")))
+        table.add_row(name, Path(preset.model.name).name, millions(weights.total()), gib(needed), ", ".join(preset.topics))
+    return table
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
