@@ -28,7 +28,10 @@ def parse_auth(text: str | None, host: str, share: bool) -> tuple[str, str] | No
 
     if not text:
         if share or not is_loopback(host):
-            raise UserError(f"Others could reach this page: give --auth-file FILE, or set {AUTH}, or leave out --share and --host.")
+            raise UserError(
+                f"Others could reach this page: give --auth-file FILE, or set {AUTH}, or leave out --share "
+                "and --host."
+            )
         return None
     user, separator, password = text.partition(":")
     if not user or not separator or not password:
@@ -127,7 +130,10 @@ def launch(
             print(f"Open {address}/{secret} in a browser.", file=sys.stderr, flush=True)
             page.block_thread()
     except OSError as error:
-        raise UserError(f"The app cannot listen on {host}:{port}: {error}\nIs it running already? Try --port {port + 1}.") from error
+        raise UserError(
+            f"The app cannot listen on {host}:{port}: {error}",
+            f"Is it running already? Try --port {port + 1}.",
+        ) from error
 
 
 if __name__ == "__main__":

@@ -209,7 +209,10 @@ def choose_subjects(data: Path, names: str | None) -> tuple[str, ...]:
     """Those that are named, or all that there are. Raises UserError where one is missing."""
     there = sorted(path.stem.removesuffix("_test") for path in (data / "test").glob("*_test.csv"))
     if not there:
-        raise UserError(f"{data} holds no test/<subject>_test.csv.\nGive the folder that holds MMLU's test and dev.")
+        raise UserError(
+            f"{data} holds no test/<subject>_test.csv.",
+            "Give the folder that holds MMLU's test and dev.",
+        )
     chosen = names.split(",") if names else there
     for name in chosen:
         if name not in there:

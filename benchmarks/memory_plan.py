@@ -77,7 +77,7 @@ def measure(preset: Preset, device: torch.device, stages: list[str]) -> dict[str
     with TemporaryDirectory() as runs:
         folder = RunFolder.create(Path(runs), "measured")
         write_json(folder.path / "config.json", run_config("measured", preset, device))
-        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder, meter)))
+        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder.path / "status.json", meter)))
         meter.note()
     return meter.peaks
 

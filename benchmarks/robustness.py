@@ -36,7 +36,7 @@ from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import RunFolder, write_json
-from lowmem_rmu.status import StatusWriter
+from lowmem_rmu.status import Silent, StatusWriter
 
 LOWEST_LAYER = " ".join([
     "rmu.target_layer=0 rmu.adapter_layers=[0] rmu.steps=1000 rmu.learning_rate=4e-3",
@@ -44,22 +44,6 @@ LOWEST_LAYER = " ".join([
     *(f"topics.{name}.alpha=100 topics.{name}.adaptive_scale=3" for name in ("compounds", "locks")),
 ])
 """What `tiny` did before: it holds longer, and is not where the paper steers."""
-
-
-class Silent:
-    """Follows a job and says nothing."""
-
-    def started(self, stage: str, total: int) -> None:
-        pass
-
-    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
-        pass
-
-    def noted(self, sentence: str) -> None:
-        pass
-
-    def asks_to_stop(self) -> bool:
-        return False
 
 
 @dataclass(frozen=True)
@@ -90,7 +74,7 @@ def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
     folder = RunFolder.create(runs, "measured")
     write_json(folder.path / "config.json", run_config("measured", preset, device))
     stages = ["unlearn"]
-    run_stages(RunContext(preset, folder, read_inputs(preset, stages), device, stages, StatusWriter(folder, Silent())))
+    run_stages(RunContext(preset, folder, read_inputs(preset, stages), device, stages, StatusWriter(folder.path / "status.json", Silent())))
     return folder.adapter
 
 

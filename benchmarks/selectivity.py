@@ -23,7 +23,6 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
-from benchmarks.robustness import Silent
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
@@ -38,7 +37,7 @@ from lowmem_rmu.neighbors import save_passages, write_passages
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import ModelSettings, Preset, load_preset
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
-from lowmem_rmu.status import StatusWriter
+from lowmem_rmu.status import Silent, StatusWriter
 from lowmem_rmu.unlearning.guard import Check, best_of
 
 
@@ -173,7 +172,7 @@ def measure(preset: Preset, name: str, runs: Path) -> Measured:
     if not (folder.path / "summary.json").exists():
         stages = list(STAGES)
         inputs = read_inputs(preset, stages)
-        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder, Silent())))
+        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder.path / "status.json", Silent())))
     return read_measured(folder)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from lowmem_rmu.data.tokens import encode_texts, special_tokens
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.fit import is_out_of_memory
 from lowmem_rmu.model.loading import load_model, load_tokenizer, unquantised_modules
@@ -282,17 +282,26 @@ def memory_told() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError("Memory ran out.\nStop a run or another program, ask for a shorter answer, or start a new conversation.") from None
+        raise UserError(
+            "Memory ran out.",
+            "Stop a run or another program, ask for a shorter answer, or start a new conversation.",
+        ) from None
 
 
 def check_adapter(folder: RunFolder) -> None:
     if not folder.adapter.exists():
-        raise UserError(f"Run {folder.path} has no adapter yet.\nGo on with it: python -m lowmem_rmu.run ... --resume --name {folder.path.name}")
+        raise UserError(
+            f"Run {folder.path} has no adapter yet.",
+            Fix("Go on with it: {action}", ResumeRun(folder.path.name, "python -m lowmem_rmu.run ...")),
+        )
 
 
 def check_prompt(prompt: str) -> None:
     if not prompt.strip():
-        raise UserError("The prompt is empty.\nType a question, or choose one of the suggested prompts.")
+        raise UserError(
+            "The prompt is empty.",
+            "Type a question, or choose one of the suggested prompts.",
+        )
 
 
 def check_conversation(
@@ -312,19 +321,25 @@ def check_conversation(
     if most is not None and max(lengths) + sampling.max_new_tokens > most:
         raise UserError(
             f"The conversation is {max(lengths)} tokens long with this prompt, and the answer may take "
-            f"{sampling.max_new_tokens} more: the model reads at most {most}.\n"
-            "Shorten the prompt, ask for a shorter answer, or start a new conversation."
+            f"{sampling.max_new_tokens} more: the model reads at most {most}.",
+            "Shorten the prompt, ask for a shorter answer, or start a new conversation.",
         )
 
 
 def check_sampling(sampling: Sampling, most: int | None = None) -> None:
     """Raises UserError for settings that no answer can be made with; `most` is what the model reads at most."""
     if not 0 <= sampling.temperature < float("inf"):
-        raise UserError(f"The temperature is {sampling.temperature:g}: give 0 (always the likeliest word) or a number above it, for example 0.7.")
+        raise UserError(
+            f"The temperature is {sampling.temperature:g}: give 0 (always the likeliest word) or a number "
+            "above it, for example 0.7."
+        )
     if sampling.max_new_tokens < 1:
         raise UserError(f"The length is {sampling.max_new_tokens}: give at least 1 token.")
     if most is not None and sampling.max_new_tokens >= most:
-        raise UserError(f"The length is {sampling.max_new_tokens}, but the model reads at most {most} tokens, prompt and answer together.")
+        raise UserError(
+            f"The length is {sampling.max_new_tokens}, but the model reads at most {most} tokens, prompt "
+            "and answer together."
+        )
     if not 0 <= sampling.seed <= MOST_SEED:
         raise UserError(f"The seed is {sampling.seed}: give a whole number from 0 to {MOST_SEED}.")
 

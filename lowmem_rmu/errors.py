@@ -5,10 +5,12 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
@@ -19,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from pydantic import TypeAdapter
 
 LONGEST_VALUE, LONGEST_WORD, LONGEST_LINE = 100, 500, 2000
 """Characters of a quoted value, a word and a line of a message; the middle of longer ones is left out."""
@@ -26,15 +29,115 @@ _UNPRINTABLE = re.compile("[\0-\b\v-\x1f\x7f-\x9f\ud800-\udfff]")
 """What a terminal takes for a command, or no encoding can write; a line feed and a tab are neither."""
 
 
+@dataclass(frozen=True)
+class ResumeRun:
+    """Resume a run."""
+
+    name: str
+    command: str = ""
+    """What stands in front of the options, where the whole command is said."""
+
+
+@dataclass(frozen=True)
+class AuditAgain:
+    """Discard what an earlier audit found."""
+
+    run: str | None = None
+    """The run's folder, where the whole command is said."""
+
+
+@dataclass(frozen=True)
+class ChangeSettings:
+    """Choose one of several sets of other settings, each with a remark such as the memory that it takes."""
+
+    choices: tuple[tuple[dict[str, Any], str], ...]
+    """Settings by dotted path; `stages` stands for the stages of the run."""
+
+
+Action = ResumeRun | AuditAgain | ChangeSettings
+"""A step that front ends word in different ways: by an option of the command line, or by a button of the page."""
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What to do about an error. `{action}` in the text stands for the action, which each front end words for itself."""
+
+    text: str
+    action: Action
+
+    def words(self, wording: Callable[[Action], str]) -> str:
+        """Return the text with its action in the words of a front end."""
+        return self.text.replace("{action}", wording(self.action))
+
+    def __str__(self) -> str:
+        return self.words(on_command_line)
+
+
+def with_more(fix: str | Fix, text: str) -> str | Fix:
+    """Return a fix with a further line."""
+    return Fix(f"{fix.text}\n{text}", fix.action) if isinstance(fix, Fix) else f"{fix}\n{text}"
+
+
+def on_command_line(action: Action) -> str:
+    """Word an action for the command line."""
+    match action:
+        case ResumeRun(name, command):
+            return f"{command} --resume --name {name}".strip()
+        case AuditAgain(run):
+            return command_line("python", "-m", "lowmem_rmu", "audit", run, "--again") if run else "--again"
+        case ChangeSettings(choices):
+            return "".join(f"\n  {_as_options(settings)}: {remark}" for settings, remark in choices)
+
+
+def _as_options(settings: dict[str, Any]) -> str:
+    options = []
+    for path, value in settings.items():
+        options.append(f"--stages {value}" if path == "stages" else f"--set {path}={str(value).lower()}")
+    return " ".join(options)
+
+
 class UserError(Exception):
-    """A mistake or a limit that the user can mend; the command line prints it without a traceback and exits with 2.
+    """A mistake or a limit that the user can mend. The command line prints it without a traceback and exits with 2.
 
     The message may quote what somebody typed or a server answered: control characters are shown as escapes,
     and what is too long to be read is shortened.
+
+    Args:
+        problem: What is wrong, and where.
+        fix: What to do next.
+        place: The setting, file or field that it is about, where a front end may want to point at it.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(readable(message))
+    def __init__(self, problem: str, fix: str | Fix | None = None, *, place: str | None = None) -> None:
+        self.problem = problem
+        self.fix = fix
+        self.place = place
+        super().__init__(self.words(on_command_line))
+
+    def words(self, wording: Callable[[Action], str]) -> str:
+        """Return the whole message with its action, if it has one, in the words of a front end."""
+        fix = self.fix.words(wording) if isinstance(self.fix, Fix) else self.fix
+        return readable(self.problem if fix is None else f"{self.problem}\n{fix}")
+
+
+def error_record(error: UserError) -> dict[str, Any]:
+    """Return the parts of an error as a `status.json` holds them, so that another front end can word its action."""
+    if isinstance(error.fix, Fix):
+        action = {"kind": type(error.fix.action).__name__} | asdict(error.fix.action)
+        return {"problem": error.problem, "fix": error.fix.text, "action": action}
+    return {"problem": error.problem, "fix": error.fix, "action": None}
+
+
+def recorded_error(record: dict[str, Any]) -> UserError | None:
+    """Return the error that a `status.json` holds; None where it holds none, or not in its parts."""
+    problem, fix, action = (record.get(key) for key in ("problem", "fix", "action"))
+    if problem is None:
+        return None
+    if fix is None or action is None:
+        return UserError(problem, fix)
+    kinds: dict[str, type[Action]] = {kind.__name__: kind for kind in (ResumeRun, AuditAgain, ChangeSettings)}
+    values = {key: value for key, value in action.items() if key != "kind"}
+    return UserError(problem, Fix(fix, TypeAdapter(kinds[action["kind"]]).validate_python(values)))
 
 
 def readable(message: str) -> str:
@@ -99,8 +202,9 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def not_reachable(kind: str, name: str) -> UserError:
     """Make the error for a `kind` ("model" or "data set") that is not in the cache of a machine without a network."""
     return UserError(
-        f"The {kind} {name} is not on this machine and the Hub cannot be reached.\n"
-        f"Check the network (and HF_HUB_OFFLINE), or give a local path that starts with ./ or /.{_folder_of_this_name(name)}"
+        f"The {kind} {name} is not on this machine and the Hub cannot be reached.",
+        "Check the network (and HF_HUB_OFFLINE), or give a local path that starts with ./ or /."
+        f"{_folder_of_this_name(name)}",
     )
 
 

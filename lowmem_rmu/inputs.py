@@ -120,6 +120,6 @@ def check_fills_batch(name: str, samples: Samples, batch_size: int) -> None:
     """Raise UserError where a corpus gives fewer samples than one batch."""
     if len(samples.train) < batch_size:
         raise UserError(
-            f"The corpus of {name} gives {len(samples.train)} samples, fewer than one batch of {batch_size}.\n"
-            "Add text, or lower rmu.batch_size."
+            f"The corpus of {name} gives {len(samples.train)} samples, fewer than one batch of {batch_size}.",
+            "Add text, or lower rmu.batch_size.",
         )

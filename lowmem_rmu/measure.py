@@ -98,8 +98,8 @@ def base_of(adapter: Path, settings: dict[str, Any]) -> str:
     name = settings.get("base_model_name_or_path")
     if not name:
         raise UserError(
-            f"The adapter {adapter} does not name the model that it belongs to.\n"
-            "Write it into its adapter_config.json, as base_model_name_or_path: a folder or a Hub id."
+            f"The adapter {adapter} does not name the model that it belongs to.",
+            "Write it into its adapter_config.json, as base_model_name_or_path: a folder or a Hub id.",
         )
     for folder in (Path(name).expanduser(), adapter / name):
         if folder.is_dir():
@@ -131,8 +131,9 @@ def choose_tasks(names: str, num_fewshot: int | None, changes: list[str], limit:
                     if other == task or (is_local(other) and Path(other).stem == task and other != name)
                 ]
                 raise UserError(
-                    f"--tasks names two tasks that would both be called {task}: {', '.join([*others, name])}.\n"
-                    "Rename one of them."
+                    f"--tasks names two tasks that would both be called {task}: {', '.join([*others, name])}"
+                    ".",
+                    "Rename one of them.",
                 )
             tasks[task] = {"source": name, "role": "measured"}
     for task, subjects in [each for name in named if not is_local(name) for each in _named(name)]:
@@ -204,7 +205,10 @@ def check_base(subject: Subject) -> None:
     try:
         load_config(subject.model)
     except UserError as error:
-        raise UserError(f"{error}\nThe adapter {subject.adapter} names {subject.model.name} as its base model.") from error
+        raise UserError(
+            f"{error}",
+            f"The adapter {subject.adapter} names {subject.model.name} as its base model.",
+        ) from error
 
 
 def measure_endpoint(endpoint: Endpoint, evaluation: Evaluation, to: Path, watcher: Watcher) -> dict[str, Any]:
@@ -236,16 +240,25 @@ def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
     config = to / "config.json"
     if not config.exists():
         if to.exists() and any(to.iterdir()):
-            raise UserError(f"The folder {to} holds other files.\nGive a new folder with --to.")
+            raise UserError(
+                f"The folder {to} holds other files.",
+                "Give a new folder with --to.",
+            )
         make_private(to, exist_ok=True)
         data = sources_record(find_task_sources(evaluation))
         write_json(config, mine | {"data": data, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         return
     there = read_record(config, Claimed, "Give a new folder with --to.")
     if there.get("digest") != digest:
-        raise UserError(f"The folder {to} holds results of another model: {there.get('model', 'a run')}.\nGive a new folder with --to.")
+        raise UserError(
+            f"The folder {to} holds results of another model: {there.get('model', 'a run')}.",
+            "Give a new folder with --to.",
+        )
     if different := sorted(differences(recorded_evaluation(there.get("evaluation", {})), mine["evaluation"])):
-        raise UserError(f"The folder {to} holds results of other questions: {', '.join(different)} differ.\nGive a new folder with --to.")
+        raise UserError(
+            f"The folder {to} holds results of other questions: {', '.join(different)} differ.",
+            "Give a new folder with --to.",
+        )
 
 
 def write_scores(to: Path, side: str, scores: dict[str, Any], questions: list[QuestionSet], name: str) -> None:

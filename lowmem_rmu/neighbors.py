@@ -62,7 +62,10 @@ def write_passages(
     written = {passage.subject for passage in passages}
     for subject in subjects:
         if subject not in written:
-            raise UserError(f"The model wrote nothing about {subject}.\nIs it a chat model? Give text of your own instead.")
+            raise UserError(
+                f"The model wrote nothing about {subject}.",
+                "Is it a chat model? Give text of your own instead.",
+            )
     return passages
 
 

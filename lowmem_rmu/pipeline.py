@@ -24,7 +24,7 @@ from lowmem_rmu.chat import Sampling, answer
 from lowmem_rmu.data.questions import unasked_subjects
 from lowmem_rmu.data.sources import Sources, sources_record
 from lowmem_rmu.distributed import Distributed
-from lowmem_rmu.errors import UserError, is_disk_full
+from lowmem_rmu.errors import Fix, ResumeRun, UserError, is_disk_full
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
 from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
@@ -83,12 +83,12 @@ class RunContext:
         if sentences or part in self.folder.read_notes():
             self.folder.note(part, sentences)
         for sentence in sentences:
-            self.status.note(sentence)
+            self.status.noted(sentence)
 
     def advance(self, done: int, figures: dict[str, float | str]) -> None:
         """Report the progress of the current stage."""
         self.stage_peak = max(self.stage_peak, memory_in_use(self.device))
-        self.status.advance(done, figures)
+        self.status.advanced(done, figures)
 
 
 def run_config(name: str, preset: Preset, device: torch.device, sources: Sources | None = None) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def run_stages(context: RunContext) -> None:
             remove_unfinished(context.folder)
             for stage in context.stages:
                 if not is_done(context.folder, stage):
-                    context.status.start(stage)
+                    context.status.started(stage)
                     # What an earlier stage has freed must not count for the peak of this one.
                     give_back_freed_memory()
                     reset_peak(context.device)
@@ -162,7 +162,7 @@ def unlearn(context: RunContext) -> None:
     load_model_for(context)
     preset, folder = context.preset, context.folder
     with measured_cost(context, "unlearn"):
-        context.status.start("unlearn", preset.rmu.steps)
+        context.status.started("unlearn", preset.rmu.steps)
         context.note("topic", remarks_on_topic(context))
         data = context.inputs.training_data(preset, context.is_whole)
         if preset.rmu.guard_every and data.guard is None:
@@ -182,7 +182,7 @@ def unlearn(context: RunContext) -> None:
             folder.add_metrics(row)
             context.advance(row["step"], {key: row[key] for key in ("topic", "forget_loss", "retain_loss")})
 
-        if not trainer.run(folder.checkpoint, report_step, context.status.stop_requested):
+        if not trainer.run(folder.checkpoint, report_step, context.status.asks_to_stop):
             raise Stopped(folder.path)
         if trainer.outcome:
             context.note("guard", [trainer.outcome] + ([] if context.is_whole else [TARGET_LAYER_ALONE]))
@@ -209,7 +209,10 @@ def report(context: RunContext) -> None:
     folder, preset = context.folder, context.preset
     base, unlearned = folder.read_evaluation("base"), folder.read_evaluation("unlearned")
     if base is None:
-        raise UserError(f"{folder.path} holds no measurement of the base model to report on.\nAdd evaluate-base to --stages.")
+        raise UserError(
+            f"{folder.path} holds no measurement of the base model to report on.",
+            "Add evaluate-base to --stages.",
+        )
     after = folder.read_answers("unlearned") if unlearned else None
     rows = compare_tasks(context.inputs.questions, folder.read_answers("base"), after)
     texts = compare_texts(context.inputs.text_roles, base["texts"], unlearned and unlearned["texts"])
@@ -297,7 +300,7 @@ def ask_questions(context: RunContext, side: str, batch_tokens: int) -> dict[str
     if not questions:
         write_lines(path, [])
         return {"tasks": {}, "groups": {}, "seconds": 0.0, "questions_per_second": 0.0}
-    context.status.start(f"evaluate-{side}", sum(len(question_set.questions) for question_set in questions))
+    context.status.started(f"evaluate-{side}", sum(len(question_set.questions) for question_set in questions))
     announce(context.distributed, side, batch_tokens, context.folder.adapter)
     shared = None
     if side == "base":
@@ -306,7 +309,7 @@ def ask_questions(context: RunContext, side: str, batch_tokens: int) -> dict[str
 
     def report_answers(done: int, accuracy: float) -> bool:
         context.advance(done, {"accuracy": accuracy})
-        return context.status.stop_requested()
+        return context.status.asks_to_stop()
 
     tokenizer = context.inputs.tokenizer
     try:
@@ -384,7 +387,8 @@ def translated_errors(context: RunContext) -> Iterator[None]:
         if is_disk_full(error):
             folder = context.folder.path
             raise UserError(
-                f"The disk that holds {folder} is full.\nMake room, then go on with --resume --name {folder.name}."
+                f"The disk that holds {folder} is full.",
+                Fix("Make room, then go on with {action}.", ResumeRun(folder.name)),
             ) from error
         raise
 
@@ -398,4 +402,4 @@ def give_up(context: RunContext, error: BaseException) -> None:
         if isinstance(error, UserError) and not folder.has_results and not folder.output.exists():
             folder.remove()
         else:
-            context.status.end("failed", str(error))
+            context.status.end("failed", error)

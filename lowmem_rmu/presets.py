@@ -345,10 +345,13 @@ def find_preset(name_or_path: str) -> Path:
                 return path
         except (OSError, RuntimeError):  # a name that is too long, or the home folder of nobody
             path = Path(name_or_path)
-        raise UserError(f"Preset file {path} does not exist.\nCheck the path, or see the shipped presets with --list.")
+        raise UserError(
+            f"Preset file {path} does not exist.",
+            "Check the path, or see the shipped presets with --list.",
+        )
     raise UserError(
-        f'There is no preset "{shortened(name_or_path)}". {nearest(name_or_path, preset_names())}\n'
-        "See them all with --list, or give the path of a YAML file."
+        f'There is no preset "{shortened(name_or_path)}". {nearest(name_or_path, preset_names())}',
+        "See them all with --list, or give the path of a YAML file.",
     )
 
 
@@ -370,9 +373,9 @@ def load_preset(
         raise UserError(f"{path} cannot be read as a preset: {error}.") from error
     if tree is None or not isinstance(content, dict):
         raise UserError(f"{path} holds no preset: expected keys such as model, rmu, topics, retain.")
-    given = Given(labels or {})
+    given = Given(labels)
     for change in overrides or []:
-        given.paths.add(override(content, change, given.labels))
+        given.paths.add(override(content, change, labels))
     content = layers_by_depth(resolve_paths(content, path.parent, given.paths))
     try:
         return Preset.model_validate(content)
@@ -387,8 +390,9 @@ def recorded_preset(settings: Any, where: Path) -> Preset:
     except ValidationError as error:
         named = ", ".join(sorted({".".join(map(str, problem["loc"])) for problem in error.errors()}))
         raise UserError(
-            f"{where} was written by another version of lowmem-rmu: this one does not know its settings of {named}.\n"
-            "Read it with the version that its config.json names, or make the run anew."
+            f"{where} was written by another version of lowmem-rmu: this one does not know its settings of "
+            f"{named}.",
+            "Read it with the version that its config.json names, or make the run anew.",
         ) from error
 
 
@@ -569,14 +573,16 @@ def local_config(folder: str) -> Any:
 class Given:
     """The settings that were given in addition to the preset's file, and how a message names each."""
 
-    labels: Mapping[str, str]
-    """By dotted path, what a form calls a setting; those of `--set` have no label."""
+    labels: Mapping[str, str] | None
+    """By dotted path, what a form calls a setting; None where settings come from the command line's `--set`."""
     paths: set[str] = field(default_factory=set)
 
     def name(self, where: str) -> str:
         """How a message calls the setting at a dotted path."""
+        if self.labels is None:
+            return f"--set {shortened(where)}"
         label = self.labels.get(where)
-        return f"{label}, {shortened(where)}" if label else f"--set {shortened(where)}"
+        return f"{label}, {shortened(where)}" if label else shortened(where)
 
     def covers(self, where: str) -> bool:
         """Whether the value at a dotted path, or a part of it, was given."""
@@ -593,17 +599,16 @@ def override(content: dict[str, Any], change: str, labels: Mapping[str, str] | N
     path, separator, value = change.partition("=")
     keys = path.strip().split(".")
     label = (labels or {}).get(".".join(keys))
-    told = f"{label} ({shown(value)})" if label else f'--set "{shortened(change)}"'
+    option = "--set " if labels is None else ""  # a form has fields, and lines of its own for other settings
+    told = f"{label} ({shown(value)})" if label else f'{option}"{shortened(change)}"'
     if not separator or not all(keys):
-        raise UserError(f"{told} is not of the form key.path=value, for example --set rmu.steps=50.")
+        raise UserError(f"{told} is not of the form key.path=value, for example {option}rmu.steps=50.", place=path)
     if len(keys) > MAX_DEPTH:
         raise UserError(f"{told}: the path has more than {MAX_DEPTH} keys.")
     try:
         given, _ = parse_yaml(value)
     except ParseError as error:
-        raise UserError(
-            f"{told}: the value is {error.problem if error.is_valid else 'not valid YAML'}."
-        ) from error
+        raise UserError(f"{told}: the value is {error.problem if error.is_valid else 'not valid YAML'}.") from error
     node: Any = content
     try:
         for key in keys[:-1]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, get_origin
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, UserError
 
 DIGESTS = "digests.json"
 """In a run folder: sha256 of files that no other file describes, by their paths within the folder."""
@@ -50,6 +50,10 @@ class Status:
     stage_began: float | None = None
     started: float | None = None
     """When the process started; runs of earlier versions have none."""
+    problem: str | None = None
+    """The error in its parts: what is wrong, what to do, and the action that `fix` names; for a mistake of the user only."""
+    fix: str | None = None
+    action: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class StepTime:
     seconds: float
 
 
-def read_record(path: Path, shape: Any, what_next: str) -> Any:
+def read_record(path: Path, shape: Any, what_next: str | Fix) -> Any:
     """Read a JSON file whose content fits `shape`, a type that pydantic checks (strictly). Keys beyond the shape are kept.
 
     Raises UserError, which ends with `what_next`.
@@ -165,7 +169,7 @@ def read_record(path: Path, shape: Any, what_next: str) -> Any:
     return _parsed(_read_bytes(path, what_next), shape, str(path), what_next)
 
 
-def read_rows(path: Path, shape: Any, what_next: str) -> list[Any]:
+def read_rows(path: Path, shape: Any, what_next: str | Fix) -> list[Any]:
     """Read every line of a JSONL file; each must fit `shape`. Only a last line without a line break may be torn: it is left out.
 
     Raises UserError, which ends with `what_next`.
@@ -197,10 +201,13 @@ def intact_record(path: Path, shape: Any) -> Any | None:
     return json.loads(content) if _fits(content, shape) else None
 
 
-def check_digest(path: Path, recorded: Any, what_next: str) -> None:
+def check_digest(path: Path, recorded: Any, what_next: str | Fix) -> None:
     """Raise UserError where the file is not the one whose sha256 was recorded (None: nothing was)."""
     if recorded is not None and file_digest(path) != recorded:
-        raise UserError(f"{path} is damaged, or was changed: its sha256 is not the one that the run recorded.\n{what_next}")
+        raise UserError(
+            f"{path} is damaged, or was changed: its sha256 is not the one that the run recorded.",
+            what_next,
+        )
 
 
 def file_digest(path: Path) -> str:
@@ -218,25 +225,31 @@ class Recorded(dict[str, Any]):
 
     def __missing__(self, key: str) -> NoReturn:
         raise UserError(
-            f"{self.path} was written by another version of this program, or is damaged: it lacks {key}.\n"
-            f"Put the file back from a copy, or delete the folder {self.path.parent}."
+            f"{self.path} was written by another version of this program, or is damaged: it lacks {key}.",
+            f"Put the file back from a copy, or delete the folder {self.path.parent}.",
         )
 
 
-def _read_bytes(path: Path, what_next: str) -> bytes:
+def _read_bytes(path: Path, what_next: str | Fix) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.\n{what_next}") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}.",
+            what_next,
+        ) from error
 
 
-def _parsed(content: bytes, shape: Any, place: str, what_next: str) -> Any:
+def _parsed(content: bytes, shape: Any, place: str, what_next: str | Fix) -> Any:
     """The content as JSON of the shape. Raises UserError, which begins with its place."""
     try:
         _checker(shape).validate_json(content, strict=True)
         return json.loads(content)
     except ValueError as error:  # pydantic's own error is one
-        raise UserError(f"{place} {_complaint(error, shape)}.\n{what_next}") from error
+        raise UserError(
+            f"{place} {_complaint(error, shape)}.",
+            what_next,
+        ) from error
 
 
 def _fits(line: bytes, shape: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from lowmem_rmu.errors import UserError, nearest
+from lowmem_rmu.errors import Fix, ResumeRun, UserError, error_record, nearest
 from lowmem_rmu.records import (
     AnswerRow,
     Recorded,
@@ -115,6 +115,36 @@ def read_lines(path: Path, shape: Any = dict[str, Any]) -> list[dict[str, Any]]:
     return intact_rows(path, shape)
 
 
+def write_status(
+    path: Path,
+    stage: str,
+    step: int,
+    total: int,
+    state: str,
+    error: BaseException | str | None = None,
+    began: float | None = None,
+) -> None:
+    """Write the status of this process's job.
+
+    `state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did. Times are in seconds since 1970.
+    `started` in the file is when this process started: its pid may be another's later.
+    """
+    status = {
+        "stage": stage,
+        "step": step,
+        "total": total,
+        "state": state,
+        "pid": os.getpid(),
+        "heartbeat": time.time(),
+        "error": str(error) if error is not None else None,
+        "stage_began": began,
+        "started": psutil.Process().create_time(),
+    }
+    if isinstance(error, UserError):
+        status |= error_record(error)
+    write_json(path, status)
+
+
 def make_private(folder: Path, exist_ok: bool = False) -> None:
     """Make a folder that only its user can enter: it holds texts, answers and conversations. (Windows keeps its own permissions.)"""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +220,8 @@ def present(folder: Path) -> Iterator[None]:
         if (folder / "config.json").exists():
             raise
         raise UserError(
-            f"The folder {folder} was deleted or moved while it was in use.\nThe work on it has ended."
+            f"The folder {folder} was deleted or moved while it was in use.",
+            "The work on it has ended.",
         ) from error
 
 
@@ -220,7 +251,10 @@ class RunFolder:
             make_private(path, exist_ok=True)
             (path / "evaluation").mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"Run folder {path} cannot be written: {error.strerror}.\nChoose another place with --runs-dir.") from error
+            raise UserError(
+                f"Run folder {path} cannot be written: {error.strerror}.",
+                "Choose another place with --runs-dir.",
+            ) from error
         return cls(path)
 
     @classmethod
@@ -239,7 +273,10 @@ class RunFolder:
         """Where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
         path, folder = cls.inside(runs_dir, name), cls(runs_dir / name)
         if path.exists() and not folder.is_reserved and not folder.is_leftover:
-            raise UserError(f"Run {path} exists already.\nChoose another --name, or go on with it: --resume --name {name}")
+            raise UserError(
+                f"Run {path} exists already.",
+                Fix("Choose another --name, or go on with it: {action}", ResumeRun(name)),
+            )
         return path
 
     @classmethod
@@ -276,7 +313,9 @@ class RunFolder:
         """The path of a run, taken or free. Raises UserError for a name that leaves `runs_dir`."""
         if not _is_name(name):
             allowed = 'letters, digits, ".", "_" and "-" only, at most 100, and no name of a Windows device'
-            raise UserError(f'"{name}" cannot be the name of a run: use {allowed}, so that it stays inside {runs_dir}.')
+            raise UserError(
+                f'"{name}" cannot be the name of a run: use {allowed}, so that it stays inside {runs_dir}.'
+            )
         if (runs_dir / name).is_symlink():
             raise UserError(f"{runs_dir / name} is a link to another place: a run stays inside {runs_dir}.")
         return runs_dir / name
@@ -342,6 +381,14 @@ class RunFolder:
         """What the audit's process printed, where the app started it."""
         return self.path / "audit.txt"
 
+    def job_status(self, job: str) -> Path:
+        """The status of another job on the run: `audit`, or `export-` with the name of the export's folder."""
+        return self.path / "jobs" / f"{job}.json"
+
+    def read_job_status(self, job: str) -> dict[str, Any]:
+        """Return the status of another job on the run; empty where there is none, or it is damaged."""
+        return intact_record(self.job_status(job), Status) or {}
+
     @property
     def audit_name(self) -> str:
         """What an audit of the run is called among those that wait for their turn."""
@@ -386,25 +433,29 @@ class RunFolder:
         path = self.evaluation(side)
         if not path.exists():
             return None
-        scores = read_record(path, Scores, f"Delete it, and have it written again from the answers: {self._go_on}")
+        scores = read_record(path, Scores, Fix("Delete it, and have it written again from the answers: {action}", self._resume))
         return dict(scores)
 
     def read_answers(self, side: str) -> list[dict[str, Any]]:
         """The answers of a side that was measured, all of them. Raises UserError where the file is not what was scored."""
         path, scored = self.answers(side), self.read_evaluation(side)
-        again = f"Delete it and {self.evaluation(side)}, and have the questions asked again: {self._go_on}"
+        advice = f"Delete it and {self.evaluation(side)}, and have the questions asked again: {{action}}"
+        again = Fix(advice, self._resume)
         answers = read_rows(path, AnswerRow, again)
         if scored is None:
             return answers
         wanted = sum(task["questions"] for task in scored["tasks"].values())
         if len(answers) != wanted:
-            raise UserError(f"{path} is damaged: it holds {len(answers)} answers, but {wanted} were scored.\n{again}")
+            raise UserError(
+                f"{path} is damaged: it holds {len(answers)} answers, but {wanted} were scored.",
+                again,
+            )
         check_digest(path, scored.get("answers_sha256"), again)
         return answers
 
     @property
-    def _go_on(self) -> str:
-        return f"--resume --name {self.path.name}"
+    def _resume(self) -> ResumeRun:
+        return ResumeRun(self.path.name)
 
     @property
     def has_results(self) -> bool:
@@ -443,14 +494,17 @@ class RunFolder:
             return None
         return living_process(int(pid), number_in(status, "started"), number_in(status, "heartbeat") or 0.0)
 
-    def write_status(self, stage: str, step: int, total: int, state: str, error: str | None = None, began: float | None = None) -> None:
-        """`state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did.
-
-        Times are in seconds since 1970. `started` in the file is when this process started: its pid may be another's later.
-        """
-        status = {"stage": stage, "step": step, "total": total, "state": state, "pid": os.getpid(), "heartbeat": time.time(), "error": error}
-        status |= {"stage_began": began, "started": psutil.Process().create_time()}
-        write_json(self.path / "status.json", status)
+    def write_status(
+        self,
+        stage: str,
+        step: int,
+        total: int,
+        state: str,
+        error: BaseException | str | None = None,
+        began: float | None = None,
+    ) -> None:
+        """Write the run's status, as the function `write_status` does."""
+        write_status(self.path / "status.json", stage, step, total, state, error, began)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         add_lines(self.metrics, [row])

@@ -1,29 +1,60 @@
-"""Report the progress of a job in a `status.json`: the one file by which the page, and other programs, follow it."""
+"""Report the progress of a job in a `status.json`: the one file by which the page, and other programs, follow it.
+
+Runs, audits and exports all report through `StatusWriter`. A run's file is `status.json` in its folder, that of another job
+on the run lies in `jobs/`.
+"""
 
 import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from lowmem_rmu.runs import RunFolder, Watcher
+from lowmem_rmu.runs import Stopped, Watcher, write_status
 
 HEARTBEAT_SECONDS = 1.0
 """At most one write per so many seconds while a stage advances."""
 
 
-class StatusWriter:
-    """Write the status of a job and tell its watcher: the stage, how far it is, and how the job ended.
+class Silent:
+    """A watcher that shows nothing and never asks to stop."""
 
-    The file is replaced whole, when a stage starts, at most once per `HEARTBEAT_SECONDS` while it advances, and at the end.
+    def started(self, stage: str, total: int) -> None:
+        """Ignore that a stage starts."""
+
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        """Ignore how far the stage is."""
+
+    def noted(self, sentence: str) -> None:
+        """Ignore a remark."""
+
+    def asks_to_stop(self) -> bool:
+        """Return False."""
+        return False
+
+
+class StatusWriter:
+    """Write the status of a job and pass its progress on to a watcher: the stage, how far it is, and how the job ended.
+
+    The file is replaced whole: when a stage starts, at most once per `HEARTBEAT_SECONDS` while it advances, and at the end. As a
+    context manager it writes the end itself: `done`, `stopped`, or `failed` with the error.
+
+    Args:
+        path: The file to write; None: none, only the watcher is told.
+        watcher: Shows the progress, and may ask the job to stop.
+        stop: A file whose presence asks the job to stop, too.
     """
 
-    def __init__(self, folder: RunFolder, watcher: Watcher) -> None:
-        self.folder = folder
+    def __init__(self, path: Path | None, watcher: Watcher, stop: Path | None = None) -> None:
+        self.path = path
         self.watcher = watcher
+        self.stop = stop
         self.stage = "prepare"
         self._step = 0
         self._total = 0
         self._stage_began: float | None = None
         self._written = 0.0
 
-    def start(self, stage: str, total: int = 0) -> None:
+    def started(self, stage: str, total: int = 0) -> None:
         """Begin a stage of `total` steps (0: unknown)."""
         self.stage = stage
         self._step, self._total = 0, total
@@ -31,25 +62,39 @@ class StatusWriter:
         self.watcher.started(stage, total)
         self._write("running")
 
-    def advance(self, step: int, figures: dict[str, float | str]) -> None:
-        """Report that `step` steps of the stage are done, with figures to show."""
-        self._step = step
-        self.watcher.advanced(step, figures)
+    def advanced(self, done: int, figures: dict[str, float | str]) -> None:
+        """Report that `done` steps of the stage are done, with figures to show."""
+        self._step = done
+        self.watcher.advanced(done, figures)
         if time.time() - self._written > HEARTBEAT_SECONDS:
             self._write("running")
 
-    def note(self, sentence: str) -> None:
+    def noted(self, sentence: str) -> None:
         """Show a remark."""
         self.watcher.noted(sentence)
 
-    def end(self, state: str, error: str | None = None) -> None:
-        """Write how the job ended: `done`, `stopped` or `failed` with its error."""
+    def asks_to_stop(self) -> bool:
+        """Return whether the watcher, or the file `stop`, asks the job to stop."""
+        return self.watcher.asks_to_stop() or (self.stop is not None and self.stop.exists())
+
+    def end(self, state: str, error: BaseException | None = None) -> None:
+        """Write how the job ended: `done`, `stopped`, or `failed` with its error."""
         self._write(state, error)
 
-    def stop_requested(self) -> bool:
-        """Return whether the watcher, or a file named `stop` in the folder, asks the job to stop."""
-        return self.watcher.asks_to_stop() or self.folder.stop_asked
-
-    def _write(self, state: str, error: str | None = None) -> None:
+    def _write(self, state: str, error: BaseException | None = None) -> None:
         self._written = time.time()
-        self.folder.write_status(self.stage, self._step, self._total, state, error, self._stage_began)
+        if self.path is not None:
+            self.path.parent.mkdir(exist_ok=True)
+            write_status(self.path, self.stage, self._step, self._total, state, error, self._stage_began)
+
+    def __enter__(self) -> Self:
+        self._write("running")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.end("done")
+        elif isinstance(error, Stopped | KeyboardInterrupt):
+            self.end("stopped")
+        elif isinstance(error, Exception):
+            self.end("failed", error)

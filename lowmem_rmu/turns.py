@@ -73,8 +73,8 @@ def world_size() -> int:
     size = os.environ.get("WORLD_SIZE", "").strip() or "1"
     if not re.fullmatch("[1-9][0-9]{0,5}", size):
         raise UserError(
-            f"The environment variable WORLD_SIZE is {size[:40]!r}, which is no number of processes.\n"
-            "Remove it: unset WORLD_SIZE"
+            f"The environment variable WORLD_SIZE is {size[:40]!r}, which is no number of processes.",
+            "Remove it: unset WORLD_SIZE",
         )
     return int(size)
 
@@ -98,7 +98,10 @@ def one_at_a_time(runs_dir: Path) -> Iterator[None]:
         lock = FileLock(runs_dir / QUEUE / "lock")
         lock.acquire()
     except OSError as error:
-        raise UserError(f"The runs folder {runs_dir} cannot be written: {error.strerror}.\nChoose another place with --runs-dir.") from error
+        raise UserError(
+            f"The runs folder {runs_dir} cannot be written: {error.strerror}.",
+            "Choose another place with --runs-dir.",
+        ) from error
     try:
         yield
     finally:
@@ -163,5 +166,8 @@ def check_free(runs_dir: Path, name: str) -> None:
     To be called within `one_at_a_time`.
     """
     if any(ticket.name == name and ticket.pid != os.getpid() for ticket in tickets(runs_dir)):
-        raise UserError(f"Run {runs_dir / name} is waiting for its turn already.\nChoose another --name.")
+        raise UserError(
+            f"Run {runs_dir / name} is waiting for its turn already.",
+            "Choose another --name.",
+        )
     RunFolder.free_path(runs_dir, name)

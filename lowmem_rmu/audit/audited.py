@@ -169,8 +169,10 @@ def prepare(
         sequences = tokenise(measured, tokenizer, longest, split=True)
         if not sequences:
             raise UserError(
-                f"Nothing tells what {name} knows of what it forgot: it asks no questions about it, and holds fewer than two documents out.\n"
-                "Make a run with questions of the role forgotten, or with more held out (topics.NAME.corpus.held_out=0.2)."
+                f"Nothing tells what {name} knows of what it forgot: it asks no questions about it, and "
+                "holds fewer than two documents out.",
+                "Make a run with questions of the role forgotten, or with more held out "
+                "(topics.NAME.corpus.held_out=0.2).",
             )
         knowledge, told = Texts(sequences, tokenizer, batch_tokens), False
     trained = [text for topic in preset.topics.values() for text in split_held_out(read_documents(topic.corpus), topic.corpus.held_out)[0]]

@@ -17,7 +17,7 @@ from lowmem_rmu.audit.audited import QUESTIONS, RANK, SIDES, Audited, linear_nam
 from lowmem_rmu.audit.power import Power, questions_for_gone
 from lowmem_rmu.audit.recovery import Values, attack_recovery, recovery
 from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
-from lowmem_rmu.errors import UserError, command_line, nearest
+from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError, nearest
 from lowmem_rmu.evaluation.compare import Pairs, compare_tasks
 from lowmem_rmu.evaluation.statistics import LUCK, MANY, POWER
 from lowmem_rmu.evaluation.summary import read_audit_file
@@ -112,7 +112,7 @@ def planned(
     if settings.limit is not None or not forgotten.tasks:
         return settings
     if power is None and not again and earlier.exists():
-        recorded = read_record(earlier, Object, "Discard that audit: --again")
+        recorded = read_record(earlier, Object, Fix("Discard that audit: {action}", AuditAgain()))
         return replace(settings, limit=recorded.get("limit"))
     needed = questions_for_gone(forgotten.base, forgotten.unlearned, power or POWER) or MANY
     limit = -(-needed // len(forgotten.tasks))
@@ -124,7 +124,10 @@ def read_forgotten(folder: RunFolder) -> Forgotten:
     name = folder.path.name
     preset = preset_of_run(folder.config, folder.path)
     if not folder.adapter.exists():
-        raise UserError(f"Run {folder.path} has unlearned nothing, so there is nothing to audit.\nGo on with it: --resume --name {name}")
+        raise UserError(
+            f"Run {folder.path} has unlearned nothing, so there is nothing to audit.",
+            Fix("Go on with it: {action}", ResumeRun(name)),
+        )
     read_adapter_settings(folder.adapter)
     if not any(task.role == "forgotten" for task in preset.evaluation.tasks.values()):
         return Forgotten(preset, [])
@@ -133,8 +136,9 @@ def read_forgotten(folder: RunFolder) -> Forgotten:
     fell = [row for row in rows if (pairs := Pairs.of(row)) and pairs.change < 0 and pairs.p_value < LUCK]
     if not fell:
         raise UserError(
-            f"Run {folder.path} forgot nothing: on no task that was to be forgotten did right answers fall by more than luck.\n"
-            "There is nothing to bring back. Unlearn harder first (more rmu.steps, a larger adaptive_scale)."
+            f"Run {folder.path} forgot nothing: on no task that was to be forgotten did right answers fall "
+            "by more than luck.",
+            "There is nothing to bring back. Unlearn harder first (more rmu.steps, a larger adaptive_scale).",
         )
     # Subjects of a task are in their task's row too, on both sides alike.
     whole = Pairs.together(pairs for row in fell if (pairs := Pairs.of(row)))
@@ -148,14 +152,16 @@ def claim(place: Path, result: Path, settings: Settings, again: bool) -> None:
     if again:
         shutil.rmtree(place, ignore_errors=True)
         result.unlink(missing_ok=True)
-    again_command = command_line("python", "-m", "lowmem_rmu", "audit", place.parent, "--again")
-    what_next = f"Discard what that audit found: {again_command}"
+    what_next = Fix("Discard what that audit found: {action}", AuditAgain(str(place.parent)))
     if path.exists() and (different := sorted(differences(read_record(path, Object, what_next), mine))):
         # Settings without a result of an attack bind nothing: that audit was stopped before it came to one.
         if not result.exists() and all(file.stem == MEASURED for file in place.glob("*.jsonl")):
             claim(place, result, settings, again=True)
             return
-        raise UserError(f"{place.parent} was audited with another {' and '.join(different)}.\nGive the same; or, to discard those results: --again")
+        raise UserError(
+            f"{place.parent} was audited with another {' and '.join(different)}.",
+            Fix("Give the same; or, to discard those results: {action}", AuditAgain()),
+        )
     place.mkdir(exist_ok=True)
     write_json(path, mine)
 

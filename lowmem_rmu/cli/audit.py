@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowmem_rmu.cli.errors import friendly_exit
-from lowmem_rmu.cli.progress import say_once, watched
+from lowmem_rmu.cli.progress import wait_for, watched
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import Console, print_json
 from lowmem_rmu.runs import RunFolder, Stopped, present
+from lowmem_rmu.status import StatusWriter
 from lowmem_rmu.turns import turn
 
 if TYPE_CHECKING:
@@ -60,15 +61,16 @@ def run_attacks(
     from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.report import write_report
 
-    on, chosen = resolve_device(device), Audit.choose(names)
     try:
         with (
-            turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), say_once("audit")),
-            present(folder.path),
             watched(folder.path, "Audit") as watcher,
+            StatusWriter(None if plan else folder.job_status("audit"), watcher) as status,
+            turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), wait_for(status, folder.path, "audit")),
+            present(folder.path),
             TemporaryDirectory() as scratch,
         ):
-            opened = open_audit(folder, on, settings, watcher, again, power, Path(scratch) if plan else None)
+            chosen = Audit.choose(names)
+            opened = open_audit(folder, resolve_device(device), settings, status, again, power, Path(scratch) if plan else None)
             Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
             if opened.power:
                 print(opened.power.words, file=sys.stderr)

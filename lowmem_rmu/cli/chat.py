@@ -28,7 +28,10 @@ def chat(
         from lowmem_rmu.model.loading import resolve_device
 
         if prompt is None and sys.stdin is None:
-            raise UserError("There is no standard input to type prompts into.\nGive one with --prompt.")
+            raise UserError(
+                "There is no standard input to type prompts into.",
+                "Give one with --prompt.",
+            )
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         model, tokenizer = load_run(folder, resolve_device(device))
         sampling, writer = Sampling(max_new_tokens=max_new_tokens), SideWriter()
@@ -72,7 +75,10 @@ def questions() -> Iterator[str]:
         except (EOFError, OSError):  # closed, or the terminal is gone
             return
         except UnicodeDecodeError as error:
-            raise UserError(f"What was typed is not in the encoding of the input, {error.encoding}.\nSet PYTHONUTF8=1, and ask again.") from error
+            raise UserError(
+                f"What was typed is not in the encoding of the input, {error.encoding}.",
+                "Set PYTHONUTF8=1, and ask again.",
+            ) from error
         if not question:
             return
         yield question

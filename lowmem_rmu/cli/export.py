@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lowmem_rmu.cli.errors import friendly_exit
-from lowmem_rmu.cli.progress import say_once, watched
+from lowmem_rmu.cli.progress import wait_for, watched
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import Console
 from lowmem_rmu.errors import UserError, command_line
 from lowmem_rmu.runs import RunFolder, Stopped, present
+from lowmem_rmu.status import StatusWriter
 from lowmem_rmu.turns import turn
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def export(
         if push and mark in ("the update did not survive", "damaged"):
             upload_command = command_line("hf", "upload", push, to)
             raise UserError(
-                f"Not uploaded: {mark}.\nIf you want it to be there all the same: {upload_command}"
+                f"Not uploaded: {mark}.",
+                f"If you want it to be there all the same: {upload_command}",
             )
         if push:
             print(f"Uploaded: {upload(to, push, private=not public)}")
@@ -63,14 +65,18 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
     from lowmem_rmu.measure import followed
     from lowmem_rmu.model.loading import resolve_device
 
-    on = resolve_device(device)
+    # Exports into the run's own folder are the page's, which follows them by their status.
+    is_followed = to.resolve().parent == folder.exports.resolve()
+    status_file = folder.job_status(f"export-{to.name}") if is_followed else None
     try:
         with (
-            turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), say_once("export")),
-            present(folder.path),
             watched(to, "Export") as watcher,
+            StatusWriter(status_file, watcher) as status,
+            turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), wait_for(status, folder.path, "export")),
+            present(folder.path),
         ):
-            exported = write(folder, wanted, to, on, partial(followed, watcher))
+            status.started("write")
+            exported = write(folder, wanted, to, resolve_device(device), partial(followed, status))
     except (KeyboardInterrupt, Interrupted):
         raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None
     for sentence in exported.sentences:

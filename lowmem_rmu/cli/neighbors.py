@@ -25,9 +25,15 @@ def neighbors(
     quiet_libraries()
     with friendly_exit():
         if to.suffix.lower() != ".jsonl":
-            raise UserError(f"The passages are JSON lines, and a corpus is read by its ending.\nName the file {to.with_suffix('.jsonl')}.")
+            raise UserError(
+                "The passages are JSON lines, and a corpus is read by its ending.",
+                f"Name the file {to.with_suffix('.jsonl')}.",
+            )
         if to.exists():
-            raise UserError(f"{to} exists already.\nDelete it, or choose another file with --to.")
+            raise UserError(
+                f"{to} exists already.",
+                "Delete it, or choose another file with --to.",
+            )
         to.parent.mkdir(parents=True, exist_ok=True)
 
         from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device

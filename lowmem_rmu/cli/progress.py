@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from lowmem_rmu.console import Console
+from lowmem_rmu.runs import Stopped, Watcher
 
 PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
 
@@ -146,13 +147,18 @@ def format_figures(figures: dict[str, float | str]) -> str:
     return "  ".join(f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else str(value) for key, value in figures.items())
 
 
-def say_once(what: str) -> Callable[[list[str]], None]:
-    """Says who comes before this export or audit, whenever that has changed."""
-    said = list[str]()
+def wait_for(watcher: Watcher, folder: Path, job: str) -> Callable[[list[str]], None]:
+    """Return what a job does while others come first: show which, whenever that changes, and stop when asked to.
 
-    def say(before: list[str]) -> None:
-        if before != said:
-            said[:] = before
-            print(f"Waiting: {', '.join(before)} before this {what}.", file=sys.stderr, flush=True)
+    The returned function raises Stopped.
+    """
+    shown: list[str] = []
 
-    return say
+    def wait(before: list[str]) -> None:
+        if watcher.asks_to_stop():
+            raise Stopped(folder, "the same command")
+        if before != shown:
+            shown[:] = before
+            watcher.noted(f"Waiting: {', '.join(before)} before this {job}.")
+
+    return wait

@@ -42,7 +42,10 @@ def run(
             Console().print(presets_table())
             return
         if preset is None:
-            raise UserError("Which preset? For example: python -m lowmem_rmu.run tiny\nSee them all with --list.")
+            raise UserError(
+                "Which preset? For example: python -m lowmem_rmu.run tiny",
+                "See them all with --list.",
+            )
         chosen = load_preset(preset, set_)
         wanted = parse_stages(stages)
         if plan:
@@ -106,7 +109,7 @@ def main_job(
                 folder = RunFolder.create(runs_dir, path.name)
                 write_json(folder.path / "config.json", config)
         with present(folder.path), watched(folder.path) as watcher:
-            status = StatusWriter(folder, watcher)
+            status = StatusWriter(folder.path / "status.json", watcher, folder.path / "stop")
             run_stages(RunContext(preset, folder, inputs, chosen_device, stages, status, distributed))
         return folder
 
@@ -125,8 +128,8 @@ def device_turn(runs_dir: Path, name: str | None, preset_name: str, existing: Ru
         process = process_of(runs_dir, path.name)
         if process and process.pid != os.getpid():
             raise UserError(
-                f"Run {path} is under way already, in process {process.pid}.\n"
-                "Wait until it has ended, or stop it first."
+                f"Run {path} is under way already, in process {process.pid}.",
+                "Wait until it has ended, or stop it first.",
             )
         take_ticket(runs_dir, path.name, os.getpid())
     forget_old_stop(path / "stop")
@@ -180,7 +183,7 @@ def refusals_noted(path: Path) -> Iterator[None]:
         yield
     except UserError as error:
         if RunFolder(path).read_status().get("state") == "waiting":
-            RunFolder(path).write_status("prepare", 0, 0, "failed", str(error))
+            RunFolder(path).write_status("prepare", 0, 0, "failed", error)
         raise
 
 
@@ -193,8 +196,8 @@ def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset)
             damaged = [str(run.path) for run, named in presets.items() if named is None]
             also = f" The config.json of {', '.join(damaged)} is damaged." if damaged else ""
             raise UserError(
-                f"There is no run of {preset_name} in {runs_dir} to go on with.{also}\n"
-                "Start one without --resume."
+                f"There is no run of {preset_name} in {runs_dir} to go on with.{also}",
+                "Start one without --resume.",
             )
         folder = runs[0]
     else:
@@ -203,8 +206,8 @@ def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset)
     different = sorted(differences(started_with.model_dump(), preset.model_dump()))
     if different:
         raise UserError(
-            f"Run {folder.path} was started with other settings: {', '.join(different)}.\n"
-            "Give the same preset and --set, or start a new run without --resume."
+            f"Run {folder.path} was started with other settings: {', '.join(different)}.",
+            "Give the same preset and --set, or start a new run without --resume.",
         )
     return folder
 

@@ -181,7 +181,9 @@ def read_documents(corpus: Corpus) -> list[str]:
             and (corpus.title_excludes is None or not re.search(corpus.title_excludes, title))
         ]
         if not texts:
-            raise UserError(f"The corpus {corpus.source} has {len(articles)} articles, but no title that was asked for.")
+            raise UserError(
+                f"The corpus {corpus.source} has {len(articles)} articles, but no title that was asked for."
+            )
     if corpus.detokenize:
         texts = [detokenize(text) if is_tokenized(text) else text for text in texts]
     return [text for text in texts if text.strip() and len(text) >= corpus.min_characters]
@@ -280,7 +282,10 @@ def _local_texts(corpus: Corpus) -> Iterator[str]:
     for file in find_documents(corpus).read:
         for text in _file_texts(file, corpus.text_field):
             if not is_text(text):
-                raise UserError(f"{file} is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8.")
+                raise UserError(
+                    f"{file} is not UTF-8 text (it holds NUL characters or half of a pair).",
+                    "Save it as UTF-8.",
+                )
             yield text
 
 
@@ -300,9 +305,7 @@ def _file_texts(path: Path, text_field: str) -> Iterator[str]:
                     f'{path}, line {line}: expected a JSON object with the key "{text_field}".{problem}'
                 ) from error
             except (LookupError, TypeError) as error:
-                raise UserError(
-                    f'{path}, line {line}: expected a JSON object with the key "{text_field}".'
-                ) from error
+                raise UserError(f'{path}, line {line}: expected a JSON object with the key "{text_field}".') from error
             if not isinstance(value, str):
                 raise UserError(f'{path}, line {line}: "{text_field}" is no text.')
             yield value
@@ -314,7 +317,7 @@ def _hub_texts(corpus: Corpus) -> list[str]:
     for number, text in enumerate(texts):
         if text is not None and not (isinstance(text, str) and is_text(text)):
             raise UserError(
-                f'The data set {corpus.source}, row {number}: "{corpus.text_field}" is no text.\n'
-                "Choose another column: text_field."
+                f'The data set {corpus.source}, row {number}: "{corpus.text_field}" is no text.',
+                "Choose another column: text_field.",
             )
     return [text for text in texts if text is not None]

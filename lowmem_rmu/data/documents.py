@@ -110,11 +110,17 @@ def find_files(path: Path, kinds: tuple[str, ...], recursive: bool = True) -> So
     if is_file:
         if path.suffix.lower() not in kinds:
             advice = what_to_do(path, kinds)
-            raise UserError(f"{path} is {what_it_is(path)}, which is not read here.\n{advice}")
+            raise UserError(
+                f"{path} is {what_it_is(path)}, which is not read here.",
+                f"{advice}",
+            )
         return SourceFiles(path, [path])
     if not is_folder:
         problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-        raise UserError(f"{path} {problem}.\nGive a {in_words(kinds)} file, or a folder of them.")
+        raise UserError(
+            f"{path} {problem}.",
+            f"Give a {in_words(kinds)} file, or a folder of them.",
+        )
     found = SourceFiles(path)
     for file in _walk(path, found, recursive):
         if reason := why_left_out(file.relative_to(path), kinds):
@@ -201,15 +207,24 @@ def read_utf8(path: Path) -> str:
     if "\0" in text or text.startswith("%PDF-"):
         raise _not_text(path, content, "it holds NUL characters or half of a pair")
     if text.startswith(_LFS_POINTER):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself.\nFetch the file: git lfs pull")
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself.",
+            "Fetch the file: git lfs pull",
+        )
     return text
 
 
 def _not_text(path: Path, content: bytes, why: str) -> UserError:
     for signature, (kind, advice) in _SIGNATURES.items():
         if content.startswith(signature):
-            return UserError(f"{path} is {kind}, whatever its name says.\n{advice}")
-    return UserError(f"{path} is not UTF-8 text ({why}).\nSave it as UTF-8.")
+            return UserError(
+                f"{path} is {kind}, whatever its name says.",
+                f"{advice}",
+            )
+    return UserError(
+        f"{path} is not UTF-8 text ({why}).",
+        "Save it as UTF-8.",
+    )
 
 
 def is_text(value: str) -> bool:

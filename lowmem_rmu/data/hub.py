@@ -19,5 +19,8 @@ def load_rows(source: str, subset: str | None, split: str, columns: list[str], w
             raise UserError(f"The data set {source} cannot be read: {error}") from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
-        raise UserError(f'The data set {source} has no column "{missing[0]}". There is: {", ".join(rows.column_names)}.')
+        raise UserError(
+            f"The data set {source} has no column \"{missing[0]}\". There is: {', '.join(rows.column_names)}"
+            "."
+        )
     return rows

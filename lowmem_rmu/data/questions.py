@@ -76,8 +76,8 @@ def load_questions(evaluation: Evaluation) -> list[QuestionSet]:
     names = [each.name for sets in loaded for each in sets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"Two tasks, or a task and a subject of another, are called {twice[0]}.\n"
-            "Rename one of them under evaluation.tasks."
+            f"Two tasks, or a task and a subject of another, are called {twice[0]}.",
+            "Rename one of them under evaluation.tasks.",
         )
     if evaluation.limit is None:
         return [each for sets in loaded for each in sets]
@@ -166,16 +166,20 @@ def _examples(task: Task, subjects: list[str | None]) -> dict[str | None, tuple[
     """The first questions of the examples' split, as the harness's `first_n` takes them."""
     if is_local(task.source) and Path(task.source).is_file():
         raise UserError(
-            f"num_fewshot is {task.num_fewshot}, but {task.source} is a single file: "
-            "its questions would be their own examples.\n"
-            f"Give a folder with the subfolders {task.split}/ and {task.examples_split}/, or set num_fewshot to 0."
+            f"num_fewshot is {task.num_fewshot}, but {task.source} is a single file: its questions would be "
+            "their own examples.",
+            f"Give a folder with the subfolders {task.split}/ and {task.examples_split}/, or set "
+            "num_fewshot to 0.",
         )
     there = _read(task, str(task.examples_split))
     for subject in subjects:
         count = len(there.get(subject, []))
         if count < task.num_fewshot:
             of_subject = f" for {subject}" if subject else ""
-            raise UserError(f"num_fewshot is {task.num_fewshot}, but {task.examples_split} of {task.source} holds {count} examples{of_subject}.")
+            raise UserError(
+                f"num_fewshot is {task.num_fewshot}, but {task.examples_split} of {task.source} holds "
+                f"{count} examples{of_subject}."
+            )
     return {subject: tuple(there[subject][: task.num_fewshot]) for subject in subjects}
 
 
@@ -209,8 +213,8 @@ def find_questions(task: Task, split: str) -> tuple[SourceFiles, dict[str | None
         elif subject in subjects:
             both = f"the subject {subject}" if subject else f"the split {wanted}"
             raise UserError(
-                f"{subjects[subject].name} and {file.name} in {found.path} are both {both}.\n"
-                "Keep one of them, or give them different names."
+                f"{subjects[subject].name} and {file.name} in {found.path} are both {both}.",
+                "Keep one of them, or give them different names.",
             )
         else:
             subjects[subject] = file
@@ -268,17 +272,17 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue  # it was the header
             if len(fields) != len(columns):
                 raise UserError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields, but there are "
-                    f"{len(columns)} columns.\n"
-                    "Put text that holds a comma or a line end into double quotes, and close every quote."
+                    f"{path}, line {reader.line_num}: {len(fields)} fields, but there are {len(columns)} "
+                    "columns.",
+                    "Put text that holds a comma or a line end into double quotes, and close every quote.",
                 )
             row = dict(zip(columns, fields, strict=True))
             choices = [row.get(name) for name in _FIELDS[1:-1]]
             yield reader.line_num, {"question": row["question"], "choices": choices, "answer": row["answer"]}
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: no valid CSV: {error}.\n"
-            "Check that every quote is closed, and that no field holds a whole document."
+            f"{path}, line {reader.line_num}: no valid CSV: {error}.",
+            "Check that every quote is closed, and that no field holds a whole document.",
         ) from error
 
 
@@ -293,8 +297,8 @@ def _columns(first: list[str], where: str) -> list[str]:
         return list(_FIELDS)
     raise UserError(
         f"{where}: neither a header with {', '.join(_FIELDS)} nor a question in these six columns, "
-        "separated by commas.\n"
-        "Add the header, or put the columns into this order."
+        "separated by commas.",
+        "Add the header, or put the columns into this order.",
     )
 
 
@@ -329,8 +333,8 @@ def _question(row: dict[str, Any], where: str) -> Question:
         )
     if gold is None:
         raise UserError(
-            f"{where}: the answer {shown(row['answer'])} is out of range: give 0 to {len(LETTERS) - 1} "
-            "(0 is the first choice), or a letter A to D."
+            f"{where}: the answer {shown(row['answer'])} is out of range: give 0 to {len(LETTERS) - 1} (0 "
+            "is the first choice), or a letter A to D."
         )
     return Question(question, tuple(choices), gold)
 

@@ -58,9 +58,15 @@ class Endpoint:
         except (httpx.InvalidURL, UnicodeError) as error:
             raise UserError(f"The endpoint's URL is none: {error}.") from error
         if url.scheme not in ("http", "https") or not url.host:
-            raise UserError("The endpoint's URL must begin with http:// or https:// and name a server, as http://localhost:8000/v1 does.")
+            raise UserError(
+                "The endpoint's URL must begin with http:// or https:// and name a server, as "
+                "http://localhost:8000/v1 does."
+            )
         if url.userinfo or url.query or url.fragment:
-            raise UserError(f"The endpoint's URL must end with its path and hold no password: a key comes from the environment variable {KEY}.")
+            raise UserError(
+                "The endpoint's URL must end with its path and hold no password: a key comes from the "
+                f"environment variable {KEY}."
+            )
         if not url.path.endswith("/completions"):
             raise UserError(f"The endpoint {self.url} must end in /v1, /chat/completions or /completions.")
 
@@ -133,8 +139,9 @@ def _refuse_cloze(sets: list[QuestionSet]) -> None:
     cloze = [each.name for each in sets if each.scoring != "letters"]
     if cloze:
         raise UserError(
-            f"An endpoint gives the probabilities of what it would write itself, not of given texts, so these cannot be asked: {', '.join(cloze)}.\n"
-            "Leave them out, or ask them for letters: scoring: letters."
+            "An endpoint gives the probabilities of what it would write itself, not of given texts, so "
+            f"these cannot be asked: {', '.join(cloze)}.",
+            "Leave them out, or ask them for letters: scoring: letters.",
         )
 
 
@@ -164,11 +171,15 @@ def _authorisation(url: httpx.URL) -> dict[str, str]:
     """The header that holds the key, where there is one: nothing but the client gets to hold it. Raises UserError rather than tell it."""
     key = _key()
     if key and re.search(r"[^!-~]", key):
-        raise UserError(f"The environment variable {KEY} holds characters that are part of no key, such as a space or a line break.")
+        raise UserError(
+            f"The environment variable {KEY} holds characters that are part of no key, such as a space or a "
+            "line break."
+        )
     if key and url.scheme == "http" and not _is_loopback(url.host):
         raise UserError(
-            f"The key in the environment variable {KEY} is not sent to {url.host} over plain http, where others could read it.\n"
-            f"Give a URL with https, or ask without a key: env -u {KEY} ..."
+            f"The key in the environment variable {KEY} is not sent to {url.host} over plain http, where "
+            "others could read it.",
+            f"Give a URL with https, or ask without a key: env -u {KEY} ...",
         )
     return {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -217,7 +228,10 @@ class _Server:
             tried += 1
             if tried >= (TRIES if self.heard else FIRST_TRIES) or wait > LONGEST_WAIT:
                 patience = f"It asks for {wait:.0f} seconds of patience." if wait > LONGEST_WAIT else f"It was asked {tried} times."
-                raise UserError(f"{self.endpoint.address} {trouble}\n{patience} {KEPT}")
+                raise UserError(
+                    f"{self.endpoint.address} {trouble}",
+                    f"{patience} {KEPT}",
+                )
             if self.stopped.wait(wait + random.uniform(0.5, 1) * FIRST_WAIT * 2 ** (tried - 1)):
                 raise Interrupted
 
@@ -235,8 +249,8 @@ class _Server:
                 if len(content) > LONGEST_REPLY:
                     where = self.endpoint.address
                     raise UserError(
-                        f"{where} answers one question with more than {LONGEST_REPLY:,} bytes.\n"
-                        f"Check the URL: it must belong to an OpenAI-compatible server. {KEPT}"
+                        f"{where} answers one question with more than {LONGEST_REPLY:,} bytes.",
+                        f"Check the URL: it must belong to an OpenAI-compatible server. {KEPT}",
                     )
                 if time.monotonic() - began > LONGEST_READING:
                     trouble = f"its reply has not ended after {LONGEST_READING:.0f} seconds"
@@ -272,16 +286,27 @@ def _quote(text: str) -> str:
 def _refusal(endpoint: Endpoint, response: httpx.Response) -> UserError:
     status, where, said = response.status_code, endpoint.address, _quote(response.text)
     if status in (401, 403) and not _key():
-        return UserError(f"{where} wants a key ({status}).\nSet the environment variable {KEY}.")
+        return UserError(
+            f"{where} wants a key ({status}).",
+            f"Set the environment variable {KEY}.",
+        )
     if status == 401:  # what it says may hold a part of the key
         return UserError(f"{where} does not accept the key in the environment variable {KEY}.")
     if status == 403:
-        return UserError(f"{where} does not let the key in the environment variable {KEY} use {endpoint.model}: {said}")
+        return UserError(
+            f"{where} does not let the key in the environment variable {KEY} use {endpoint.model}: {said}"
+        )
     if status == 404:
-        return UserError(f"{where} is not there, or has no model {endpoint.model}: {said}\nCheck both the URL and the name.")
+        return UserError(
+            f"{where} is not there, or has no model {endpoint.model}: {said}",
+            "Check both the URL and the name.",
+        )
     if response.has_redirect_location:
         onwards = _quote(response.headers["Location"])
-        return UserError(f"{where} sends on to another address, which is not followed.\nIf that is the right one, give it: {onwards}")
+        return UserError(
+            f"{where} sends on to another address, which is not followed.",
+            f"If that is the right one, give it: {onwards}",
+        )
     return UserError(f"{where} refuses to answer ({status}): {said}")
 
 
@@ -294,7 +319,9 @@ def _read(response: httpx.Response) -> Reply:
         written = re.match(rf"\s*([{LETTERS}])\b", text)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{response.url} does not answer as an OpenAI-compatible server does, but: {_quote(response.text)}\nCheck the URL. {KEPT}"
+            f"{response.url} does not answer as an OpenAI-compatible server does, but: "
+            f"{_quote(response.text)}",
+            f"Check the URL. {KEPT}",
         ) from error
     if logprobs:
         return Reply(logprobs, logprobs.index(max(logprobs)))

@@ -104,7 +104,8 @@ def answer(each: Asked, logprobs: list[float]) -> Answer:
     text is never chosen. Raises UserError where a log-probability is not a number."""
     if any(math.isnan(value) for value in logprobs):
         raise UserError(
-            f"The model gives no finite log-probabilities for question {each.index} of {each.asked.name}.\n{NOT_FINITE}"
+            f"The model gives no finite log-probabilities for question {each.index} of {each.asked.name}.",
+            f"{NOT_FINITE}",
         )
     lengths = [len(choice) for choice in each.question.choices] if each.asked.scoring == "cloze" else [1] * len(logprobs)
     chosen = max(range(len(logprobs)), key=lambda choice: logprobs[choice] / lengths[choice] if lengths[choice] else -math.inf)
@@ -172,8 +173,9 @@ def _letters(tokenizer: Callable[..., Any], context: str, ids: list[int]) -> tup
     whole = encode_texts(tokenizer, [f"{context} {letter}" for letter in LETTERS])
     if any(each[:-1] != ids for each in whole):
         raise UserError(
-            'This tokenizer splits " A" into several tokens, so the letters cannot be compared by one forward pass.\n'
-            "Ask for the choices' texts instead: scoring: cloze."
+            'This tokenizer splits " A" into several tokens, so the letters cannot be compared by one '
+            "forward pass.",
+            "Ask for the choices' texts instead: scoring: cloze.",
         )
     return tuple(each[-1] for each in whole)
 

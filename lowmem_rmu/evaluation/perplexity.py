@@ -32,7 +32,10 @@ def text_loss(
     sums = sequence_losses(model, tokenizer, sequences, batch_tokens)
     loss, stderr = mean_a_token(sums, sequences)
     if not math.isfinite(loss):
-        raise UserError(f"The model's loss on held-out text is not finite.\n{NOT_FINITE}")
+        raise UserError(
+            "The model's loss on held-out text is not finite.",
+            f"{NOT_FINITE}",
+        )
     bits_per_byte = None if written is None else sum(sums) / math.log(2) / max(1, sum(written))
     return {
         "loss": loss, "stderr": stderr, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte,

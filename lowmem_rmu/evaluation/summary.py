@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lowmem_rmu.errors import UserError, command_line
+from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import Row
 from lowmem_rmu.records import Object, StageCost, read_record
 from lowmem_rmu.runs import RunFolder, write_json
@@ -185,15 +185,21 @@ def read_summary(run: RunFolder) -> dict[str, Any]:
 
     Raises UserError where it is missing, damaged, or of another version, or where the answers that it sums up are damaged.
     """
-    path, again = run.path / "summary.json", f"--resume --name {run.path.name}"
+    path, again = run.path / "summary.json", ResumeRun(run.path.name)
     if not path.exists():
-        raise UserError(f"Run {run.path} has no summary.json: it has not finished.\nGo on with it: {again}")
-    what_next = f"Have it written again: {again}"
+        raise UserError(
+            f"Run {run.path} has no summary.json: it has not finished.",
+            Fix("Go on with it: {action}", again),
+        )
+    what_next = Fix("Have it written again: {action}", again)
     summary: dict[str, Any] = read_record(path, Summary, what_next)
     summary["rows"] = [ADDED_LATER | row for row in summary["rows"]]
     row_fields = {field.name for field in fields(Row)}
     if lacking := [name for row in summary["rows"] for name in row_fields - row.keys()]:
-        raise UserError(f"{path} was written by another version of this program, or is damaged: it lacks {lacking[0]}.\n{what_next}")
+        raise UserError(
+            f"{path} was written by another version of this program, or is damaged: it lacks {lacking[0]}.",
+            what_next,
+        )
     for side in ("base", "unlearned"):
         if run.evaluation(side).exists():
             run.read_answers(side)
@@ -207,8 +213,8 @@ def read_audit(run: RunFolder) -> dict[str, Any] | None:
 
 def read_audit_file(path: Path) -> dict[str, Any]:
     """The same by the path of the file."""
-    again = command_line("python", "-m", "lowmem_rmu", "audit", path.parent, "--again")
-    audit: dict[str, Any] = read_record(path, AuditFile, f"Audit it again: {again}")
+    again = Fix("Audit it again: {action}", AuditAgain(str(path.parent)))
+    audit: dict[str, Any] = read_record(path, AuditFile, again)
     # Earlier versions had other words for the same.
     audit["verdict"]["mark"] = EARLIER_WORDS.get(audit["verdict"]["mark"], audit["verdict"]["mark"])
     for found in audit["attacks"]:

@@ -70,7 +70,10 @@ class Dequantised:
     def _pieces(self, parameter: str) -> Iterator[Tensor]:
         together = self._together(parameter)
         if any(prod(tensor.shape) % BLOCK for tensor in together[:-1]):
-            raise UserError(f"The experts of {parameter} share blocks of {BLOCK} weights when they are quantised.\nLeave --base dequantised out.")
+            raise UserError(
+                f"The experts of {parameter} share blocks of {BLOCK} weights when they are quantised.",
+                "Leave --base dequantised out.",
+            )
         for tensor in together:
             for span in tensor.pieces():
                 yield tensor.rows(*span).to(self.dtype)

@@ -25,15 +25,24 @@ def new_folder(to: Path) -> Iterator[Path]:
     """
     to = to.expanduser().resolve()
     if to.is_file() or (to.exists() and any(to.iterdir())):
-        raise UserError(f"{to} is not empty, and an export overwrites nothing.\nGive another folder with --to, or empty it first.")
+        raise UserError(
+            f"{to} is not empty, and an export overwrites nothing.",
+            "Give another folder with --to, or empty it first.",
+        )
     try:
         with folder_replaced(to) as beside:
             yield beside
     except OSError as error:
         if _is_full(error):
-            raise UserError(f"The disk that holds {to} is full. Nothing was left there.\nMake room, then give the same command again.") from error
+            raise UserError(
+                f"The disk that holds {to} is full. Nothing was left there.",
+                "Make room, then give the same command again.",
+            ) from error
         if error.filename and Path(os.fsdecode(error.filename)) in {*to.parents, to, to.with_name(f".{to.name}.new")}:
-            raise UserError(f"{to} cannot be written: {error.strerror}.\nGive another folder with --to.") from error
+            raise UserError(
+                f"{to} cannot be written: {error.strerror}.",
+                "Give another folder with --to.",
+            ) from error
         raise
 
 
@@ -47,8 +56,9 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"The export needs {needed / 1e9:,.2f} GB, but {free / 1e9:,.2f} GB are free on the disk of {folder.parent}.\n"
-            "Make room, or give a folder on another disk with --to."
+            f"The export needs {needed / 1000000000.0:,.2f} GB, but {free / 1000000000.0:,.2f} GB are free "
+            f"on the disk of {folder.parent}.",
+            "Make room, or give a folder on another disk with --to.",
         )
 
 

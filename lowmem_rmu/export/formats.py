@@ -53,7 +53,10 @@ def export(run: RunFolder, wanted: Wanted, to: Path, device: torch.device, follo
     Raises UserError, and leaves nothing, where the weights cannot be written; what else is missing is said in a sentence.
     """
     if wanted.format == "adapter" and wanted.base != "original":
-        raise UserError("An adapter is added to a model only later, so --base does not go with --format adapter.\nLeave one of them out.")
+        raise UserError(
+            "An adapter is added to a model only later, so --base does not go with --format adapter.",
+            "Leave one of them out.",
+        )
     write = {"adapter": write_adapter, "merged": write_whole_model, "gguf": write_gguf_files}[wanted.format]
     adapter_of(run)
     with new_folder(to) as folder:

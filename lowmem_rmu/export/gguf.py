@@ -104,13 +104,20 @@ def _known_config(settings: ModelSettings) -> PretrainedConfig:
     architecture = (config.architectures or [type(config).__name__])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{settings.name} is a {architecture}: GGUF files are written of {' and '.join(ARCHITECTURES)} only.\n"
-            "Export it merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
+            f"{settings.name} is a {architecture}: GGUF files are written of {' and '.join(ARCHITECTURES)} "
+            "only.",
+            "Export it merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
         )
     if (rope_type := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
-        raise UserError(f"{settings.name} has rotary positions of type {rope_type}, which no GGUF file can say.\nExport it merged instead.")
+        raise UserError(
+            f"{settings.name} has rotary positions of type {rope_type}, which no GGUF file can say.",
+            "Export it merged instead.",
+        )
     if config.hidden_act != "silu":
-        raise UserError(f"{settings.name} computes {config.hidden_act} where llama.cpp computes silu.\nExport it merged instead.")
+        raise UserError(
+            f"{settings.name} computes {config.hidden_act} where llama.cpp computes silu.",
+            "Export it merged instead.",
+        )
     return config
 
 
@@ -142,7 +149,10 @@ def _stored_as(name: str, shape: tuple[int, ...], kind: Kind) -> GGMLQuantizatio
 def _gguf_name(config: PretrainedConfig, name: str) -> str:
     known = _names(config.num_hidden_layers).get_name(name, try_suffixes=(".weight", ".bias"))
     if known is None:
-        raise UserError(f"llama.cpp knows no weight like {name} in a Llama.\nExport the model merged instead.")
+        raise UserError(
+            f"llama.cpp knows no weight like {name} in a Llama.",
+            "Export the model merged instead.",
+        )
     return known
 
 
@@ -155,8 +165,9 @@ def _check_space(to: Path, size: int) -> None:
     needed, free = size + ROOM_FOR_WORDS, shutil.disk_usage(to.parent).free
     if free < needed:
         raise UserError(
-            f"{to} takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there.\n"
-            "Make room, or choose another folder or a smaller kind: q8_0 takes half of f16, q4_0 about a quarter."
+            f"{to} takes {needed / 1000000000.0:.2f} GB, but {free / 1000000000.0:.2f} GB are free there.",
+            "Make room, or choose another folder or a smaller kind: q8_0 takes half of f16, q4_0 about a "
+            "quarter.",
         )
 
 
@@ -208,7 +219,10 @@ def _rope_factors(config: PretrainedConfig) -> tuple[Tensor, float]:
 def _check_weights(checkpoint: Path, planned: list[_Planned], weights: dict[str, Any]) -> None:
     missing = [tensor.source for tensor in planned if tensor.source not in weights and tensor.source != ROPE_FACTORS]
     if missing:
-        raise UserError(f"The checkpoint {checkpoint} lacks {len(missing)} weights, {min(missing)} among them.\nDownload or copy it again.")
+        raise UserError(
+            f"The checkpoint {checkpoint} lacks {len(missing)} weights, {min(missing)} among them.",
+            "Download or copy it again.",
+        )
 
 
 def _read(config: PretrainedConfig, weights: dict[str, Any], change: Change | None, tensor: _Planned) -> Tensor:
@@ -217,7 +231,10 @@ def _read(config: PretrainedConfig, weights: dict[str, Any], change: Change | No
         return _rope_factors(config)[0]
     weight: Tensor = weights[tensor.source][...].float()
     if tuple(weight.shape) != tensor.shape:
-        raise UserError(f"{tensor.source} has the shape {tuple(weight.shape)}, but config.json makes it {tensor.shape}: they are of two models.")
+        raise UserError(
+            f"{tensor.source} has the shape {tuple(weight.shape)}, but config.json makes it {tensor.shape}: "
+            "they are of two models."
+        )
     return in_pairs(config, tensor.source, change(tensor.source, weight).float() if change else weight)
 
 
@@ -252,7 +269,10 @@ def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(lora.lora_alpha))
         for name, (a, b) in _low_rank_pairs(adapter).items():
             if shapes.get(name) != (shape := (b.shape[0], a.shape[1])):
-                raise UserError(f"The adapter {adapter} changes {name} of {shape}, which {checkpoint} has not.\nGive its own base model.")
+                raise UserError(
+                    f"The adapter {adapter} changes {name} of {shape}, which {checkpoint} has not.",
+                    "Give its own base model.",
+                )
             writer.add_tensor(f"{_gguf_name(config, name)}.lora_a", a.contiguous().numpy())
             writer.add_tensor(f"{_gguf_name(config, name)}.lora_b", in_pairs(config, name, b).contiguous().numpy())
         writer.write_header_to_file()
@@ -264,9 +284,15 @@ def _plain_lora(adapter: Path) -> LoraConfig:
     read_adapter_settings(adapter)
     config = LoraConfig.from_pretrained(str(adapter))
     if config.modules_to_save:
-        raise UserError(f"The adapter {adapter} holds whole matrices, which a GGUF adapter cannot.\nExport the merged model as GGUF instead.")
+        raise UserError(
+            f"The adapter {adapter} holds whole matrices, which a GGUF adapter cannot.",
+            "Export the merged model as GGUF instead.",
+        )
     if beyond := [name for name in LORA_ONLY if getattr(config, name)]:
-        raise UserError(f"The adapter {adapter} uses {', '.join(beyond)}, which a GGUF adapter cannot say.\nExport the merged model as GGUF instead.")
+        raise UserError(
+            f"The adapter {adapter} uses {', '.join(beyond)}, which a GGUF adapter cannot say.",
+            "Export the merged model as GGUF instead.",
+        )
     return config
 
 

@@ -65,7 +65,10 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: 
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
-    return UserError(f"llama.cpp has no equal of the tokenizer of {tokenizer.name_or_path}: {reason}.\nExport the model merged instead.")
+    return UserError(
+        f"llama.cpp has no equal of the tokenizer of {tokenizer.name_or_path}: {reason}.",
+        "Export the model merged instead.",
+    )
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[TokenType]]:

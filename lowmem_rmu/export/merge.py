@@ -83,7 +83,10 @@ def _shards(update: Update) -> dict[Path, list[StoredTensor]]:
     for tensor in update.tensors.values():
         shards.setdefault(tensor.file, []).append(tensor)
     if len({shard.name for shard in shards}) < len(shards) or len({shard.parent for shard in shards}) > 1:
-        raise UserError(f"The index of the checkpoint {update.settings.name} names files of several folders.\nPut them into one.")
+        raise UserError(
+            f"The index of the checkpoint {update.settings.name} names files of several folders.",
+            "Put them into one.",
+        )
     return shards
 
 

@@ -23,18 +23,27 @@ def push(artefact: Path, repo_id: str, private: bool = True) -> str:
     """
     check_name(repo_id)
     if not all((artefact / name).is_file() for name in (CARD, SUMS)):
-        raise UserError(f"{artefact} is no complete export: it lacks {CARD} or {SUMS}.\nExport the run again.")
+        raise UserError(
+            f"{artefact} is no complete export: it lacks {CARD} or {SUMS}.",
+            "Export the run again.",
+        )
     if is_offline_mode():
-        raise UserError(f"{repo_id} cannot be uploaded: HF_HUB_OFFLINE is on.\nUnset it, and TRANSFORMERS_OFFLINE, which means the same.")
+        raise UserError(
+            f"{repo_id} cannot be uploaded: HF_HUB_OFFLINE is on.",
+            "Unset it, and TRANSFORMERS_OFFLINE, which means the same.",
+        )
     if get_token() is None:
-        raise UserError(f"{repo_id} cannot be uploaded: no token of the Hub was found.\n{LOGIN}")
+        raise UserError(
+            f"{repo_id} cannot be uploaded: no token of the Hub was found.",
+            f"{LOGIN}",
+        )
     api = HfApi()
     with told_in_words(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise UserError(
-                f"{repo_id} is there already, and everybody can read it. Nothing was uploaded.\n"
-                "Choose another name, make it private on its page, or say that this upload may be public."
+                f"{repo_id} is there already, and everybody can read it. Nothing was uploaded.",
+                "Choose another name, make it private on its page, or say that this upload may be public.",
             )
         return str(api.upload_folder(repo_id=repo_id, folder_path=artefact, commit_message="Upload an unlearned model").commit_url)
 
@@ -47,7 +56,10 @@ def check_name(repo_id: str) -> None:
     except HFValidationError:
         named = None
     if not named:
-        raise UserError(f'"{repo_id}" is no name of a model on the Hub: give OWNER/NAME, of letters, digits, "-", "_" and ".", for example me/tiny.')
+        raise UserError(
+            f'"{repo_id}" is no name of a model on the Hub: give OWNER/NAME, of letters, digits, "-", "_" '
+            'and ".", for example me/tiny.'
+        )
 
 
 @contextmanager

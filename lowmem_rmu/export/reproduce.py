@@ -14,7 +14,7 @@ import yaml
 from lowmem_rmu.data.corpora import TEXT_FILES, read_documents
 from lowmem_rmu.data.documents import find_files
 from lowmem_rmu.data.questions import QUESTION_FILES
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.presets import Corpus, Preset, is_local, recorded_preset, short_name
 from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_json
 
@@ -37,7 +37,10 @@ def write_reproduce(run: RunFolder, to: Path) -> None:
     """
     preset, config = recorded_preset(run.config["settings"], run.path), run.config
     if not run.adapter.exists():
-        raise UserError(f"Run {run.path} has no adapter that could be made again.\nGo on with it: --resume --name {run.path.name}")
+        raise UserError(
+            f"Run {run.path} has no adapter that could be made again.",
+            Fix("Go on with it: {action}", ResumeRun(run.path.name)),
+        )
     with folder_replaced(to) as new:
         copied = Copied(new, datetime.fromisoformat(config["created"]).timestamp())
         settings = copied.settings(preset, config["model_revision"])
@@ -104,7 +107,10 @@ class Copied:
 
 def _there(source: str) -> Path:
     if not Path(source).exists():
-        raise UserError(f"{source}, which the run has read, does not exist any more.\nPut it back: without it the run cannot be made again.")
+        raise UserError(
+            f"{source}, which the run has read, does not exist any more.",
+            "Put it back: without it the run cannot be made again.",
+        )
     return Path(source)
 
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.model.changes import Change, read_changes
 from lowmem_rmu.model.loading import checked_tensors, load_config
 from lowmem_rmu.model.saved import read_adapter_settings
@@ -63,7 +63,10 @@ class Update:
         result = self.changes[name].apply(base, first_row) if name in self.changes else base
         result = result.to(tensor.dtype)
         if not torch.isfinite(result.sum(dtype=torch.float32)):  # one pass: what is not finite makes the sum so
-            raise UserError(f"With the update {name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}: the run failed.")
+            raise UserError(
+                f"With the update {name} holds values that are not finite in "
+                f"{str(tensor.dtype).removeprefix('torch.')}: the run failed."
+            )
         return result.view(tensor.shape)
 
 
@@ -83,7 +86,10 @@ def update_of(run: RunFolder, base: Base = "original") -> Update:
 def adapter_of(run: RunFolder) -> Path:
     """Raises UserError where the run has none yet, or it is damaged."""
     if not run.adapter.exists():
-        raise UserError(f"Run {run.path} has no adapter yet.\nGo on with it until it has unlearned: --resume --name {run.path.name}")
+        raise UserError(
+            f"Run {run.path} has no adapter yet.",
+            Fix("Go on with it until it has unlearned: {action}", ResumeRun(run.path.name)),
+        )
     read_adapter_settings(run.adapter)
     return run.adapter
 
@@ -97,12 +103,16 @@ def _check_unquantised(settings: ModelSettings) -> None:
     try:
         config = locate(settings.name, settings.revision).read_config()
     except UserError as error:
-        raise UserError(f"{str(error).splitlines()[0]}\nPut back the model that the run was made with.") from error
+        raise UserError(
+            f"{str(error).splitlines()[0]}",
+            "Put back the model that the run was made with.",
+        ) from error
     if quantisation := config.get("quantization_config"):
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
         raise UserError(
-            f"The model {settings.name} is quantised already ({method or 'by an unnamed method'}):"
-            " nothing can be added to its weights.\nPut back the original checkpoint."
+            f"The model {settings.name} is quantised already ({method or 'by an unnamed method'}): nothing "
+            "can be added to its weights.",
+            "Put back the original checkpoint.",
         )
 
 
@@ -114,15 +124,19 @@ def _check_same(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, S
     other = [name for name in changes if tensors[name].digest() != recorded.get(name)]
     if other:
         raise UserError(
-            f"The checkpoint {settings.name} is not the one that {run.path} was made with: {other[0]} differs"
-            f"{f', and {len(other) - 1} more' if other[1:] else ''}.\nPut back the files of then, or run again with those of now."
+            f"The checkpoint {settings.name} is not the one that {run.path} was made with: {other[0]} "
+            f"differs{f', and {len(other) - 1} more' if other[1:] else ''}.",
+            "Put back the files of then, or run again with those of now.",
         )
     return True
 
 
 def _dequantised(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, StoredTensor]) -> OtherValues:
     if settings.quantisation == "none":
-        raise UserError(f"Run {run.path} was not made in 4-bit: it trained on the original weights.\nLeave --base dequantised out.")
+        raise UserError(
+            f"Run {run.path} was not made in 4-bit: it trained on the original weights.",
+            "Leave --base dequantised out.",
+        )
     from lowmem_rmu.export.dequantised import dequantised_weights  # transformers and bitsandbytes are large, and only this needs them
 
     return dequantised_weights(run, settings, tensors)

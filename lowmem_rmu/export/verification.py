@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_rmu.data.questions import QuestionSet, load_questions
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import TOLERATED, compare_tasks, rows_as_json
 from lowmem_rmu.evaluation.kept import fixed_batch_tokens
 from lowmem_rmu.evaluation.multiple_choice import Answer, Progress, ask, evaluate
@@ -164,14 +164,20 @@ def read_run(folder: RunFolder) -> Run:
     """Questions and answers of a run. Raises UserError."""
     preset = preset_of_run(folder.config, folder.path)
     sets = load_questions(preset.evaluation)
-    asked, go_on = [each.prompt.digest for each in ask(sets)], f"--resume --name {folder.path.name}"
+    asked = [each.prompt.digest for each in ask(sets)]
     given: dict[str, list[Answer]] = {}
     for side in ("base", "unlearned"):
         if not folder.evaluation(side).exists():
-            raise UserError(f"Run {folder.path} has not measured {side}, so there is nothing to hold an export against.\nGo on with it: {go_on}")
+            raise UserError(
+                f"Run {folder.path} has not measured {side}, so there is nothing to hold an export against.",
+                Fix("Go on with it: {action}", ResumeRun(folder.path.name)),
+            )
         given[side] = folder.read_answers(side)
         if [row["prompt"] for row in given[side]] != asked:
-            raise UserError(f"The questions of run {folder.path} have changed since it asked {side}.\nPut the old ones back, or make the run anew.")
+            raise UserError(
+                f"The questions of run {folder.path} have changed since it asked {side}.",
+                "Put the old ones back, or make the run anew.",
+            )
     return Run(folder, preset, sets, given["base"], given["unlearned"])
 
 
@@ -188,7 +194,10 @@ def ways_to_load(preset: Preset, artefact: Path) -> dict[str, Ask]:
         return {f"merged, {name}": partial(_ask_merged, settings, precision) for name, precision in precisions.items()}
     if files := sorted(artefact.glob("*.gguf")):
         return {file.name: partial(_ask_gguf, file) for file in files}
-    raise UserError(f"{artefact} holds neither an adapter nor a checkpoint nor GGUF files.\nGive the folder that was exported to.")
+    raise UserError(
+        f"{artefact} holds neither an adapter nor a checkpoint nor GGUF files.",
+        "Give the folder that was exported to.",
+    )
 
 
 class NotAsked(Exception):

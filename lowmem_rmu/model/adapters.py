@@ -26,8 +26,9 @@ def check_layers(rmu: Rmu, layer_count: int) -> None:
     """Raises UserError where the target layer lies beyond the model."""
     if rmu.target_layer >= layer_count:
         raise UserError(
-            f"rmu.target_layer is {rmu.target_layer}, but the model has {layer_count} layers: 0 to {layer_count - 1}.\n"
-            f"The paper steers about a quarter of the way up: try {layer_count // 4}."
+            f"rmu.target_layer is {rmu.target_layer}, but the model has {layer_count} layers: 0 to "
+            f"{layer_count - 1}.",
+            f"The paper steers about a quarter of the way up: try {layer_count // 4}.",
         )
 
 
@@ -38,15 +39,22 @@ def check_modules(model: nn.Module, rmu: Rmu) -> None:
     there = experts | {_last(name) for layer in layers for name in linear_shapes(layer)}
     unknown = [name for name in rmu.modules if name not in there]
     if unknown:
-        raise UserError(f'rmu.modules names "{unknown[0]}", which no adapter layer has. {nearest(unknown[0], there)}')
+        raise UserError(
+            f'rmu.modules names "{unknown[0]}", which no adapter layer has. {nearest(unknown[0], there)}'
+        )
     adapted = sorted(experts.intersection(rmu.modules))
     if len(adapted) > 1:  # PEFT nests them in an order that differs between a 4-bit model and any other
-        raise UserError(f"rmu.modules names {' and '.join(adapted)} of the same experts: only one of them can have adapters.")
+        raise UserError(
+            f"rmu.modules names {' and '.join(adapted)} of the same experts: only one of them can have "
+            "adapters."
+        )
     if adapted and rmu.trainable == "weights":
         raise UserError(f"The experts' {adapted[0]} cannot be trained itself: set rmu.trainable=lora.")
     transposed = [_last(name) for layer in layers for name, module in layer.named_modules() if isinstance(module, Conv1D)]
     if rmu.trainable == "weights" and (of_conv1d := [name for name in rmu.modules if name in transposed]):
-        raise UserError(f"{of_conv1d[0]} is a Conv1D, which cannot be trained itself: set rmu.trainable=lora.")
+        raise UserError(
+            f"{of_conv1d[0]} is a Conv1D, which cannot be trained itself: set rmu.trainable=lora."
+        )
 
 
 def add_adapter(model: PreTrainedModel, rmu: Rmu, settings: ModelSettings) -> PeftModel:
@@ -67,7 +75,10 @@ def add_adapter(model: PreTrainedModel, rmu: Rmu, settings: ModelSettings) -> Pe
         try:
             peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
         except ValueError as error:
-            raise UserError(f"PEFT puts no adapter on {', '.join(rmu.modules)} of this model: {error}\nChoose others: rmu.modules.") from error
+            raise UserError(
+                f"PEFT puts no adapter on {', '.join(rmu.modules)} of this model: {error}",
+                "Choose others: rmu.modules.",
+            ) from error
     _train_in_float32(peft_model)
     _check_places(peft_model, rmu)
     return _with_removable_experts(peft_model)
@@ -90,8 +101,9 @@ def _check_places(model: PeftModel, rmu: Rmu) -> None:
     }
     if learning != wanted:
         raise UserError(
-            f"PEFT puts the adapters for {', '.join(rmu.modules)} on layers {sorted(learning)} instead of {sorted(wanted)}: some of these layers are"
-            " dense, others have experts.\nLet rmu.adapter_layers name layers with experts only, or choose modules of the attention."
+            f"PEFT puts the adapters for {', '.join(rmu.modules)} on layers {sorted(learning)} instead of "
+            f"{sorted(wanted)}: some of these layers are dense, others have experts.",
+            "Let rmu.adapter_layers name layers with experts only, or choose modules of the attention.",
         )
 
 
@@ -193,8 +205,10 @@ def _run_once(model: PeftModel) -> None:
 def _does_not_fit(folder: Path, model: PreTrainedModel, reason: list[str]) -> UserError:
     """What PEFT says in the first two lines, and what to do."""
     return UserError(
-        f"The adapter {folder} cannot be put on the model {model.name_or_path}: {' '.join(line.strip() for line in reason[:2])}\n"
-        "Give the model that it was made for. (Kinds that do not go on 4-bit weights take --quantisation none.)"
+        f"The adapter {folder} cannot be put on the model {model.name_or_path}: "
+        f"{' '.join(line.strip() for line in reason[:2])}",
+        "Give the model that it was made for. (Kinds that do not go on 4-bit weights take --quantisation "
+        "none.)",
     )
 
 

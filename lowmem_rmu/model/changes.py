@@ -95,7 +95,10 @@ class SavedAdapter:
         config = read_adapter_settings(folder)
         other = [key for key in OTHER_KINDS if config.get(key)] if config["peft_type"] == "LORA" else [config["peft_type"]]
         if other:
-            raise UserError(f"The adapter {folder} is no plain LoRA ({other[0]}), so it cannot be merged here.\nLoad it with PEFT instead.")
+            raise UserError(
+                f"The adapter {folder} is no plain LoRA ({other[0]}), so it cannot be merged here.",
+                "Load it with PEFT instead.",
+            )
         tensors = {name.removeprefix(BEFORE): tensor for name, tensor in stored_tensors(folder / WEIGHTS).items()}
         return cls(folder, config, tensors)
 
@@ -117,12 +120,17 @@ class SavedAdapter:
         if name in self.tensors:
             return Whole(self.tensors[name])
         if lacking := [name + factor for factor in (FIRST_FACTOR, SECOND_FACTOR) if name + factor not in self.tensors]:
-            raise UserError(f"The adapter {self.folder} is damaged: it lacks {lacking[0]}.\nPut it back from a copy.")
+            raise UserError(
+                f"The adapter {self.folder} is damaged: it lacks {lacking[0]}.",
+                "Put it back from a copy.",
+            )
         a, b = (self.tensors[name + factor].whole().float() for factor in (FIRST_FACTOR, SECOND_FACTOR))
         rank = self.config["r"]
         if name not in self.experts and not len(a) == b.shape[1] == rank:
             raise UserError(
-                f"The adapter {self.folder} does not fit its settings: {name} is of rank {len(a)}, but r is {rank}.\nPut it back from a copy."
+                f"The adapter {self.folder} does not fit its settings: {name} is of rank {len(a)}, but r is "
+                f"{rank}.",
+                "Put it back from a copy.",
             )
         scaling = self.config["lora_alpha"] / rank
         if name not in self.experts:
@@ -141,8 +149,10 @@ def read_changes(folder: Path, settings: ModelSettings, tensors: Mapping[str, St
     parts = {name: part for name, part in _parts(adapter, settings, tensors).items() if part.parameter in adapter.parameters}
     if missing := adapter.parameters.keys() - {part.parameter for part in parts.values()}:
         raise UserError(
-            f"The checkpoint {settings.name} has no tensor of its own for {min(missing)}, which the adapter {folder} changes.\n"
-            "Is it still the model that the run was made with? If it is, export the adapter: --format adapter."
+            f"The checkpoint {settings.name} has no tensor of its own for {min(missing)}, which the adapter "
+            f"{folder} changes.",
+            "Is it still the model that the run was made with? If it is, export the adapter: --format "
+            "adapter.",
         )
     changes = {name: adapter.change(parts[name]) for name in sorted(parts)}
     for name, change in changes.items():
@@ -166,8 +176,9 @@ def _check_fits(name: str, change: Change, tensor: StoredTensor, settings: Model
     there = (tensor.height, tensor.width)
     if change.shape != there:
         raise UserError(
-            f"The adapter does not fit the checkpoint {settings.name}: it changes {name} as a matrix of {change.shape[0]} x {change.shape[1]},"
-            f" but there it is {there[0]} x {there[1]}.\nGive back the model that the run was made with."
+            f"The adapter does not fit the checkpoint {settings.name}: it changes {name} as a matrix of "
+            f"{change.shape[0]} x {change.shape[1]}, but there it is {there[0]} x {there[1]}.",
+            "Give back the model that the run was made with.",
         )
 
 

@@ -42,8 +42,9 @@ def check_contents(name: str, model: PreTrainedModel, tensors: Mapping[str, Stor
     for stored, place in places.items():
         if place in parameters and tensors[stored].kind not in DTYPES:
             raise UserError(
-                f"The checkpoint {name} is quantised already, or of a rare kind: {stored} is stored as {tensors[stored].kind}.\n"
-                "Give the original checkpoint, in float32, float16 or bfloat16."
+                f"The checkpoint {name} is quantised already, or of a rare kind: {stored} is stored as "
+                f"{tensors[stored].kind}.",
+                "Give the original checkpoint, in float32, float16 or bfloat16.",
             )
     # What the model has no place for: refused next to a weight that is read, named elsewhere.
     there, modules = model.state_dict(), dict(model.named_modules())
@@ -55,8 +56,9 @@ def check_contents(name: str, model: PreTrainedModel, tensors: Mapping[str, Stor
     ]
     if parts:
         raise UserError(
-            f"The checkpoint {name} holds {_listed(parts)}, which the model that its config.json describes does not have.\n"
-            "It is quantised already, or its config.json is another model's. Give the original checkpoint."
+            f"The checkpoint {name} holds {_listed(parts)}, which the model that its config.json describes "
+            "does not have.",
+            "It is quantised already, or its config.json is another model's. Give the original checkpoint.",
         )
     if left_over:
         words = f"The checkpoint {name} holds {_listed(list(left_over))}, which the model does not have: left out."

@@ -53,7 +53,10 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f'There is no device "{name}": choose auto, cpu, cuda or mps.')
     if not there[name]:
         reason = {"cuda": "PyTorch sees no CUDA GPU: try `nvidia-smi`, or install PyTorch's CUDA build", "mps": "this machine has no Apple GPU"}[name]
-        raise UserError(f"--device {name}: {reason}.\nWithout one: --device cpu (slow for large models).")
+        raise UserError(
+            f"--device {name}: {reason}.",
+            "Without one: --device cpu (slow for large models).",
+        )
     return torch.device(name)
 
 
@@ -72,20 +75,35 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
     source = locate(settings.name, settings.revision)
     content = source.read_config()
     if "model_type" not in content and "auto_map" not in content:
-        raise UserError(f"The config.json of the {source.words} names no model_type.\nGive a folder with a transformers model, or a Hub id.")
+        raise UserError(
+            f"The config.json of the {source.words} names no model_type.",
+            "Give a folder with a transformers model, or a Hub id.",
+        )
     if says_quantized(content):
-        raise UserError(f"The model {settings.name} is quantised already.\nGive the original checkpoint: it is brought to 4-bit while loading.")
+        raise UserError(
+            f"The model {settings.name} is quantised already.",
+            "Give the original checkpoint: it is brought to 4-bit while loading.",
+        )
     check_sizes(settings.name, content)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # each model's configuration checks its own values, and raises what it likes
         if "auto_map" in content and "trust_remote_code" in str(error):
-            raise UserError(f"The model {settings.name} cannot be read: {CUSTOM_CODE}.\nGive a model of transformers.") from error
-        raise UserError(f"The model {settings.name} cannot be read: {_reason(error)}.\n{COPY_AGAIN}") from error
+            raise UserError(
+                f"The model {settings.name} cannot be read: {CUSTOM_CODE}.",
+                "Give a model of transformers.",
+            ) from error
+        raise UserError(
+            f"The model {settings.name} cannot be read: {_reason(error)}.",
+            f"{COPY_AGAIN}",
+        ) from error
     config.name_or_path = settings.name
     check_supported(settings.name, config)
     if settings.quantisation == "nf4" and config.model_type in READ_DIRECTLY:
-        raise UserError(f"A {config.model_type} model does not work in 4-bit.\nSet model.quantisation=none.")
+        raise UserError(
+            f"A {config.model_type} model does not work in 4-bit.",
+            "Set model.quantisation=none.",
+        )
     return config
 
 
@@ -102,8 +120,9 @@ def check_sizes(name: str, config: Mapping[str, Any]) -> None:
             size, least = section.get(key), 0 if "experts" in key else 1
             if isinstance(size, int) and not least <= size <= most:
                 raise UserError(
-                    f"The config.json of the model {name} gives {key} as {size:.6g}, which no model has ({least} to {most:,}).\n"
-                    "It is damaged: download or copy it again."
+                    f"The config.json of the model {name} gives {key} as {size:.6g}, which no model has ("
+                    f"{least} to {most:,}).",
+                    "It is damaged: download or copy it again.",
                 )
 
 
@@ -113,11 +132,14 @@ def check_supported(name: str, config: PretrainedConfig) -> None:
     is_whole = config.get_text_config() is config or getattr(config, "is_encoder_decoder", False)
     if not is_whole:
         raise UserError(
-            f"The model {name} is a {kind}, which has parts for more than text.\n"
-            "Only language models can be loaded: give a checkpoint of its text part alone."
+            f"The model {name} is a {kind}, which has parts for more than text.",
+            "Only language models can be loaded: give a checkpoint of its text part alone.",
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"The model {name} is a {kind}, no causal language model.\nGive a decoder such as a Llama, Mistral, Qwen or Gemma.")
+        raise UserError(
+            f"The model {name} is a {kind}, no causal language model.",
+            "Give a decoder such as a Llama, Mistral, Qwen or Gemma.",
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -132,8 +154,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a model's own code raises at a size that it cannot have
         raise UserError(
-            f"The model {config.name_or_path} cannot be built as its config.json describes it: {_reason(error)}.\n"
-            "Download or copy it again, or choose another."
+            f"The model {config.name_or_path} cannot be built as its config.json describes it: "
+            f"{_reason(error)}.",
+            "Download or copy it again, or choose another.",
         ) from error
     return model
 
@@ -171,7 +194,10 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     # Without its vocabulary, transformers would make an empty tokenizer.
     there = {name for name in TOKENIZERS if (folder / name).is_file()}
     if not there or (there == {"vocab.json"} and not (folder / "merges.txt").is_file()):
-        raise UserError(f"The {source.words} holds no tokenizer: {TOKENIZERS[0]} is missing.\nCopy the tokenizer's files into it.")
+        raise UserError(
+            f"The {source.words} holds no tokenizer: {TOKENIZERS[0]} is missing.",
+            "Copy the tokenizer's files into it.",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the libraries for tokenizers raise whatever they like, bare Exceptions among it
@@ -208,8 +234,10 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str
     if beyond:
         number = min(beyond)
         raise UserError(
-            f'The tokenizer of {name} has the word "{beyond[number]}" as token {number}, but the model has only tokens 0 to {embeddings - 1}.\n'
-            "Give the tokenizer that the model was trained with, or resize the model's embeddings to the tokenizer."
+            f'The tokenizer of {name} has the word "{beyond[number]}" as token {number}, but the model has '
+            f"only tokens 0 to {embeddings - 1}.",
+            "Give the tokenizer that the model was trained with, or resize the model's embeddings to the "
+            "tokenizer.",
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embeddings:
         ends = tokenizer.eos_token_id is not None and tokenizer.eos_token_id < embeddings
@@ -310,8 +338,9 @@ def keep_layers(config: PretrainedConfig, layers: int) -> None:
 def _check_complete(name: str, missing: list[str]) -> None:
     if missing:
         raise UserError(
-            f"The checkpoint {name} lacks {len(missing)} weights, {min(missing)} among them.\n"
-            "It is incomplete, does not fit its config.json, or is no causal language model: download it again, or choose another."
+            f"The checkpoint {name} lacks {len(missing)} weights, {min(missing)} among them.",
+            "It is incomplete, does not fit its config.json, or is no causal language model: download it "
+            "again, or choose another.",
         )
 
 
@@ -326,7 +355,10 @@ def _check_embeddings(name: str, model: PreTrainedModel) -> None:
     largest = max(-lowest, highest)
     if not 0 < largest < float("inf"):
         what = "are all zero" if largest == 0 else "hold values that are not finite"
-        raise UserError(f"The checkpoint {name} is damaged: its embeddings {what}.\n{COPY_AGAIN}")
+        raise UserError(
+            f"The checkpoint {name} is damaged: its embeddings {what}.",
+            f"{COPY_AGAIN}",
+        )
 
 
 def keep_autograd_on_cpu(model: torch.nn.Module) -> None:

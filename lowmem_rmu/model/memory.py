@@ -151,7 +151,10 @@ def config_for_plan(preset: Preset) -> PretrainedConfig:
         config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     except Exception as error:  # each model's configuration checks its own values, and raises what it likes
         reason = " ".join(str(error).split())[:400]
-        raise UserError(f"model.config of the preset is no configuration of a model: {reason}.\nLeave it out, or correct it.") from error
+        raise UserError(
+            f"model.config of the preset is no configuration of a model: {reason}.",
+            "Leave it out, or correct it.",
+        ) from error
     check_supported(preset.model.name, config)
     return config
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, ResumeRun, UserError, with_more
 from lowmem_rmu.records import DIGESTS, check_digest, file_digest, read_record
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -44,7 +44,10 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
     a file is not the one that the run recorded, or the adapter is of a kind that acts outside of the model's layers.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no adapter.\nRun the unlearn stage first.")
+        raise UserError(
+            f"{folder} holds no adapter.",
+            "Run the unlearn stage first.",
+        )
     what_next = _what_next(folder)
     settings: dict[str, Any] = read_record(folder / CONFIG, AdapterSettings, what_next)
     _check_kind(folder, settings)
@@ -53,10 +56,14 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLED_WEIGHTS).is_file():
             raise UserError(
-                f"The adapter {folder} holds its weights pickled only ({PICKLED_WEIGHTS}), which is not read: pickled weights can run code.\n"
-                "Get it as safetensors: load it with PEFT where you trust it, and save it again."
+                f"The adapter {folder} holds its weights pickled only ({PICKLED_WEIGHTS}), which is not "
+                "read: pickled weights can run code.",
+                "Get it as safetensors: load it with PEFT where you trust it, and save it again.",
             )
-        raise UserError(f"The adapter {folder} lacks its weights, {WEIGHTS}.\n{what_next}")
+        raise UserError(
+            f"The adapter {folder} lacks its weights, {WEIGHTS}.",
+            what_next,
+        )
     _check_recorded(folder, what_next)
     _check_finite(folder / WEIGHTS, what_next)
     return settings
@@ -67,11 +74,11 @@ def adapter_digests(folder: Path) -> dict[str, str]:
     return {f"adapter/{name}": file_digest(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
-def _what_next(folder: Path) -> str:
+def _what_next(folder: Path) -> str | Fix:
     run = folder.parent
     if folder.name == "adapter" and (run / "config.json").is_file():
-        again = f"delete {folder} and have it made again from the checkpoint: --resume --name {run.name}"
-        return f"Put it back from a copy, or {again}"
+        advice = f"Put it back from a copy, or delete {folder} and have it made again from the checkpoint: {{action}}"
+        return Fix(advice, ResumeRun(run.name))
     return "Download or copy the adapter again."
 
 
@@ -84,16 +91,20 @@ def _check_kind(folder: Path, settings: dict[str, Any]) -> None:
 
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if tuner is None:
-        raise UserError(f'The adapter {folder} is of the kind "{kind}", which PEFT does not know here.\nCheck peft_type in {CONFIG}, or update PEFT.')
+        raise UserError(
+            f'The adapter {folder} is of the kind "{kind}", which PEFT does not know here.',
+            f"Check peft_type in {CONFIG}, or update PEFT.",
+        )
     if kind == "LORA" or kind in WHOLE_FORWARD or not issubclass(tuner, BaseTuner):
         named = "LORA with alora_invocation_tokens" if kind == "LORA" else str(kind)
         raise UserError(
-            f"The adapter {folder} is of the kind {named}, which acts on the prompt or the whole forward pass, not in the layers alone:"
-            " here it would have no effect.\nGive an adapter that changes layers: LoRA, DoRA, IA3, LoHa and others."
+            f"The adapter {folder} is of the kind {named}, which acts on the prompt or the whole forward "
+            "pass, not in the layers alone: here it would have no effect.",
+            "Give an adapter that changes layers: LoRA, DoRA, IA3, LoHa and others.",
         )
 
 
-def _check_recorded(folder: Path, what_next: str) -> None:
+def _check_recorded(folder: Path, what_next: str | Fix) -> None:
     """Hold the adapter of a run against the digests that the run recorded; older runs have none."""
     digests = folder.parent / DIGESTS
     if folder.name != "adapter" or not digests.is_file():
@@ -101,15 +112,22 @@ def _check_recorded(folder: Path, what_next: str) -> None:
     recorded = read_record(digests, dict[str, str], "Delete it to use the adapter without this check.")
     on_purpose = f"If you changed it on purpose, delete {digests}."
     for name in (CONFIG, WEIGHTS):
-        check_digest(folder / name, recorded.get(f"adapter/{name}"), f"{what_next}\n{on_purpose}")
+        check_digest(folder / name, recorded.get(f"adapter/{name}"), with_more(what_next, on_purpose))
 
 
-def _check_finite(file: Path, what_next: str) -> None:
+def _check_finite(file: Path, what_next: str | Fix) -> None:
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                    raise UserError(f"{file} holds values that are not finite, in {name}: the training failed, or the file is damaged.\n{what_next}")
+                    raise UserError(
+                        f"{file} holds values that are not finite, in {name}: the training failed, or the "
+                        "file is damaged.",
+                        what_next,
+                    )
     except SafetensorError as error:
-        raise UserError(f"{file} is damaged or cut short: {error}.\n{what_next}") from error
+        raise UserError(
+            f"{file} is damaged or cut short: {error}.",
+            what_next,
+        ) from error

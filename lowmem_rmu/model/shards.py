@@ -58,12 +58,16 @@ def _without_weights(source: Source) -> UserError:
     shards = [file for file in there if file.endswith(".safetensors") and "/" not in file]
     if shards:
         return UserError(
-            f"The {source.words} holds {_named(shards)}, but no {INDEX}, which says which weights lie in which file.\n"
-            f"Download {INDEX} from where the model is from; a checkpoint in one file has the name {SINGLE}."
+            f"The {source.words} holds {_named(shards)}, but no {INDEX}, which says which weights lie in "
+            "which file.",
+            f"Download {INDEX} from where the model is from; a checkpoint in one file has the name {SINGLE}.",
         )
     others = [file for file in there if Path(file).suffix in PICKLED]
     only = f", only {_named(others)}" if others else ""
-    return UserError(f"The {source.words} holds no *.safetensors file{only}.\nOther formats are not read: pickled weights can run code.")
+    return UserError(
+        f"The {source.words} holds no *.safetensors file{only}.",
+        "Other formats are not read: pickled weights can run code.",
+    )
 
 
 def _named(files: list[str]) -> str:
@@ -131,18 +135,25 @@ def open_file(file: Path) -> Any:
 
 
 def cut_short(file: Path, why: str = "") -> UserError:
-    return UserError(f"The checkpoint's file {file} is damaged or cut short{why}.\nDownload or copy it again.")
+    return UserError(
+        f"The checkpoint's file {file} is damaged or cut short{why}.",
+        "Download or copy it again.",
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The file of every weight. Raises UserError for an index that is damaged, or that names files of other folders."""
     weight_map = read_json(index, "The checkpoint's index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"The checkpoint's index {index} is damaged or cut short: it has no weight_map.\nDownload or copy it again.")
+        raise UserError(
+            f"The checkpoint's index {index} is damaged or cut short: it has no weight_map.",
+            "Download or copy it again.",
+        )
     outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file or "\\" in file or file == "..")
     if outside:
         raise UserError(
-            f"The checkpoint's index {index} names {outside[0]}, which is not in its folder.\n"
-            "The files of a checkpoint lie together, next to the index: copy them there and correct the index."
+            f"The checkpoint's index {index} names {outside[0]}, which is not in its folder.",
+            "The files of a checkpoint lie together, next to the index: copy them there and correct the "
+            "index.",
         )
     return weight_map

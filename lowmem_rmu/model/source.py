@@ -98,7 +98,8 @@ class Source:
         if self.commit and self.listed is None:
             return not_reachable("model", self.name)
         return UserError(
-            f"The checkpoint {self.name} lacks {', '.join(files)}, which its index names.\n{COPY_AGAIN}"
+            f"The checkpoint {self.name} lacks {', '.join(files)}, which its index names.",
+            f"{COPY_AGAIN}",
         )
 
     def read_config(self) -> dict[str, Any]:
@@ -108,7 +109,8 @@ class Source:
             raise not_reachable("model", self.name)
         if file is None:
             raise UserError(
-                f"The {self.words} holds no {CONFIG_FILE}.\nGive a folder with config.json, *.safetensors and tokenizer files, or a Hub id."
+                f"The {self.words} holds no {CONFIG_FILE}.",
+                "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.",
             )
         return read_json(file)
 
@@ -127,7 +129,8 @@ def _local_folder(name: str) -> Path:
     if not folder.is_dir():
         what = "is a file and no folder" if folder.exists() else "does not exist"
         raise UserError(
-            f"The model folder {name} {what}.\nGive a folder with config.json, *.safetensors and tokenizer files, or a Hub id."
+            f"The model folder {name} {what}.",
+            "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.",
         )
     return folder
 
@@ -137,25 +140,31 @@ def _check_hub_id(name: str) -> None:
     shown = name if len(name) <= 80 else f"{name[:80]}..."
     if name.lower().startswith("file:"):
         raise UserError(
-            f'The model "{shown}" is a file address.\nWrite its path: {"/" + name[5:].lstrip("/")}'
+            f'The model "{shown}" is a file address.',
+            f"Write its path: {'/' + name[5:].lstrip('/')}",
         )
     if page := next((page for page in HUB_PAGES if name.lower().startswith(page)), None):
         owner_and_name = "/".join(name[len(page) :].split("/")[:2])
-        raise UserError(f'The model "{shown}" is an address of the Hub.\nWrite its id: {owner_and_name}')
+        raise UserError(
+            f'The model "{shown}" is an address of the Hub.',
+            f"Write its id: {owner_and_name}",
+        )
     if "://" in name:
         raise UserError(
-            f'The model "{shown}" is an address, which is not read.\nGive a Hub id (owner/name), or the path of a folder.'
+            f'The model "{shown}" is an address, which is not read.',
+            "Give a Hub id (owner/name), or the path of a folder.",
         )
     if "\\" in name:
         raise UserError(
-            f'The model "{shown}" is a path of Windows, or has \\ where this machine writes /.\nGive a folder of this machine: ./NAME or /NAME.'
+            f'The model "{shown}" is a path of Windows, or has \\ where this machine writes /.',
+            "Give a folder of this machine: ./NAME or /NAME.",
         )
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(
-            f'The model "{shown}" is neither a Hub id nor a folder of this machine.\n'
-            "A Hub id has the form owner/name; a local path starts with ./ or /."
+            f'The model "{shown}" is neither a Hub id nor a folder of this machine.',
+            "A Hub id has the form owner/name; a local path starts with ./ or /.",
         ) from error
 
 
@@ -209,15 +218,22 @@ def read_json(file: Path, what: str = "The file") -> dict[str, Any]:
     check_no_pointer(file)
     if raw.startswith(BYTE_ORDER_MARK):
         raise UserError(
-            f"{what} {file} begins with a byte order mark, which JSON does not have.\nSave it again as UTF-8 without one."
+            f"{what} {file} begins with a byte order mark, which JSON does not have.",
+            "Save it again as UTF-8 without one.",
         )
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{what} {file} is damaged or cut short: {reason}.\n{COPY_AGAIN}") from error
+        raise UserError(
+            f"{what} {file} is damaged or cut short: {reason}.",
+            f"{COPY_AGAIN}",
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{what} {file} is damaged or cut short: it holds no JSON object.\n{COPY_AGAIN}")
+        raise UserError(
+            f"{what} {file} is damaged or cut short: it holds no JSON object.",
+            f"{COPY_AGAIN}",
+        )
     return content
 
 
@@ -226,6 +242,6 @@ def check_no_pointer(file: Path) -> None:
     with file.open("rb") as content:
         if content.read(len(POINTER)) == POINTER:
             raise UserError(
-                f"{file} is a Git LFS pointer ({os.path.getsize(file)} bytes) and not the file itself.\n"
-                "Fetch the files with `git lfs pull` in their folder, or download the model again."
+                f"{file} is a Git LFS pointer ({os.path.getsize(file)} bytes) and not the file itself.",
+                "Fetch the files with `git lfs pull` in their folder, or download the model again.",
             )

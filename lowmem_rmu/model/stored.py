@@ -40,8 +40,9 @@ class StoredTensor:
         """Raises UserError where it holds no weights of 16 or 32 bits."""
         if self.kind not in DTYPES:
             raise UserError(
-                f"{self.name} in {self.file} is stored as {self.kind}, which cannot be merged: the checkpoint is quantised, or of a rare kind.\n"
-                "Give the original checkpoint, in float32, float16 or bfloat16."
+                f"{self.name} in {self.file} is stored as {self.kind}, which cannot be merged: the "
+                "checkpoint is quantised, or of a rare kind.",
+                "Give the original checkpoint, in float32, float16 or bfloat16.",
             )
         return DTYPES[self.kind]
 

@@ -20,7 +20,7 @@ from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.turns import one_at_a_time
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.choice import offered, run_dropdown
-from lowmem_rmu.ui.guard import failure, guarded, on_the_page, printed_in
+from lowmem_rmu.ui.guard import failure, guarded, on_the_page
 from lowmem_rmu.ui.markup import complaint, paragraph
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -38,7 +38,9 @@ def minutes(budget: str) -> float | None:
     except ValueError:
         found = math.nan
     if found is not None and not (math.isfinite(found) and found > 0):
-        raise UserError(f'"{budget.strip()}" is no budget: give minutes, such as 30, or leave the field empty.')
+        raise UserError(
+            f'"{budget.strip()}" is no budget: give minutes, such as 30, or leave the field empty.'
+        )
     return found
 
 
@@ -48,14 +50,20 @@ def start(folder: RunFolder, attacks: list[str], budget: float | None, over: boo
     Raises UserError where the run has no adapter, or is being audited already.
     """
     if not folder.adapter.exists():
-        raise UserError(f"Run {folder.path.name} has no adapter yet.\nResume it, and wait until it has unlearned.")
+        raise UserError(
+            f"Run {folder.path.name} has no adapter yet.",
+            "Resume it, and wait until it has unlearned.",
+        )
     command = [sys.executable, "-m", "lowmem_rmu", "audit", str(folder.path.resolve()), "--attacks", ",".join(attacks), "--device", device]
     command += [] if budget is None else ["--budget", f"{budget:g}"]
     command += ["--again"] if over else earlier_settings(folder)
     with one_at_a_time(folder.path.parent):
         if jobs.is_audited_now(folder):
-            raise UserError(f"Run {folder.path.name} is being audited already: wait until that is done, or stop it.")
+            raise UserError(
+                f"Run {folder.path.name} is being audited already: wait until that is done, or stop it."
+            )
         folder.audit_output.unlink(missing_ok=True)
+        jobs.begin(folder, "audit")
         jobs.spawn(folder.path.parent.resolve(), folder.audit_name, command, folder.audit_output)
 
 
@@ -70,17 +78,16 @@ def earlier_settings(folder: RunFolder) -> list[str]:
 
 def progress(folder: RunFolder) -> str:
     """What has become of an audit, as HTML."""
-    printed = printed_in(folder.audit_output)
-    last = printed[-1] if printed else ""
+    status = folder.read_job_status("audit")
     if jobs.is_audited_now(folder):
-        return paragraph("At work", f": {last or 'starting'} …")
-    if printed is None:
+        return paragraph("At work", f": {jobs.doing(folder, folder.audit_name, status)} …")
+    if not status:
         return "" if folder.audit_result.exists() else NOTHING
-    if last.startswith("Audited: "):
+    if status["state"] == "done":
         return paragraph("Done")
-    if last.startswith(("Stopped", "Stopping", "Waiting: ")):  # a process that waits ends at once
+    if status["state"] in ("stopped", "waiting"):  # a process that waits ends at once
         return STOPPED
-    return failure(printed, "Audit goes on where it was.")
+    return failure(status, "Audit goes on where it was.")
 
 
 def found(folder: RunFolder) -> str:
@@ -88,7 +95,7 @@ def found(folder: RunFolder) -> str:
     try:
         return render_audit(folder)
     except UserError as error:
-        return complaint(on_the_page(str(error)))
+        return complaint(on_the_page(error))
 
 
 def seen_of(folder: RunFolder) -> str:
@@ -146,7 +153,10 @@ class AuditTab:
     def start(self, name: str | None, attacks: list[str], budget: str, over: bool) -> tuple[Any, ...]:
         """Shows how far it is, and takes the mark from "start over": the next click is to go on."""
         if not name:
-            raise UserError("Choose a run first.\nThere is none yet? Start one in the Unlearn tab.")
+            raise UserError(
+                "Choose a run first.",
+                "There is none yet? Start one in the Unlearn tab.",
+            )
         if not attacks:
             raise UserError("Choose an attack first.")
         start(RunFolder.open(self.runs_dir, name), attacks, minutes(budget), over, self.device.type)

@@ -112,8 +112,9 @@ class LoadedModel:
             if needed + taken > free and jobs.preset_of(run).model.device_map != "auto":  # then accelerate finds room
                 beside = f" beside the {gib(taken)} of run {under_way.name}" if under_way and taken else ""
                 raise UserError(
-                    f"The chat model of {run.path.name} takes about {gib(needed)}{beside}, but {gib(free)} are free on {device}.\n"
-                    "Stop a run or close other programs, then load it again."
+                    f"The chat model of {run.path.name} takes about {gib(needed)}{beside}, but {gib(free)} "
+                    f"are free on {device}.",
+                    "Stop a run or close other programs, then load it again.",
                 )
             self._free(f"The chat model was unloaded to make room for that of {run.path.name}.")
             with memory_told():
@@ -297,7 +298,10 @@ def ask(
 def chosen_run(runs_dir: Path, name: str | None) -> RunFolder:
     """Raises UserError where none is chosen, or it cannot be talked to."""
     if not name:
-        raise UserError("No run is chosen.\nChoose one above. There is none yet? Start one in the Unlearn tab.")
+        raise UserError(
+            "No run is chosen.",
+            "Choose one above. There is none yet? Start one in the Unlearn tab.",
+        )
     run = RunFolder.open(runs_dir, name)
     check_adapter(run)
     return run

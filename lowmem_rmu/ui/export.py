@@ -20,7 +20,7 @@ from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.turns import one_at_a_time
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.choice import offered, run_dropdown
-from lowmem_rmu.ui.guard import failure, guarded, printed_in
+from lowmem_rmu.ui.guard import failure, guarded
 from lowmem_rmu.ui.markup import complaint, joined, paragraph, table
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -53,13 +53,24 @@ def output_of(place: Path) -> Path:
     return place.with_name(f"{place.name}.txt")
 
 
+def job_of(place: Path) -> str:
+    """Return the name of the export among the jobs on its run."""
+    return f"export-{place.name}"
+
+
 def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
     """Starts the export's process. Raises UserError where the run has no adapter, or this export is there or under way already."""
     place = place_of(folder, format, kind)
     if not folder.adapter.exists():
-        raise UserError(f"Run {folder.path.name} has no adapter yet.\nResume it, and wait until it has unlearned.")
+        raise UserError(
+            f"Run {folder.path.name} has no adapter yet.",
+            "Resume it, and wait until it has unlearned.",
+        )
     if place.exists():
-        raise UserError(f"This export is there already, in {place}.\nDelete that folder to have it made again.")
+        raise UserError(
+            f"This export is there already, in {place}.",
+            "Delete that folder to have it made again.",
+        )
     command = [sys.executable, "-m", "lowmem_rmu", "export", str(folder.path.resolve()), "--to", str(place.resolve()), "--format", format]
     command += ["--gguf-type", kind, "--device", device]
     folder.exports.mkdir(exist_ok=True)
@@ -67,6 +78,7 @@ def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
         if jobs.is_exported_now(folder):
             raise UserError(f"Run {folder.path.name} is being exported already: wait until that is done.")
         output_of(place).unlink(missing_ok=True)
+        jobs.begin(folder, job_of(place))
         jobs.spawn(folder.path.parent.resolve(), folder.export_name, command, output_of(place))
 
 
@@ -75,12 +87,13 @@ def progress(folder: RunFolder, place: Path) -> Markup:
     if place.exists():
         where = str(place.relative_to(folder.path.parent.parent))
         return joined([paragraph("Done", f": {size_of(place) / 1e6:,.1f} MB in {where}"), verification_html(place)])
-    printed = printed_in(output_of(place))
-    if jobs.is_exported_now(folder) and printed is not None:
-        return paragraph("At work", f": {printed[-1] if printed else 'starting'} …")
-    if printed is None:
+    status = folder.read_job_status(job_of(place))
+    if not status:
         return NOTHING
-    return failure(printed, "Do it again.")
+    is_running = status["state"] in ("waiting", "running") and jobs.is_exported_now(folder)
+    if is_running:
+        return paragraph("At work", f": {jobs.doing(folder, folder.export_name, status)} …")
+    return failure(status, "Do it again.")
 
 
 def size_of(place: Path) -> int:
@@ -187,7 +200,10 @@ class ExportTab:
 
     def start(self, name: str | None, format: str, kind: str) -> tuple[str, Any, str]:
         if not name:
-            raise UserError("Choose a run first.\nThere is none yet? Start one in the Unlearn tab.")
+            raise UserError(
+                "Choose a run first.",
+                "There is none yet? Start one in the Unlearn tab.",
+            )
         start(RunFolder.open(self.runs_dir, name), format, kind, self.device.type)
         return self.show(name, format, kind)
 

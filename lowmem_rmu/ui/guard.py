@@ -2,22 +2,18 @@
 
 import inspect
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup, escape
 
-from lowmem_rmu.errors import UserError, is_disk_full
+from lowmem_rmu.errors import Action, AuditAgain, ChangeSettings, ResumeRun, UserError, is_disk_full, recorded_error
 from lowmem_rmu.ui.markup import complaint, joined, paragraph
 
 LOG = logging.getLogger(__name__)
-LINES = 3
-"""Of what a process printed, shown where it ended in a mistake."""
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,25 +32,32 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     return streamed if inspect.isgeneratorfunction(function) else plain
 
 
-def on_the_page(message: str) -> str:
-    """A message whose options of the command line are said in the page's words."""
-    lines = [line for line in message.splitlines() if not line.strip().startswith("--stages")]
-    text = "\n".join(lines).replace("--set ", "")
-    word = r"(?:'[^']*'|\S)+"  # quoted where it holds spaces
-    text = re.sub(rf"(python -m lowmem_rmu\.run {word} )?--resume --name \S+", "Resume, under Runs.", text)
-    return re.sub(rf"(python -m lowmem_rmu audit {word} )?--again", 'check "Start over" under Audit', text)
+def on_the_page(error: UserError) -> str:
+    """Return the message of an error with its action in the words of the page."""
+    return error.words(in_words_of_page)
 
 
-def printed_in(output: Path) -> list[str] | None:
-    """The lines that a process of the page printed; None where none has."""
-    return output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.exists() else None
+def in_words_of_page(action: Action) -> str:
+    """Word an action for the page, which has a button where the command line has an option."""
+    match action:
+        case ResumeRun():
+            return "Resume, under Runs."
+        case AuditAgain():
+            return 'check "Start over" under Audit'
+        case ChangeSettings(choices):
+            lines = []
+            for settings, remark in choices:
+                named = [f"{path}={str(value).lower()}" for path, value in settings.items() if path != "stages"]
+                if named:  # the page always goes through all stages
+                    lines.append(f"\n  {' '.join(named)}: {remark}")
+            return "".join(lines)
 
 
-def failure(printed: list[str], what_next: str) -> Markup:
-    """The end of what a process printed that failed, as HTML: a user's mistake in its words, of anything else only that it ended."""
-    text = "\n".join(printed)
-    told = f"Its process ended before it was done. {what_next}" if "Traceback" in text or not printed else "\n".join(printed[-LINES:])
-    return joined([paragraph("Failed"), complaint(on_the_page(told))])
+def failure(status: dict[str, Any], what_next: str) -> Markup:
+    """Return why a job failed, as HTML: a user's mistake in its words, of anything else only that its process ended."""
+    error = recorded_error(status)
+    words = f"Its process ended before it was done. {what_next}" if error is None else on_the_page(error)
+    return joined([paragraph("Failed"), complaint(words)])
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def _shown() -> Iterator[None]:
         yield
     except UserError as error:
         # The page shows it as HTML, and may quote what somebody typed.
-        raise gr.Error(str(escape(on_the_page(str(error)))), title="That did not work", duration=None, print_exception=False) from None
+        raise gr.Error(str(escape(on_the_page(error))), title="That did not work", duration=None, print_exception=False) from None
     except gr.Error:
         raise
     except Exception as error:

@@ -20,7 +20,7 @@ from lowmem_rmu.model.memory import peak_of, plan
 from lowmem_rmu.parsing import ParseError, parse_yaml
 from lowmem_rmu.presets import Preset, load_preset, recorded_preset
 from lowmem_rmu.records import StepTime
-from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json
+from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json, write_status
 from lowmem_rmu.turns import Ticket, free_name, one_at_a_time, process_of, take_ticket, tickets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -79,7 +79,10 @@ def _free(runs_dir: Path, name: str) -> Path:
     """Where a run of this name would go. Raises UserError for a name that is taken or none."""
     path = RunFolder.inside(runs_dir, name)
     if (path.exists() and not RunFolder(path).is_leftover) or process_of(runs_dir, name):
-        raise UserError(f"Run {name} exists already.\nChoose another name.")
+        raise UserError(
+            f"Run {name} exists already.",
+            "Choose another name.",
+        )
     return path
 
 
@@ -100,7 +103,10 @@ def preset_of(folder: RunFolder) -> Preset:
 def _preset_file(folder: RunFolder) -> Path:
     preset_file = next(iter(folder.path.glob("*.yaml")), None)
     if preset_file is None:
-        raise UserError(f"Run {folder.path.name} holds no settings to go on with.\nDelete it, and start a new one.")
+        raise UserError(
+            f"Run {folder.path.name} holds no settings to go on with.",
+            "Delete it, and start a new one.",
+        )
     return preset_file
 
 
@@ -124,8 +130,8 @@ def resume(folder: RunFolder) -> None:
             raise UserError(f"Run {folder.path.name} is under way already.")
         if is_finished(folder):
             raise UserError(
-                f"Run {folder.path.name} is finished: nothing of it is left to do.\n"
-                "See its results, or start a new run."
+                f"Run {folder.path.name} is finished: nothing of it is left to do.",
+                "See its results, or start a new run.",
             )
         if folder.is_reserved:
             _launch(folder, _preset_file(folder).stem, "auto", resume=False)
@@ -171,6 +177,25 @@ def spawn(runs_dir: Path, name: str, command: list[str], output: Path) -> None:
     if os.name == "posix":
         psutil.Process(process.pid).nice(NICENESS)
     Thread(target=process.wait, daemon=True).start()  # else it would stay a zombie for as long as the app lives
+
+
+def begin(folder: RunFolder, job: str) -> None:
+    """Note that an audit or an export is about to begin, so that a process that dies at once is noticed."""
+    status = folder.job_status(job)
+    status.parent.mkdir(exist_ok=True)
+    write_status(status, "queue", 0, 0, "waiting")
+
+
+def doing(folder: RunFolder, name: str, status: dict[str, Any]) -> str:
+    """Return what an audit or an export does at the moment: `name` is what it is called in the queue."""
+    waiting = [ticket.name for ticket in tickets(folder.path.parent)]
+    before = waiting[: waiting.index(name)] if name in waiting else []
+    if before:
+        return f"waiting for {', '.join(before)}"
+    stage, step, total = status.get("stage", ""), status.get("step", 0), status.get("total", 0)
+    if status.get("state") != "running" or stage == "prepare":
+        return "starting"
+    return f"{stage}, {step:,} of {total:,}" if total else f"{stage}, step {step:,}" if step else stage
 
 
 def stop(folder: RunFolder) -> None:
@@ -247,7 +272,9 @@ def _check_rests(folder: RunFolder, what: str) -> None:
     if state_of(folder).is_live:
         raise UserError(f"Run {folder.path.name} is under way: stop it before it is {what}.")
     if is_exported_now(folder):
-        raise UserError(f"Run {folder.path.name} is being exported: wait until that is done before it is {what}.")
+        raise UserError(
+            f"Run {folder.path.name} is being exported: wait until that is done before it is {what}."
+        )
     if is_audited_now(folder):
         raise UserError(f"Run {folder.path.name} is being audited: stop that before it is {what}.")
 

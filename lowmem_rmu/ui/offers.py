@@ -120,8 +120,9 @@ def chosen(
     preset = load_preset(preset_name, given, of_fields)
     if _places(preset.model_dump()) != _places(load_preset(preset_name).model_dump()):
         raise UserError(
-            "A setting names another model, text or questions: that cannot be done from the page.\n"
-            "Drop your own text in above, or put a preset of your own into the folder presets/ and start the app again."
+            "A setting names another model, text or questions: that cannot be done from the page.",
+            "Drop your own text in above, or put a preset of your own into the folder presets/ and start "
+            "the app again.",
         )
     return preset
 

@@ -79,7 +79,10 @@ def read(files: Sequence[str], to: Path, what: str) -> tuple[Corpus, list[str]]:
             told = told.replace(str(copy), name)
         raise UserError(told) from error
     if not documents:
-        raise UserError(f"There is no text in what you gave as {what}.\nGive files that are not empty.")
+        raise UserError(
+            f"There is no text in what you gave as {what}.",
+            "Give files that are not empty.",
+        )
     return corpus, documents
 
 
@@ -90,7 +93,8 @@ def _copied(files: Sequence[str], to: Path) -> dict[Path, str]:
     for number, path in enumerate(map(Path, sorted(files)), start=1):
         if path.suffix.lower() not in TEXT_FILES:
             raise UserError(
-                f"{path.name} is {what_it_is(path)}, which is not read here.\n{what_to_do(path, TEXT_FILES)}"
+                f"{path.name} is {what_it_is(path)}, which is not read here.",
+                f"{what_to_do(path, TEXT_FILES)}",
             )
         copy = to.resolve() / f"{number:04}{path.suffix.lower()}"
         shutil.copyfile(path, copy)
@@ -105,7 +109,8 @@ def texts_among(files: Sequence[str]) -> list[str]:
     if not found:
         held = f" It holds {', '.join(list(left_out)[:SHOWN])}." if left_out else ""
         raise UserError(
-            f"There is no text in this folder.{held}\nGive one with {', '.join(TEXT_FILES)} files."
+            f"There is no text in this folder.{held}",
+            f"Give one with {', '.join(TEXT_FILES)} files.",
         )
     return found
 

@@ -189,7 +189,7 @@ class UnlearnTab:
         try:
             return offers.plan_html(chosen_by(preset_name, lines, list(values)), self.device)
         except UserError as error:
-            return complaint(on_the_page(str(error)))
+            return complaint(on_the_page(error))
 
     def take_folder(self, files: list[str]) -> list[str]:
         """The files of a folder that are read; says which are not."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.presets import differences, with_recorded_defaults
 from lowmem_rmu.runs import replaced
 from lowmem_rmu.unlearning.guard import Check
@@ -110,8 +110,11 @@ class BestWeights:
 def _damaged(file: Path, error: Exception) -> UserError:
     folder = file.parent
     return UserError(
-        f"The checkpoint {file} is damaged ({type(error).__name__}).\n"
-        f"Put it back from a copy, or delete {folder} and train again from the beginning: --resume --name {folder.parent.name}"
+        f"The checkpoint {file} is damaged ({type(error).__name__}).",
+        Fix(
+            f"Put it back from a copy, or delete {folder} and train again from the beginning: {{action}}",
+            ResumeRun(folder.parent.name),
+        ),
     )
 
 
@@ -167,4 +170,7 @@ def _check_settings(folder: Path, made_with: dict[str, Any], settings: dict[str,
     current = json.loads(json.dumps(settings))
     different = sorted(differences(with_recorded_defaults(made_with), with_recorded_defaults(current)))
     if different := [path for path in different if not path.endswith("corpus.source")]:  # a renamed run holds its own text in another place
-        raise UserError(f"The checkpoint in {folder} was made with other settings: {', '.join(different)}.\nGive the same ones, or start a new run.")
+        raise UserError(
+            f"The checkpoint in {folder} was made with other settings: {', '.join(different)}.",
+            "Give the same ones, or start a new run.",
+        )

@@ -126,9 +126,10 @@ def check_scale(name: str, move: float, activation_norm: float) -> None:
     scale = move / activation_norm
     if not math.isfinite(scale) or not SCALES[0] <= scale <= SCALES[1]:
         raise UserError(
-            f"The control vector of {name} is {move:.3g} long, but activations at the target layer have a norm of {activation_norm:.3g}: "
-            "nothing useful can be learned.\n"
-            f"Set topics.{name}.steering_coefficient to a few times that norm, or topics.{name}.steering to adaptive."
+            f"The control vector of {name} is {move:.3g} long, but activations at the target layer have a "
+            f"norm of {activation_norm:.3g}: nothing useful can be learned.",
+            f"Set topics.{name}.steering_coefficient to a few times that norm, or topics.{name}.steering to "
+            "adaptive.",
         )
 
 

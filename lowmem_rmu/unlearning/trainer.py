@@ -352,15 +352,22 @@ class Trainer:
     def _check_weights(self) -> None:
         """Raise UserError where a trained weight is infinite or not a number: a loss shows that one step later only."""
         if not all(bool(torch.isfinite(weight).all()) for weight in trainable(self.model).values()):
-            raise UserError(f"The trained weights are no longer finite after step {self.progress.step}.\n{ADVICE}")
+            raise UserError(
+                f"The trained weights are no longer finite after step {self.progress.step}.",
+                f"{ADVICE}",
+            )
 
     def _check_losses(self, retain_growth: float, *figures: Tensor) -> None:
         """Raise UserError where a loss or the gradient is not finite, or the retain activations explode."""
         step = self.progress.step + 1
         if not all(math.isfinite(figure.item()) for figure in figures):
-            raise UserError(f"The loss is no longer finite at step {step}.\n{ADVICE}")
+            raise UserError(
+                f"The loss is no longer finite at step {step}.",
+                f"{ADVICE}",
+            )
         if retain_growth > EXPLODED:
             raise UserError(
-                f"Activations explode at step {step}: on the retain set they are {retain_growth:.0f} times as large as the "
-                f"base model's.\n{ADVICE}"
+                f"Activations explode at step {step}: on the retain set they are {retain_growth:.0f} times "
+                "as large as the base model's.",
+                f"{ADVICE}",
             )

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from lowmem_rmu import __version__
 from lowmem_rmu.audit.suite import ATTACKS, Settings
 from lowmem_rmu.audit.verdict import Result, as_json
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import AuditAgain, Fix, UserError
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.status import Silent, StatusWriter
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.audit import NOTHING, STOPPED, AuditTab, minutes, progress
@@ -66,7 +68,7 @@ def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_r
             change(own_run)
     assert [jobs.needed_by(ticket, CPU) for ticket in tickets(tab.runs_dir)] == [None]
     wait_until(lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(), own_run.audit_output.read_text, seconds=240)
-    assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning: 10 unrelated samples, unlearned")
+    assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning")
     tab.stop("mine")
     wait_until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text, seconds=240)
     assert progress(own_run) == STOPPED
@@ -124,30 +126,49 @@ def test_what_is_not_under_way_is_not_stopped(tab: AuditTab) -> None:
         tab.stop(None)
 
 
+ENDED = "Its process ended before it was done. Audit goes on where it was."
+
+
 @pytest.mark.parametrize(
-    ("printed", "said"),
+    ("error", "said"),
     [
-        ("Audit: x\nRun x forgot nothing: <b>.\nUnlearn harder first.", "Run x forgot nothing: &lt;b&gt;.\nUnlearn harder first."),
-        ("Traceback (most recent call last):\n  File x\nKeyError: 1", "Its process ended before it was done. Audit goes on where it was."),
-        ("", "Its process ended before it was done. Audit goes on where it was."),
-        ("x was audited with another version.\nGive the same; or, to discard those results: --again", "check &#34;Start over&#34; under Audit"),
+        (UserError("Run x forgot nothing: <b>.", "Unlearn harder first."), "Run x forgot nothing: &lt;b&gt;.\nUnlearn harder first."),
+        (KeyError("x"), ENDED),
+        (None, ENDED),
+        (UserError("x was audited otherwise.", Fix("Discard it: {action}", AuditAgain())), "Discard it: check &#34;Start over&#34; under Audit"),
     ],
 )
-def test_why_an_audit_failed_is_told_without_a_stack_trace(runs_dir: Path, printed: str, said: str) -> None:
+def test_why_an_audit_failed_is_told_without_a_stack_trace(runs_dir: Path, error: Exception | None, said: str) -> None:
+    """None: its process was killed, so that its status says that it runs."""
     run = RunFolder(runs_dir / "older")
-    run.audit_output.write_text(printed)
+    with suppress(UserError, KeyError, Killed), StatusWriter(run.job_status("audit"), Silent()) as status:
+        status.started("relearning")
+        raise error or Killed
     told = progress(run)
     assert told.startswith("<p><strong>Failed</strong></p>")
     assert said in told
     assert "Traceback" not in told
 
 
+class Killed(BaseException):
+    """Ends a job without a word, as a kill does."""
+
+
+def test_an_audit_of_an_earlier_version_has_no_status(runs_dir: Path) -> None:
+    run = RunFolder(runs_dir / "older")
+    run.audit_output.write_text("Audited: x\n")
+    assert progress(run) == NOTHING
+    run.audit_result.write_text("{}")
+    assert progress(run) == ""
+
+
 def test_an_audit_that_waits_says_for_what_and_is_stopped(tab: AuditTab, runs_dir: Path) -> None:
     run, process = RunFolder(runs_dir / "older"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     with one_at_a_time(runs_dir):
+        take_ticket(runs_dir, "other", os.getpid())
         take_ticket(runs_dir, run.audit_name, process.pid)
-    run.audit_output.write_text("Waiting: other before this audit.\n")
-    assert progress(run) == f"{AT_WORK}Waiting: other before this audit. …</p>"
+    jobs.begin(run, "audit")
+    assert progress(run) == f"{AT_WORK}waiting for other …</p>"
     tab.stop("older")
     process.wait(180)
     assert progress(run) == STOPPED

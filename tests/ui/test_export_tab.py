@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import gradio as gr
 import pytest
 import torch
 
-from lowmem_rmu.errors import UserError
+from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.export.formats import FORMATS, KINDS
 from lowmem_rmu.export.verification import Compared
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.status import Silent, StatusWriter
 from lowmem_rmu.turns import one_at_a_time, take_ticket
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.export import FORMAT_WORDS, KIND_WORDS, NOTHING, ExportTab, output_of, place_of, progress
@@ -95,25 +97,35 @@ def test_an_export_from_the_page(tab: ExportTab, forgetful: RunFolder, tmp_path:
         tab.start("forgetful", "adapter", "q8_0")
 
 
+ENDED = "Its process ended before it was done. Do it again."
+NO_ADAPTER = UserError("Run x has no adapter.", Fix("Go on with it: {action}", ResumeRun("x")))
+
+
 @pytest.mark.parametrize(
-    ("printed", "said"),
+    ("error", "said"),
     [
-        ("Export: x\nThe disk <b> is full.\nMake room.", "The disk &lt;b&gt; is full.\nMake room."),
-        ("Traceback (most recent call last):\n  File x\nKeyError: 1", "Its process ended before it was done. Do it again."),
-        ("", "Its process ended before it was done. Do it again."),
-        ("Run x has no adapter.\nGo on with it: --resume --name x", "Go on with it: Resume, under Runs."),
+        (UserError("The disk <b> is full.", "Make room."), "The disk &lt;b&gt; is full.\nMake room."),
+        (KeyError("x"), ENDED),
+        (NO_ADAPTER, "Go on with it: Resume, under Runs."),
     ],
 )
-def test_why_an_export_failed_is_told_without_a_stack_trace(runs_dir: Path, printed: str, said: str) -> None:
+def test_why_an_export_failed_is_told_without_a_stack_trace(runs_dir: Path, error: Exception, said: str) -> None:
     run = RunFolder(runs_dir / "older")
     place = place_of(run, "merged", "q8_0")
-    place.parent.mkdir(exist_ok=True)
-    output_of(place).write_text(printed)
+    with suppress(UserError, KeyError), StatusWriter(run.job_status("export-merged"), Silent()):
+        raise error
     told = progress(run, place)
-    output_of(place).unlink()
+    run.job_status("export-merged").unlink()
     assert told.startswith("<p><strong>Failed</strong></p>")
     assert said in told
     assert "Traceback" not in told
+
+
+def test_an_export_whose_process_was_killed_has_failed(runs_dir: Path) -> None:
+    run = RunFolder(runs_dir / "older")
+    jobs.begin(run, "export-merged")
+    assert ENDED in progress(run, place_of(run, "merged", "q8_0"))
+    run.job_status("export-merged").unlink()
 
 
 HOSTILE = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
@@ -176,15 +188,16 @@ def test_the_form_remembers_what_was_exported(tab: ExportTab, tmp_path: Path) ->
 def test_an_export_that_waits_says_for_what(runs_dir: Path) -> None:
     run, process = RunFolder(runs_dir / "older"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     place = place_of(run, "gguf", "f16")
-    place.parent.mkdir(exist_ok=True)
-    output_of(place).write_text("Waiting: other before this export.\n")
+    jobs.begin(run, "export-gguf-f16")
     with one_at_a_time(runs_dir):
+        first = take_ticket(runs_dir, "other", os.getpid())
         ticket = take_ticket(runs_dir, run.export_name, process.pid)
-    assert progress(run, place) == "<p><strong>At work</strong>: Waiting: other before this export. …</p>"
+    assert progress(run, place) == "<p><strong>At work</strong>: waiting for other …</p>"
     process.kill()
     process.wait()
+    first.give_back()
     ticket.give_back()
-    output_of(place).unlink()
+    run.job_status("export-gguf-f16").unlink()
 
 
 def test_how_numbers_are_stored_is_asked_for_gguf_alone(tab: ExportTab) -> None:

@@ -41,7 +41,7 @@ def own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def mistake(*arguments: Any) -> str:
     with pytest.raises(UserError) as caught:
         offers.chosen(*arguments)
-    return on_the_page(str(caught.value))
+    return on_the_page(caught.value)
 
 
 def test_all_presets_are_offered_the_smallest_first() -> None:
@@ -215,7 +215,7 @@ def test_a_mistake_names_the_field_or_the_line_that_it_was_typed_into() -> None:
     labels = {"rmu.steps": "Steps", "rmu.rank": "Rank"}
     with pytest.raises(UserError) as caught:
         offers.chosen("tiny", {"rmu.steps": 0, "rmu.rank": 0}, "rmu.rank=-1\nrmu.batch_size=0", labels)
-    first, *rest = on_the_page(str(caught.value)).splitlines()
+    first, *rest = on_the_page(caught.value).splitlines()
     assert first == "What was given has 3 mistakes:"
     assert sorted(rest) == [
         "  Steps, rmu.steps: should be greater than or equal to 1 (it is 0)",

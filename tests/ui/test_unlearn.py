@@ -104,7 +104,7 @@ def test_a_mistake_starts_nothing_and_leaves_nothing(tmp_path: Path, changed: di
     given = {"preset_name": "tiny", "changes": {}, "lines": "", "name": "mine"} | changed
     with pytest.raises(UserError) as caught:
         begin(tmp_path, own=NOTHING, **given)
-    assert said in on_the_page(str(caught.value))
+    assert said in on_the_page(caught.value)
     assert jobs.names(tmp_path) == ["taken"]
     assert not (tmp_path / "mine").exists()
     assert tickets(tmp_path) == []
