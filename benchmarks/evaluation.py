@@ -36,8 +36,9 @@ from lowmem_rmu.data.questions import QuestionSet, load_task
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.evaluation.multiple_choice import ask, evaluate
 from lowmem_rmu.evaluation.scorer import find_batch_tokens
-from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
+from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.model.memory import gib
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Task, known_tasks
 
 T = TypeVar("T")
@@ -82,7 +83,8 @@ class Ours:
 
     def __init__(self, setup: Setup) -> None:
         settings = ModelSettings.model_validate({"name": setup.model, "quantisation": "none", "dtype": setup.dtype})
-        self.model, self.tokenizer = load_model(settings, torch.device(setup.device)), load_tokenizer(settings)
+        spec = ModelSpec(settings)
+        self.model, self.tokenizer = spec.load(torch.device(setup.device)), spec.tokenizer
 
     def best_batch(self, setup: Setup) -> int:
         return find_batch_tokens(self.model, self.tokenizer.pad_token_id)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -37,9 +38,9 @@ from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.model.changes import BEFORE, FIRST_FACTOR, SECOND_FACTOR, adapted_digests
 from lowmem_rmu.model.loading import skeleton
-from lowmem_rmu.model.memory import config_for_plan
 from lowmem_rmu.model.saved import WEIGHTS
 from lowmem_rmu.model.shards import INDEX
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import checkpoint_tensors
 from lowmem_rmu.pipeline import run_config
 from lowmem_rmu.presets import Preset, load_preset
@@ -98,7 +99,7 @@ def make_run(preset: Preset, folder: Path) -> RunFolder:
             factors[BEFORE + module + FIRST_FACTOR] = torch.randn(rmu.rank, tensor.width, generator=generator)
             factors[BEFORE + module + SECOND_FACTOR] = 1e-3 * torch.randn(tensor.height, rmu.rank, generator=generator)
     save_file(factors, run.adapter / WEIGHTS, metadata={"format": "pt"})
-    write_json(run.matrices, adapted_digests(run.adapter, preset.model, rmu.target_layer + 1))
+    write_json(run.matrices, adapted_digests(run.adapter, ModelSpec.of_preset(preset), rmu.target_layer + 1))
     return run
 
 
@@ -152,7 +153,7 @@ def main(
     quiet_libraries()
     with friendly_exit(), TemporaryDirectory(dir=place) as folder:
         model, preset = Path(folder) / "model", load_preset(shape)
-        config = config_for_plan(preset)
+        config = deepcopy(ModelSpec.of_preset(preset).shape)
         config.num_hidden_layers = layers
         make_checkpoint(config, model, int(shard_size * 1e9))
         preset = preset.model_copy(update={"model": preset.model.model_copy(update={"name": str(model), "revision": None})})

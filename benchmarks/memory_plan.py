@@ -11,6 +11,7 @@ The hidden-state cache is off, for how much of it fills depends on the texts; `-
 
 import gc
 import sys
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -31,7 +32,8 @@ from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model import shards
 from lowmem_rmu.model.loading import keep_layers, resolve_device
-from lowmem_rmu.model.memory import StageNeed, config_for_plan, gib, memory_in_use, plan, reset_peak
+from lowmem_rmu.model.memory import StageNeed, gib, memory_in_use, plan, reset_peak
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import Corpus, Preset, Task, load_preset
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
@@ -69,7 +71,8 @@ class Meter:
 
 def measure(preset: Preset, device: torch.device, stages: list[str]) -> dict[str, int]:
     """Bytes at the peak of each stage; the first loads the model."""
-    inputs = read_inputs(preset, stages)
+    spec = ModelSpec.of_preset(preset)
+    inputs = read_inputs(preset, spec, stages)
     gc.collect()
     shards.give_back_freed_memory()
     reset_peak(device)
@@ -77,7 +80,7 @@ def measure(preset: Preset, device: torch.device, stages: list[str]) -> dict[str
     with TemporaryDirectory() as runs:
         folder = RunFolder.create(Path(runs), "measured")
         write_json(folder.path / "config.json", run_config("measured", preset, device))
-        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder.path / "status.json", meter)))
+        run_stages(RunContext(preset, spec, folder, inputs, device, stages, StatusWriter(folder.path / "status.json", meter)))
         meter.note()
     return meter.peaks
 
@@ -97,7 +100,7 @@ def use_every_library(preset: Preset, device: torch.device) -> None:
 
 def made_up(preset: Preset, layers: int, folder: Path) -> Preset:
     """The preset with a checkpoint of random weights in its model's shape, cut to `layers`, and with texts that fill every sample."""
-    config = config_for_plan(preset)
+    config = deepcopy(ModelSpec.of_preset(preset).shape)
     keep_layers(config, layers)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     config.update({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
@@ -150,7 +153,8 @@ def main(
             chosen = made_up(chosen, made_up_layers, Path(folder))
         use_every_library(chosen, on)
         peaks = measure(chosen, on, wanted)
-        print_table(f"{preset}, {chosen.model.quantisation}, {chosen.model.dtype} on {on}", plan(chosen, on, wanted), peaks)
+        needs = plan(chosen, ModelSpec.of_preset(chosen), on, wanted)
+        print_table(f"{preset}, {chosen.model.quantisation}, {chosen.model.dtype} on {on}", needs, peaks)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.model.adapters import add_adapter, trained_modules
-from lowmem_rmu.model.loading import load_model, resolve_device, resolve_dtype, skeleton
-from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available
-from lowmem_rmu.presets import Corpus, Preset, Topic, load_preset
+from lowmem_rmu.model.loading import resolve_device, skeleton
+from lowmem_rmu.model.memory import gib, memory_available
+from lowmem_rmu.model.spec import ModelSpec
+from lowmem_rmu.presets import Corpus, Preset, Rmu, Topic, load_preset
 from lowmem_rmu.unlearning.steering import unit_vector
 from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
@@ -52,7 +53,8 @@ class Setup:
     """
 
     preset: Preset
-    config: PretrainedConfig
+    spec: ModelSpec
+    """The preset's model."""
     device: torch.device
     random_weights: bool
     batch: int
@@ -62,8 +64,12 @@ class Setup:
     """The length of the control vector."""
 
     @property
+    def config(self) -> PretrainedConfig:
+        return self.spec.shape
+
+    @property
     def dtype(self) -> torch.dtype:
-        return resolve_dtype(self.preset.model, self.device)
+        return self.spec.dtype(self.device)
 
     def sequences(self, seed: int) -> list[list[int]]:
         """Random token ids: what a step costs does not depend on what they say."""
@@ -169,15 +175,16 @@ def build_engine(setup: Setup, trainable: str, more: dict[str, Any] | None = Non
     as_the_paper = {"shuffle": False, "padding": "paper", "max_grad_norm": None, "learning_rate": RATE}
     rmu = preset.rmu.model_copy(update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None} | (more or {}))
     topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=setup.coefficient, max_tokens=setup.tokens)
-    model = cut_model(setup, trained_modules(skeleton(setup.config), rmu))
+    model = cut_model(setup, rmu)
     data = TrainingData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
     return Trainer(add_adapter(model, rmu, preset.model), rmu, dict.fromkeys(TOPICS, topic), data)
 
 
-def cut_model(setup: Setup, unquantised: list[str]) -> PreTrainedModel:
+def cut_model(setup: Setup, rmu: Rmu) -> PreTrainedModel:
     layers = setup.preset.rmu.target_layer + 1
     if not setup.random_weights:
-        return load_model(setup.preset.model, setup.device, layers, unquantised)
+        return ModelSpec(setup.preset.model, rmu).load(setup.device, layers)
+    unquantised = trained_modules(skeleton(setup.config), rmu)
     return random_model(setup.config, setup.device, layers, setup.preset.model.quantisation, setup.dtype, unquantised)
 
 
@@ -215,7 +222,7 @@ def floor_operations(setup: Setup, warm: bool) -> float:
     Adapters and element-wise work are left out.
     """
     rmu, tokens = setup.preset.rmu, setup.batch * setup.tokens
-    weights = count_weights(setup.config, rmu.modules).by_layer[0].linear
+    weights = setup.spec.weights(rmu.modules).by_layer[0].linear
     attention = 2 * tokens * setup.tokens * setup.config.hidden_size  # causal: half of 2 products of 2 operations
     layer = 2 * tokens * weights + attention
     first, above = min(rmu.adapter_layers), rmu.target_layer - min(rmu.adapter_layers)
@@ -270,7 +277,7 @@ def print_table(setup: Setup, engines: list[Measured], yardstick: Measured | Non
 
 def yardstick_fits(setup: Setup) -> bool:
     """Two full models, and the activations of every layer above the first updated one."""
-    weights = count_weights(setup.config, setup.preset.rmu.modules).total()
+    weights = setup.spec.weights(setup.preset.rmu.modules).total()
     needed = 2 * weights * torch.empty((), dtype=setup.dtype).element_size() * 1.2
     if fits := needed < memory_available(setup.device):
         return fits
@@ -296,7 +303,8 @@ def main(
     with friendly_exit():
         changes = [f"model.name={model}"] * bool(model) + [f"model.quantisation={quantisation}"] * bool(quantisation)
         preset = load_preset(shape, changes)
-        setup = Setup(preset, config_for_plan(preset), resolve_device(device), random_weights, batch, tokens, rounds, coefficient)
+        spec = ModelSpec.of_preset(preset)
+        setup = Setup(preset, spec, resolve_device(device), random_weights, batch, tokens, rounds, coefficient)
         if sinks:
             counted, masked = measure_sinks(setup)
             print(f"Seconds per step: sinks counted {counted:.2f}, masked {masked:.2f}; ratio {masked / counted:.3f}.")

@@ -33,6 +33,7 @@ from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import ask
 from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model.loading import resolve_device
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import RunFolder, write_json
@@ -73,8 +74,10 @@ def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
     """The adapter that a run makes."""
     folder = RunFolder.create(runs, "measured")
     write_json(folder.path / "config.json", run_config("measured", preset, device))
-    stages = ["unlearn"]
-    run_stages(RunContext(preset, folder, read_inputs(preset, stages), device, stages, StatusWriter(folder.path / "status.json", Silent())))
+    stages, spec = ["unlearn"], ModelSpec.of_preset(preset)
+    inputs = read_inputs(preset, spec, stages)
+    status = StatusWriter(folder.path / "status.json", Silent())
+    run_stages(RunContext(preset, spec, folder, inputs, device, stages, status))
     return folder.adapter
 
 

@@ -32,7 +32,8 @@ from lowmem_rmu.evaluation.compare import Pairs
 from lowmem_rmu.evaluation.multiple_choice import balanced_accuracy
 from lowmem_rmu.evaluation.statistics import change_bounds
 from lowmem_rmu.inputs import read_inputs
-from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
+from lowmem_rmu.model.loading import resolve_device
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.neighbors import save_passages, write_passages
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import ModelSettings, Preset, load_preset
@@ -156,9 +157,9 @@ def written_neighbors(topic: str, model: Path, folder: Path) -> Path:
     file = folder / f"neighbors-{topic}.jsonl"
     if not file.exists():
         # Not quantized: on a CPU, generation in 4-bit takes several times as long.
-        settings = ModelSettings(name=str(model.resolve()), dtype="bfloat16", quantisation="none")
-        base = load_model(settings, resolve_device("auto"))
-        save_passages(write_passages(base, load_tokenizer(settings), TOPICS[topic].neighbors, PASSAGES), file)
+        spec = ModelSpec(ModelSettings(name=str(model.resolve()), dtype="bfloat16", quantisation="none"))
+        base = spec.load(resolve_device("auto"))
+        save_passages(write_passages(base, spec.tokenizer, TOPICS[topic].neighbors, PASSAGES), file)
     return file
 
 
@@ -171,8 +172,10 @@ def measure(preset: Preset, name: str, runs: Path) -> Measured:
         write_json(folder.path / "config.json", run_config(name, preset, device))
     if not (folder.path / "summary.json").exists():
         stages = list(STAGES)
-        inputs = read_inputs(preset, stages)
-        run_stages(RunContext(preset, folder, inputs, device, stages, StatusWriter(folder.path / "status.json", Silent())))
+        spec = ModelSpec.of_preset(preset)
+        inputs = read_inputs(preset, spec, stages)
+        status = StatusWriter(folder.path / "status.json", Silent())
+        run_stages(RunContext(preset, spec, folder, inputs, device, stages, status))
     return read_measured(folder)
 
 

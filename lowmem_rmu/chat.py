@@ -16,13 +16,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-from lowmem_rmu.data.tokens import encode_texts, special_tokens
+from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.fit import is_out_of_memory
-from lowmem_rmu.model.loading import load_model, load_tokenizer, unquantised_modules
 from lowmem_rmu.model.saved import read_adapter_settings
-from lowmem_rmu.presets import preset_of_run, short_name
+from lowmem_rmu.model.spec import ModelSpec
+from lowmem_rmu.model.special_tokens import special_tokens
+from lowmem_rmu.presets import read_preset, short_name
 from lowmem_rmu.runs import RunFolder
 
 SIDES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {"base": base_only, "unlearned": lambda model: nullcontext()}
@@ -171,10 +172,9 @@ def load_run(folder: RunFolder, device: torch.device) -> tuple[PeftModel, PreTra
     """A run's model with its adapter, and its tokenizer. Raises UserError where it has no adapter yet."""
     check_adapter(folder)
     read_adapter_settings(folder.adapter)
-    preset = preset_of_run(folder.config, folder.path)
-    tokenizer = load_tokenizer(preset.model)
-    model = load_model(preset.model, device, unquantised=unquantised_modules(preset))
-    return load_adapter(model, folder.adapter), tokenizer
+    spec = ModelSpec.of_preset(read_preset(folder))
+    tokenizer = spec.tokenizer
+    return load_adapter(spec.load(device), folder.adapter), tokenizer
 
 
 class ChatModel:

@@ -9,8 +9,7 @@ from lowmem_rmu.data.questions import LETTERS, QuestionSet, load_questions
 from lowmem_rmu.data.sources import Sources, corpora_of, find_sources
 from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.adapters import add_adapter
-from lowmem_rmu.model.loading import check_checkpoint, load_config, load_tokenizer, skeleton
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Preset, Role
 from lowmem_rmu.unlearning.guard import GuardData, Kind
 from lowmem_rmu.unlearning.steering import cues
@@ -64,15 +63,13 @@ class Inputs:
         )
 
 
-def read_inputs(preset: Preset, stages: list[str]) -> Inputs:
-    """Check the model's shape, and read every question and corpus. Raises UserError."""
-    # Putting an adapter on the model without its weights shows whatever is wrong with the settings.
-    config = load_config(preset.model)
-    add_adapter(skeleton(config), preset.rmu, preset.model)
+def read_inputs(preset: Preset, spec: ModelSpec, stages: list[str]) -> Inputs:
+    """Check the model's shape, and read every question and corpus. `spec` is the preset's model. Raises UserError."""
+    spec.check_adapter()
     evaluates = any(stage in SIDE_OF for stage in stages)
-    check_checkpoint(preset.model, None if evaluates else preset.rmu.target_layer + 1)
+    spec.check_checkpoint(None if evaluates else preset.rmu.target_layer + 1)
 
-    tokenizer = load_tokenizer(preset.model)
+    tokenizer = spec.tokenizer
     questions = load_questions(preset.evaluation)
     sources = find_sources(preset, needs_text(preset, stages))
     if not needs_text(preset, stages):

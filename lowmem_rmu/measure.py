@@ -23,9 +23,9 @@ from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.multiple_choice import Interrupted
 from lowmem_rmu.model.adapters import base_only, load_adapter
-from lowmem_rmu.model.identity import content_digest, model_digest
-from lowmem_rmu.model.loading import check_checkpoint, load_config, load_model, load_tokenizer, unquantised_modules
+from lowmem_rmu.model.identity import content_digest
 from lowmem_rmu.model.saved import CONFIG, WEIGHTS, read_adapter_settings
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import (
     Evaluation,
     ModelSettings,
@@ -34,7 +34,7 @@ from lowmem_rmu.presets import (
     is_local,
     known_tasks,
     override,
-    preset_of_run,
+    read_preset,
     recorded_evaluation,
     resolve_paths,
     short_name,
@@ -47,9 +47,8 @@ from lowmem_rmu.runs import RunFolder, Stopped, Watcher, add_lines, make_private
 class Subject:
     """What is evaluated: a model, and an adapter on it where there is one."""
 
-    model: ModelSettings
+    spec: ModelSpec
     adapter: Path | None = None
-    unquantised: tuple[str, ...] = ()
 
     @property
     def sides(self) -> list[str]:
@@ -57,11 +56,12 @@ class Subject:
 
     @property
     def name(self) -> str:
-        return f"{short_name(self.model.name)} with {short_name(str(self.adapter.resolve()))}" if self.adapter else short_name(self.model.name)
+        model = short_name(self.spec.name)
+        return f"{model} with {short_name(str(self.adapter.resolve()))}" if self.adapter else model
 
     @property
     def file_name(self) -> str:
-        return as_file_name(Path(self.adapter.resolve().parent if self.adapter else self.model.name).name)
+        return as_file_name(Path(self.adapter.resolve().parent if self.adapter else self.spec.name).name)
 
     def digest(self, base: str) -> str:
         """Of the model's digest and the adapter's."""
@@ -78,16 +78,15 @@ def find_subject(name: str, quantisation: str | None = None, dtype: str | None =
     if (path / CONFIG).is_file():
         adapted = read_adapter_settings(path)
         settings = ModelSettings.model_validate({"name": base_of(path, adapted), "revision": adapted.get("revision")} | precision)
-        return Subject(settings, path, tuple(adapted.get("modules_to_save") or ()))
+        return Subject(ModelSpec(settings, trained=adapted.get("modules_to_save") or ()), path)
     if is_run(path):
         folder = RunFolder(path)
-        preset = preset_of_run(folder.config, path)
-        settings = preset.model.model_copy(update=precision)
+        spec = ModelSpec.of_preset(read_preset(folder)).with_precision(**precision)
         if folder.adapter.exists():
             read_adapter_settings(folder.adapter)
-        return Subject(settings, folder.adapter if folder.adapter.exists() else None, tuple(unquantised_modules(preset)))
+        return Subject(spec, folder.adapter if folder.adapter.exists() else None)
     local = str(path.resolve()) if path.exists() else name
-    return Subject(ModelSettings.model_validate({"name": local} | precision))
+    return Subject(ModelSpec(ModelSettings.model_validate({"name": local} | precision)))
 
 
 def base_of(adapter: Path, settings: dict[str, Any]) -> str:
@@ -176,14 +175,15 @@ def measure(
 
     Gives what `summary.json` holds. Of several processes, each asks its share; only the first, which has a watcher, writes.
     """
-    check_checkpoint(subject.model)
+    spec = subject.spec
+    spec.check_checkpoint()
     if subject.adapter:
         check_base(subject)
-    questions, digest = load_questions(evaluation), model_digest(subject.model, device, subject.unquantised)
+    questions, digest = load_questions(evaluation), spec.digest(device)
     if distributed.is_main_process:
         claim(to, subject.name, subject.digest(digest), evaluation)
-    tokenizer = load_tokenizer(subject.model)
-    model: Any = load_model(subject.model, device, unquantised=subject.unquantised)
+    tokenizer = spec.tokenizer
+    model: Any = spec.load(device)
     batch_tokens = 0
     if distributed.is_main_process:
         batch_tokens = fixed_batch_tokens(evaluation.batch_tokens, model, tokenizer.pad_token_id, to)
@@ -203,11 +203,11 @@ def measure(
 def check_base(subject: Subject) -> None:
     """Raise UserError where the model that an adapter names cannot be had, and say who named it."""
     try:
-        load_config(subject.model)
+        _ = subject.spec.config
     except UserError as error:
         raise UserError(
             f"{error}",
-            f"The adapter {subject.adapter} names {subject.model.name} as its base model.",
+            f"The adapter {subject.adapter} names {subject.spec.name} as its base model.",
         ) from error
 
 

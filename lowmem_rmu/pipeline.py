@@ -37,12 +37,12 @@ from lowmem_rmu.inputs import SIDE_OF, Inputs
 from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter
 from lowmem_rmu.model.changes import adapted_digests
 from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
-from lowmem_rmu.model.identity import model_digest
-from lowmem_rmu.model.loading import describe_weights, load_model, unquantised_modules
+from lowmem_rmu.model.loading import describe_weights
 from lowmem_rmu.model.memory import memory_in_use, reset_peak
 from lowmem_rmu.model.saved import adapter_digests
 from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.model.source import commit_of
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Preset, short_name
 from lowmem_rmu.records import DIGESTS
 from lowmem_rmu.report import write_report
@@ -65,6 +65,8 @@ class RunContext:
     """What the stages of a run share. `model` is loaded by the first stage that needs it, and keeps its adapter once it has one."""
 
     preset: Preset
+    spec: ModelSpec
+    """The preset's model."""
     folder: RunFolder
     inputs: Inputs
     device: torch.device
@@ -263,7 +265,7 @@ def load_model_for(context: RunContext) -> None:
     remaining = [stage for stage in context.stages if not is_done(context.folder, stage)]
     context.is_whole = any(stage in SIDE_OF for stage in remaining)
     layers = None if context.is_whole else context.preset.rmu.target_layer + 1
-    context.model = load_model(context.preset.model, context.device, layers, unquantised_modules(context.preset))
+    context.model = context.spec.load(context.device, layers)
     write_json(context.folder.path / "weights.json", describe_weights(context.model))
 
 
@@ -304,8 +306,7 @@ def ask_questions(context: RunContext, side: str, batch_tokens: int) -> dict[str
     announce(context.distributed, side, batch_tokens, context.folder.adapter)
     shared = None
     if side == "base":
-        digest = model_digest(context.preset.model, context.device, unquantised_modules(context.preset))
-        shared = shared_answers(context.folder.path.parent, digest)
+        shared = shared_answers(context.folder.path.parent, context.spec.digest(context.device))
 
     def report_answers(done: int, accuracy: float) -> bool:
         context.advance(done, {"accuracy": accuracy})
@@ -353,7 +354,7 @@ def save_trained_adapter(context: RunContext) -> None:
         save_adapter(context.model, new)
         write_json(folder.path / DIGESTS, adapter_digests(new))
         with suppress(UserError):  # a checkpoint that cannot be merged into is no reason to lose the adapter
-            write_json(folder.matrices, adapted_digests(new, preset.model, preset.rmu.target_layer + 1))
+            write_json(folder.matrices, adapted_digests(new, context.spec, preset.rmu.target_layer + 1))
     shutil.rmtree(folder.cache, ignore_errors=True)
 
 
@@ -383,7 +384,9 @@ def translated_errors(context: RunContext) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
-            raise out_of_memory(context.preset, context.device, context.stages, context.status.stage) from error
+            raise out_of_memory(
+                context.preset, context.spec, context.device, context.stages, context.status.stage
+            ) from error
         if is_disk_full(error):
             folder = context.folder.path
             raise UserError(

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lowmem_rmu.errors import UserError, nearest, shortened, shown
 from lowmem_rmu.parsing import MAX_DEPTH, ParseError, parse_json, parse_yaml
+from lowmem_rmu.runs import RunFolder
 
 PRESETS_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 TASKS_FILE = Path(__file__).resolve().parent / "tasks.yaml"
@@ -407,6 +408,15 @@ def preset_of_run(config: Mapping[str, Any], where: Path) -> Preset:
         return preset
     model = preset.model.model_copy(update={"revision": revision})
     return preset.model_copy(update={"model": model})
+
+
+def read_preset(folder: RunFolder, pinned: bool = True) -> Preset:
+    """Return the settings of a run as its `config.json` holds them.
+
+    `pinned`: with a model of the Hub at the commit that the run was made with. Raises UserError as `recorded_preset` does.
+    """
+    config = folder.config
+    return preset_of_run(config, folder.path) if pinned else recorded_preset(config["settings"], folder.path)
 
 
 RMU_BEFORE = {"sinks": "counted", "guard_every": 0, "guard_limit": 0.3, "guard_shift_limit": 0.25, "schedule": "constant"}

@@ -23,6 +23,7 @@ from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.export import reproduce, verification
 from lowmem_rmu.model import fit
 from lowmem_rmu.model.adapters import load_adapter
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.ui import jobs, live
 from lowmem_rmu.ui.export import verification_html
@@ -140,6 +141,11 @@ def spoilable(forgetful: RunFolder, tmp_path_factory: pytest.TempPathFactory) ->
         run = RunFolder(Path(shutil.copytree(forgetful.path, runs / forgetful.path.name)))
         (runs.parent / "tiny.yaml").write_text(yaml.safe_dump(run.config["settings"]), encoding="utf-8")
         loaded: dict[str, Any] = {}
+
+        class LoadedBase(ModelSpec):
+            def load(self, *_: Any, **__: Any) -> Any:
+                return loaded.setdefault("base", command_load(run))
+
         patch.setattr(inputs, "read_inputs", cached(inputs.read_inputs))
         patch.setattr(fit, "check_fits", lambda *_: None)
         patch.setattr(suite, "prepare", cached(suite.prepare))
@@ -147,7 +153,7 @@ def spoilable(forgetful: RunFolder, tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr(verification, "load_questions", cached(verification.load_questions))
         patch.setattr(reproduce, "read_documents", lambda corpus: ["text"])
         patch.setattr(reproduce, "checkpoint_files", lambda base: [])
-        patch.setattr(chat, "load_model", lambda *_, **named: loaded.setdefault("base", command_load(run)))
+        patch.setattr(chat, "ModelSpec", LoadedBase)
         patch.setattr(chat, "load_adapter", lambda model, folder: loaded.setdefault("adapted", load_adapter(model, folder)))
         patch.setattr(verification, "_ask_adapter", lambda artefact, measured, device, progress: measured.unlearned)
         patch.setattr(report, "_svg", lambda name, draw, width: Markup("<svg></svg>"))

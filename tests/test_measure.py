@@ -148,10 +148,10 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_run_says_how_it_is_quantised_and_options_override_it(run_folder: Path) -> None:
-    assert find_subject(str(run_folder)).model.quantisation == "nf4"
+    assert find_subject(str(run_folder)).spec.settings.quantisation == "nf4"
     subject = find_subject(str(run_folder), quantisation="none", dtype="float32")
-    assert (subject.model.quantisation, subject.model.dtype, subject.adapter) == ("none", "float32", run_folder / "adapter")
-    assert find_subject("owner/model").model.name == "owner/model"
+    assert (subject.spec.settings.quantisation, subject.spec.settings.dtype, subject.adapter) == ("none", "float32", run_folder / "adapter")
+    assert find_subject("owner/model").spec.name == "owner/model"
 
 
 ENDPOINT = ("--endpoint", "http://localhost:1/v1")
@@ -233,13 +233,13 @@ def test_an_adapter_may_name_its_base_from_its_own_folder_or_from_here(run_folde
     adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "there/alone"))
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "models/llama"})
-    assert find_subject(str(adapter)).model.name == "models/llama", "a Hub id"
+    assert find_subject(str(adapter)).spec.name == "models/llama", "a Hub id"
     (tmp_path / "models/llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert find_subject(str(adapter)).model.name == str(tmp_path / "models/llama")
+    assert find_subject(str(adapter)).spec.name == str(tmp_path / "models/llama")
     monkeypatch.chdir(tmp_path / "there")
     (adapter / "models/llama").mkdir(parents=True)
-    assert find_subject(str(adapter)).model.name == str(adapter / "models/llama")
+    assert find_subject(str(adapter)).spec.name == str(adapter / "models/llama")
 
 
 def test_damage_of_a_run_is_told_and_not_taken_for_a_model(run_folder: Path, tmp_path: Path) -> None:

@@ -849,7 +849,7 @@ def test_json_prints_the_summary_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", preset_names())
 def test_the_plan_of_every_preset_needs_no_network_and_loads_no_weights(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lowmem_rmu.model.loading.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("lowmem_rmu.model.spec.load_model", lambda *_: pytest.fail("weights were loaded"))
     result = call(preset, "--plan", "--device", "cpu")
     assert result.exit_code == 0, result.output
     for word in ("Download", "Trained", "evaluate-base", "unlearn", "Free on cpu now"):

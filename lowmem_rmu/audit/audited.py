@@ -22,8 +22,8 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.multiple_choice import Asked, ask
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.layers import decoder_layers
-from lowmem_rmu.model.loading import check_checkpoint, load_model, load_tokenizer, unquantised_modules
 from lowmem_rmu.model.shards import give_back_freed_memory
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Preset
 
 Side = Literal["base", "unlearned"]
@@ -39,8 +39,8 @@ QUESTIONS = 100
 class Sides:
     """Where base and unlearned come from: `unlearned` is an adapter on the base, or another checkpoint of the same shape and tokenizer."""
 
-    base: ModelSettings
-    unlearned: Path | ModelSettings
+    base: ModelSpec
+    unlearned: Path | ModelSpec
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Audited:
     """Text about anything else."""
     seed: int = 0
     _loaded: Any = field(default=None, repr=False)
-    _loaded_from: ModelSettings | None = field(default=None, repr=False)
+    _loaded_from: ModelSpec | None = field(default=None, repr=False)
 
     @contextmanager
     def side(self, side: Side) -> Iterator[Any]:
@@ -120,11 +120,10 @@ class Audited:
 
     def _load(self, side: Side) -> Any:
         unlearned = self.sides.unlearned
-        wanted = unlearned if side == "unlearned" and isinstance(unlearned, ModelSettings) else self.sides.base
-        if self._loaded_from != wanted:
+        wanted = unlearned if side == "unlearned" and isinstance(unlearned, ModelSpec) else self.sides.base
+        if self._loaded_from is not wanted:
             self.free()
-            preset = self.preset.model_copy(update={"model": wanted})
-            model: Any = load_model(wanted, self.device, None, unquantised_modules(preset))
+            model: Any = wanted.load(self.device)
             self._loaded = load_adapter(model, unlearned) if isinstance(unlearned, Path) else model
             self._loaded_from = wanted
         return self._loaded
@@ -155,8 +154,9 @@ def prepare(
 
     Raises UserError where nothing is there to measure what it knows with.
     """
-    check_checkpoint(preset.model)
-    tokenizer = load_tokenizer(preset.model)
+    spec = ModelSpec.of_preset(preset)
+    spec.check_checkpoint()
+    tokenizer = spec.tokenizer
     sets = load_questions(preset.evaluation)
     lost = [each for each in sets if (each.group or each.name) in forgotten]
     told_by, measured = held_out_documents(topic.corpus for topic in preset.topics.values())
@@ -177,8 +177,9 @@ def prepare(
         knowledge, told = Texts(sequences, tokenizer, batch_tokens), False
     trained = [text for topic in preset.topics.values() for text in split_held_out(read_documents(topic.corpus), topic.corpus.held_out)[0]]
     benign = [text for corpus in preset.retain.corpora for text in split_held_out(read_documents(corpus), corpus.held_out)[0]]
+    sides = Sides(spec, unlearned if isinstance(unlearned, Path) else ModelSpec(unlearned, preset.rmu))
     return Audited(
-        name, preset, Sides(preset.model, unlearned), device, tokenizer, knowledge, told,
+        name, preset, sides, device, tokenizer, knowledge, told,
         [each for each in sets if each.role in ("kept", "adjacent")],
         [each for each in sets if each.role == "measured" and each not in lost],
         tokenise(told_by, tokenizer, longest, split=True),

@@ -30,7 +30,6 @@ from lowmem_rmu.evaluation.multiple_choice import Asked, encode
 from lowmem_rmu.evaluation.perplexity import batches
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.layers import LayerOutput, decoder_layers, lent_forward
-from lowmem_rmu.model.loading import load_config
 from lowmem_rmu.model.logits import POSITIONS, hidden_at
 
 FOLDS = 4
@@ -48,7 +47,7 @@ measured with the right answers dealt out anew, which is what a probe reads out 
 
 def cost(audited: Audited) -> Cost:
     topics = sum(len(questions) for _, questions in topics_of(audited)) / max(1, len(audited.knowledge))
-    hidden, items = load_config(audited.sides.base).get_text_config().hidden_size, len(LETTERS) * len(audited.knowledge)
+    hidden, items = audited.sides.base.hidden_size, len(LETTERS) * len(audited.knowledge)
     held = 2 * items * layer_count(audited) * hidden * torch.float32.itemsize  # as they come, and in their places
     return Cost(2 * (2 + len(LETTERS) + topics), extra_bytes=held if audited.device.type == "cpu" else 0)
 

@@ -12,17 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried, in_words
 from lowmem_rmu.audit.audited import Audited
 from lowmem_rmu.audit.recovery import Values
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.merge import merge
-from lowmem_rmu.export.verification import NotAsked, Precision, check_room
+from lowmem_rmu.export.verification import NotAsked, check_room
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.fit import is_out_of_memory
-from lowmem_rmu.model.loading import load_config, load_model, resolve_dtype, unquantised_modules
+from lowmem_rmu.model.loading import Quantisation
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import RunFolder
 
@@ -33,7 +32,7 @@ MERGED = "merged"
 class Way:
     """How the weights are kept; `merged`: in the checkpoint with the update in it."""
 
-    quantisation: Precision
+    quantisation: Quantisation
     dtype: str
     """Of what is not quantised, as in `ModelSettings`."""
     merged: bool = False
@@ -47,21 +46,21 @@ class Way:
 def ways_of(audited: Audited) -> list[Way]:
     """Every precision but the one in which the run itself was measured."""
     subject, adapter = subject_of(audited), isinstance(audited.sides.unlearned, Path)
-    own = str(resolve_dtype(subject, audited.device)).removeprefix("torch.")
+    own = str(subject.dtype(audited.device)).removeprefix("torch.")
     plain = [Way("nf4", own), Way("int8", own), Way("none", "bfloat16"), Way("none", "float32")]
-    stored = str(load_config(subject).dtype or torch.float32).removeprefix("torch.")
+    stored = subject.stored_dtype
     merged = [Way("none", stored, True), Way("int8", stored, True), Way("nf4", stored, True)] if adapter else []
-    return [way for way in plain if way != Way(subject.quantisation, own)] + merged
+    return [way for way in plain if way != Way(subject.settings.quantisation, own)] + merged
 
 
-def subject_of(audited: Audited) -> ModelSettings:
+def subject_of(audited: Audited) -> ModelSpec:
     """The checkpoint that is loaded: with the adapter put on it, or unlearned itself."""
     unlearned = audited.sides.unlearned
-    return unlearned if isinstance(unlearned, ModelSettings) else audited.sides.base
+    return unlearned if isinstance(unlearned, ModelSpec) else audited.sides.base
 
 
 def cost(audited: Audited) -> Cost:
-    sides = [1 if way.merged or isinstance(audited.sides.unlearned, ModelSettings) else 2 for way in ways_of(audited)]
+    sides = [1 if way.merged or isinstance(audited.sides.unlearned, ModelSpec) else 2 for way in ways_of(audited)]
     return Cost(sum(sides))
 
 
@@ -94,7 +93,7 @@ def merged_when_asked(audited: Audited, pieces: Pieces) -> Iterator[Callable[[],
                 merge(run, folder)
             except UserError as error:
                 raise NotAsked(f"it cannot be merged: {error}") from error
-        return ModelSettings(name=str(folder), device_map=audited.sides.base.device_map)
+        return ModelSettings(name=str(folder), device_map=audited.sides.base.settings.device_map)
 
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -118,12 +117,13 @@ def alone(audited: Audited, way: Way, merged: Callable[[], ModelSettings]) -> di
 
 
 def answers(audited: Audited, way: Way, merged: Callable[[], ModelSettings]) -> dict[str, Values | None]:
-    unlearned, precision = audited.sides.unlearned, {"dtype": way.dtype}
-    check_room(audited.preset, subject_of(audited).model_copy(update=precision), way.quantisation, audited.device)  # a merged model takes as much
-    settings = (merged() if way.merged else subject_of(audited)).model_copy(update=precision)
-    unquantised = [] if way.merged else unquantised_modules(audited.preset.model_copy(update={"model": settings}))
-    model: Any = load_model(settings, audited.device, unquantised=unquantised, quantisation=way.quantisation)
-    if way.merged or isinstance(unlearned, ModelSettings):
+    unlearned = audited.sides.unlearned
+    spec = subject_of(audited).with_precision(dtype=way.dtype)
+    check_room(audited.preset, spec, way.quantisation, audited.device)  # a merged model takes as much
+    if way.merged:
+        spec = ModelSpec(merged()).with_precision(dtype=way.dtype)
+    model: Any = spec.load(audited.device, quantisation=way.quantisation)
+    if way.merged or isinstance(unlearned, ModelSpec):
         return {"base": None, "unlearned": audited.knowledge.of(model)}
     model = load_adapter(model, unlearned)
     known = audited.knowledge.of(model)

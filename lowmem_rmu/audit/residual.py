@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from lowmem_rmu.audit.audited import Audited
 from lowmem_rmu.model.layers import decoder_layers
-from lowmem_rmu.model.loading import load_config
 
 
 def layer_count(audited: Audited) -> int:
     """Of the model, which need not be in memory."""
-    return int(load_config(audited.sides.base).get_text_config().num_hidden_layers)
+    return audited.sides.base.layer_count
 
 
 def spread(first: int, last: int, most: int) -> list[int]:

@@ -23,10 +23,9 @@ from lowmem_rmu.evaluation.statistics import LUCK, MANY, POWER
 from lowmem_rmu.evaluation.summary import read_audit_file
 from lowmem_rmu.export.verification import read_run
 from lowmem_rmu.model.fit import is_out_of_memory
-from lowmem_rmu.model.loading import load_config, skeleton
 from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memory_in_use, plan, reset_peak
 from lowmem_rmu.model.saved import read_adapter_settings
-from lowmem_rmu.presets import Preset, differences, preset_of_run
+from lowmem_rmu.presets import Preset, differences, read_preset
 from lowmem_rmu.records import Object, read_record
 from lowmem_rmu.runs import RunFolder, Stopped, Watcher, write_json
 
@@ -122,7 +121,7 @@ def planned(
 def read_forgotten(folder: RunFolder) -> Forgotten:
     """Raises UserError where the run has unlearned nothing, or forgot nothing."""
     name = folder.path.name
-    preset = preset_of_run(folder.config, folder.path)
+    preset = read_preset(folder)
     if not folder.adapter.exists():
         raise UserError(
             f"Run {folder.path} has unlearned nothing, so there is nothing to audit.",
@@ -281,7 +280,8 @@ class Audit:
         return Result(attack.name, attack.asks, "not run", reason)
 
     def _too_large(self, foretold: Foretold) -> str | None:
-        weights = Needs(self.audited.preset, self.audited.device).weights_held(None) if self.audited.is_loaded else 0
+        needs = Needs(self.audited.preset, self.audited.sides.base, self.audited.device)
+        weights = needs.weights_held(None) if self.audited.is_loaded else 0
         free = memory_available(self.audited.device) + weights  # which are among what is needed
         if foretold.bytes <= free or self.audited.preset.model.device_map == "auto":
             return None
@@ -305,13 +305,12 @@ class Audit:
 
 def bytes_needed(audited: Audited, cost: Cost) -> int:
     """By the memory plan: the model with its adapter while it answers and, where the attack trains, a LoRA on every layer with its gradients."""
-    preset, device = audited.preset, audited.device
-    needed = plan(preset, device, ["evaluate-base", "evaluate-unlearned"])[-1].total
+    preset, spec, device = audited.preset, audited.sides.base, audited.device
+    needed = plan(preset, spec, device, ["evaluate-base", "evaluate-unlearned"])[-1].total
     if cost.training_batch:
-        config: Any = load_config(preset.model)
-        layers, modules = list(range(config.num_hidden_layers)), linear_names(skeleton(config))
+        layers, modules = list(range(spec.layer_count)), linear_names(spec.skeleton)
         rmu = {"target_layer": layers[-1], "adapter_layers": layers, "modules": modules}
-        needs = Needs(preset.model_copy(update={"rmu": preset.rmu.model_copy(update=rmu | {"rank": RANK, "trainable": "lora"})}), device)
+        needs = Needs(preset.model_copy(update={"rmu": preset.rmu.model_copy(update=rmu | {"rank": RANK, "trainable": "lora"})}), spec, device)
         logits = 3 * cost.training_batch * needs.vocabulary * FLOAT32  # as they are, in float32, and their gradient
         learning = needs.weights.learning(needs.rmu) * 4 * FLOAT32  # weights, gradients, two moments
         needed = max(needed, needs.weights_held(None) + learning + needs.training(cost.training_batch) + logits)

@@ -8,9 +8,9 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import LETTERS, Question
-from lowmem_rmu.data.tokens import special_tokens
 from lowmem_rmu.evaluation.multiple_choice import Asked
 from lowmem_rmu.evaluation.prompts import Prompt, prompt
+from lowmem_rmu.model.special_tokens import special_tokens
 
 SHOTS = 5
 ANSWER = "Answer:"

@@ -36,13 +36,14 @@ def neighbors(
             )
         to.parent.mkdir(parents=True, exist_ok=True)
 
-        from lowmem_rmu.model.loading import load_model, load_tokenizer, resolve_device
+        from lowmem_rmu.model.loading import resolve_device
+        from lowmem_rmu.model.spec import ModelSpec
         from lowmem_rmu.neighbors import save_passages, write_passages
         from lowmem_rmu.presets import load_preset
 
-        settings = load_preset(preset, set_ or []).model
-        tokenizer = load_tokenizer(settings)
-        model = load_model(settings, resolve_device(device))
+        spec = ModelSpec(load_preset(preset, set_ or []).model)
+        tokenizer = spec.tokenizer
+        model = spec.load(resolve_device(device))
 
         def report(written: int, total: int) -> None:
             print(f"{written} of {total} passages", file=sys.stderr)

@@ -11,21 +11,23 @@ from lowmem_rmu.presets import Preset
 
 if TYPE_CHECKING:
     from lowmem_rmu.data.sources import Sources
+    from lowmem_rmu.model.spec import ModelSpec
 
 
 def print_plan(preset: Preset, device: str, stages: list[str]) -> None:
     """What would be loaded, downloaded and trained, and the memory each stage needs."""
     from lowmem_rmu.data.sources import find_sources, sentences
     from lowmem_rmu.inputs import needs_text
-    from lowmem_rmu.model.loading import check_checkpoint, resolve_device
+    from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.model.memory import gib, memory_available
     from lowmem_rmu.model.memory import plan as memory_plan
+    from lowmem_rmu.model.spec import ModelSpec
 
-    on, console = resolve_device(device), Console()
-    check_checkpoint(preset.model)
+    on, console, spec = resolve_device(device), Console(), ModelSpec.of_preset(preset)
+    spec.check_checkpoint()
     read = sentences(find_sources(preset, needs_text(preset, stages)), only_partly_read=False)
-    evaluates, needs = any(stage.startswith("evaluate") for stage in stages), memory_plan(preset, on, stages)
-    for label, words in plan_lines(preset, evaluates).items():
+    evaluates, needs = any(stage.startswith("evaluate") for stage in stages), memory_plan(preset, spec, on, stages)
+    for label, words in plan_lines(preset, spec, evaluates).items():
         console.print(f"{label:<10} {words}", highlight=False, soft_wrap=True)
     for sentence in read:
         console.print(f"{'Read':<10} {sentence}", highlight=False, soft_wrap=True)
@@ -46,12 +48,12 @@ def print_left_out(sources: "Sources") -> None:
         print(f"Read for {sentence}.", file=sys.stderr, flush=True)
 
 
-def plan_lines(preset: Preset, evaluates: bool) -> dict[str, str]:
+def plan_lines(preset: Preset, spec: "ModelSpec", evaluates: bool) -> dict[str, str]:
     """What would be loaded, downloaded and trained, in words."""
-    from lowmem_rmu.model.memory import config_for_plan, count_weights, gib
+    from lowmem_rmu.model.memory import gib
     from lowmem_rmu.presets import is_local
 
-    weights, rmu, model = count_weights(config_for_plan(preset), preset.rmu.modules), preset.rmu, preset.model
+    weights, rmu, model = spec.weights(preset.rmu.modules), preset.rmu, preset.model
     corpora = [*(topic.corpus for topic in preset.topics.values()), *preset.retain.corpora]
     sources = [corpus.source for corpus in corpora] + [task.source for task in preset.evaluation.tasks.values()]
     remote = sorted({source for source in sources if not is_local(source)})

@@ -19,17 +19,19 @@ def presets_table() -> Table:
     """Every preset: model, size, memory, what is forgotten."""
     import torch
 
-    from lowmem_rmu.model.memory import config_for_plan, count_weights, gib
+    from lowmem_rmu.model.memory import gib
     from lowmem_rmu.model.memory import plan as memory_plan
+    from lowmem_rmu.model.spec import ModelSpec
 
     table = Table(title="Presets", title_justify="left")
     for column in ("Preset", "Model", "Parameters", "GPU memory needed", "Forgets"):
         table.add_column(column, no_wrap=column == "Preset", overflow="fold")
     for name in preset_names():
         preset = load_preset(name)
-        weights = count_weights(config_for_plan(preset), preset.rmu.modules)
-        needed = max(stage.total for stage in memory_plan(preset, torch.device("cuda")))
-        table.add_row(name, Path(preset.model.name).name, millions(weights.total()), gib(needed), ", ".join(preset.topics))
+        spec = ModelSpec.of_preset(preset)
+        needed = max(stage.total for stage in memory_plan(preset, spec, torch.device("cuda")))
+        parameters = millions(spec.weights(preset.rmu.modules).total())
+        table.add_row(name, Path(preset.model.name).name, parameters, gib(needed), ", ".join(preset.topics))
     return table
 
 

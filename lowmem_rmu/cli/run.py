@@ -18,7 +18,7 @@ from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.cli.tables import accuracy_table, text_table
 from lowmem_rmu.console import Console, print_json
 from lowmem_rmu.errors import UserError, command_line, nearest
-from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, preset_of_run, recorded_preset
+from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, read_preset
 from lowmem_rmu.runs import STAGES, RunFolder, Stopped, present, write_json
 from lowmem_rmu.turns import check_free, free_name, one_at_a_time, process_of, take_ticket, turn, world_size
 
@@ -80,6 +80,7 @@ def main_job(
     from lowmem_rmu.inputs import read_inputs
     from lowmem_rmu.model.fit import check_fits
     from lowmem_rmu.model.loading import resolve_device
+    from lowmem_rmu.model.spec import ModelSpec
     from lowmem_rmu.pipeline import RunContext, is_done, run_config, run_stages
     from lowmem_rmu.status import StatusWriter
 
@@ -87,18 +88,19 @@ def main_job(
     with device_turn(runs_dir, name, preset_name, existing) as path:
         if existing is not None:
             # The model may have a new commit on the Hub since the run began.
-            preset = preset_of_run(existing.config, existing.path)
+            preset = read_preset(existing)
+        spec = ModelSpec.of_preset(preset)
         distributed = Distributed()
         chosen_device = resolve_device(distributed.device(device))
         if not distributed.is_main_process:
-            inputs = read_inputs(preset, stages)
-            work(preset, inputs.tokenizer, inputs.questions, chosen_device, distributed)
+            inputs = read_inputs(preset, spec, stages)
+            work(spec, inputs.questions, chosen_device, distributed)
             return None
 
         # Refuse what cannot work before anything is loaded or written.
         remaining = [stage for stage in stages if existing is None or not is_done(existing, stage)]
-        check_fits(preset, chosen_device, remaining)
-        inputs = read_inputs(preset, stages)
+        check_fits(preset, spec, chosen_device, remaining)
+        inputs = read_inputs(preset, spec, stages)
         print_left_out(inputs.sources)
 
         folder = existing
@@ -110,7 +112,7 @@ def main_job(
                 write_json(folder.path / "config.json", config)
         with present(folder.path), watched(folder.path) as watcher:
             status = StatusWriter(folder.path / "status.json", watcher, folder.path / "stop")
-            run_stages(RunContext(preset, folder, inputs, chosen_device, stages, status, distributed))
+            run_stages(RunContext(preset, spec, folder, inputs, chosen_device, stages, status, distributed))
         return folder
 
 
@@ -202,7 +204,7 @@ def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset)
         folder = runs[0]
     else:
         folder = RunFolder.open(runs_dir, name)
-    started_with = recorded_preset(folder.config["settings"], folder.path)
+    started_with = read_preset(folder, pinned=False)
     different = sorted(differences(started_with.model_dump(), preset.model_dump()))
     if different:
         raise UserError(

@@ -15,8 +15,9 @@ from lowmem_rmu.data.detokenize import detokenize, is_tokenized
 from lowmem_rmu.data.documents import SourceFiles, find_files, is_text, nothing_to_read, read_utf8
 from lowmem_rmu.data.forms import Passage, chat_samples, find_passages, question_prompts, question_samples
 from lowmem_rmu.data.hub import load_rows
-from lowmem_rmu.data.tokens import special_tokens, split_text
+from lowmem_rmu.data.tokens import split_text
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.special_tokens import special_tokens
 from lowmem_rmu.parsing import ParseError, parse_json
 from lowmem_rmu.presets import Corpus, is_local
 

@@ -14,7 +14,8 @@ from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.prompts import Prompt, prompt
-from lowmem_rmu.evaluation.scorer import Request, Scorer, can_share_prefix, plan_batches
+from lowmem_rmu.evaluation.scorer import Request, Scorer, plan_batches
+from lowmem_rmu.model.layers import can_share_prefix
 from lowmem_rmu.model.logits import NOT_FINITE
 
 CHANCE = 1 / len(LETTERS)

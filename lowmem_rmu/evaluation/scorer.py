@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.model.fit import is_out_of_memory
@@ -48,17 +48,6 @@ class RequestBatch:
 
     prefix: int
     numbers: tuple[int, ...]
-
-
-def can_share_prefix(model: nn.Module) -> bool:
-    """Return whether all that the model remembers of a prefix are keys and values, which any row of a batch can borrow.
-
-    Layers with a recurrent or convolutional state (Mamba, LFM2) and layers that use another layer's keys (Gemma 3n) say no.
-    """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if inner._is_stateful:
-        return False
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers)
 
 
 def plan_batches(

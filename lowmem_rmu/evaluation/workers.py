@@ -10,14 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.evaluation.multiple_choice import Interrupted, evaluate
 from lowmem_rmu.model.adapters import base_only, load_adapter
-from lowmem_rmu.model.loading import load_model, unquantised_modules
-from lowmem_rmu.presets import Preset
+from lowmem_rmu.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,9 @@ def dismiss(distributed: Distributed) -> None:
     distributed.broadcast(None)
 
 
-def work(
-    preset: Preset, tokenizer: PreTrainedTokenizerBase, questions: list[QuestionSet], device: torch.device, distributed: Distributed
-) -> None:
+def work(spec: ModelSpec, questions: list[QuestionSet], device: torch.device, distributed: Distributed) -> None:
     """Take this process's share of every announced evaluation, until dismissed. For all processes except the main one."""
-    model: Any = load_model(preset.model, device, None, unquantised_modules(preset)) if questions else None
+    model: Any = spec.load(device) if questions else None
     nothing: Announcement | None = None
     while (announced := distributed.broadcast(nothing)) is not None:
         if announced.side == "unlearned":
@@ -56,4 +52,4 @@ def work(
                     (Path(folder) / name).write_bytes(content)
                 model = load_adapter(model, Path(folder))
         with base_only(model) if announced.side == "base" else nullcontext(), suppress(Interrupted):
-            evaluate(model, tokenizer, questions, announced.batch_tokens, distributed=distributed)
+            evaluate(model, spec.tokenizer, questions, announced.batch_tokens, distributed=distributed)

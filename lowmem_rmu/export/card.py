@@ -19,7 +19,7 @@ from lowmem_rmu.export.reproduce import sha256
 from lowmem_rmu.export.verification import Compared, Verification
 from lowmem_rmu.model.source import locate
 from lowmem_rmu.parsing import parse_yaml
-from lowmem_rmu.presets import Corpus, ModelSettings, Preset, is_local, recorded_preset, short_name
+from lowmem_rmu.presets import Corpus, ModelSettings, Preset, is_local, read_preset, short_name
 from lowmem_rmu.runs import RunFolder, write_atomically
 
 CARD, SUMS = "README.md", "SHA256SUMS"
@@ -75,7 +75,7 @@ def sum_line(digest: str, name: str) -> str:
 def model_card(run: RunFolder, kind: Kind, verification: Verification | None, files: dict[str, str]) -> ModelCard:
     """The card of an export with these `files` and their sha256. Raises UserError."""
     config = run.config
-    preset = recorded_preset(config["settings"], run.path)
+    preset = read_preset(run, pinned=False)
     summary = read_summary(run) if (run.path / "summary.json").exists() else None
     terms: dict[str, Any] = base_terms(preset.model, config["model_revision"])
     data = ModelCardData(

@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.adapters import trained_modules
-from lowmem_rmu.model.loading import load_config, resolve_dtype, skeleton
 from lowmem_rmu.model.names import model_parts
 from lowmem_rmu.model.quantisation import BLOCK, as_quantised, kept_constants, quantised_parameters
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import Part, StoredTensor
-from lowmem_rmu.presets import ModelSettings, recorded_preset
-from lowmem_rmu.runs import RunFolder
 
 
-def dequantised_weights(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, StoredTensor]) -> "Dequantised":
-    """Of everything that was 4-bit in the run; in the run's precision."""
-    config, preset = load_config(settings), recorded_preset(run.config["settings"], run.path)
-    model = skeleton(config)
-    quantised = quantised_parameters(model, trained_modules(model, preset.rmu))
-    parts = {name: part for name, part in model_parts(config, tensors).items() if part.parameter in quantised}
-    return Dequantised(tensors, parts, resolve_dtype(settings, torch.device(run.config["device"])))
+def dequantised_weights(spec: ModelSpec, device: torch.device, tensors: Mapping[str, StoredTensor]) -> "Dequantised":
+    """Of everything that is 4-bit when the model is loaded on the device; in the precision that it has there."""
+    quantised = quantised_parameters(spec.skeleton, spec.trained_modules)
+    parts = {name: part for name, part in model_parts(spec.skeleton, tensors).items() if part.parameter in quantised}
+    return Dequantised(tensors, parts, spec.dtype(device))
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.gguf_tokenizer import add_tokenizer, end_tokens
 from lowmem_rmu.model.changes import BEFORE, FIRST_FACTOR, SECOND_FACTOR
-from lowmem_rmu.model.loading import checked_tensors, load_config, load_tokenizer, skeleton
 from lowmem_rmu.model.saved import WEIGHTS, read_adapter_settings
 from lowmem_rmu.model.shards import open_weights
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import replaced
 
@@ -82,10 +82,11 @@ def write_gguf(checkpoint: Path, to: Path, kind: Kind, change: Change | None = N
     in memory at a time. Raises UserError for what llama.cpp would not run to the same effect, for a checkpoint whose weights do not fit its
     config.json, and for too little disk space.
     """
-    settings = ModelSettings(name=str(checkpoint.absolute()))
-    config, tokenizer = _known_config(settings), load_tokenizer(settings)
-    tensors = checked_tensors(settings, config)  # and a head that the checkpoint stores is none that is tied
-    planned = _plan(config, kind)
+    spec = ModelSpec(ModelSettings(name=str(checkpoint.absolute())))
+    check_known(spec)
+    tokenizer, read = spec.tokenizer, spec.checkpoint()
+    config, tensors = read.config, read.tensors  # a head that the checkpoint stores is none that is tied
+    planned = _plan(spec, config, kind)
     _check_space(to, sum(tensor.size for tensor in planned))
     with replaced(to, durable=True) as beside, _writer(beside) as writer:
         writer.add_type(GGUFType.MODEL)
@@ -98,40 +99,39 @@ def write_gguf(checkpoint: Path, to: Path, kind: Kind, change: Change | None = N
             _write_tensors(writer, planned, lambda tensor: _read(config, weights, change, tensor))
 
 
-def _known_config(settings: ModelSettings) -> PretrainedConfig:
-    """Raises UserError for an architecture, or a setting of one, that is not computed likewise."""
-    config = load_config(settings)
+def check_known(spec: ModelSpec) -> None:
+    """Raise UserError for an architecture, or a setting of one, that llama.cpp does not compute in the same way."""
+    config: Any = spec.config
     architecture = (config.architectures or [type(config).__name__])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{settings.name} is a {architecture}: GGUF files are written of {' and '.join(ARCHITECTURES)} "
+            f"{spec.name} is a {architecture}: GGUF files are written of {' and '.join(ARCHITECTURES)} "
             "only.",
             "Export it merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
         )
     if (rope_type := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
         raise UserError(
-            f"{settings.name} has rotary positions of type {rope_type}, which no GGUF file can say.",
+            f"{spec.name} has rotary positions of type {rope_type}, which no GGUF file can say.",
             "Export it merged instead.",
         )
     if config.hidden_act != "silu":
         raise UserError(
-            f"{settings.name} computes {config.hidden_act} where llama.cpp computes silu.",
+            f"{spec.name} computes {config.hidden_act} where llama.cpp computes silu.",
             "Export it merged instead.",
         )
-    return config
 
 
-def _plan(config: PretrainedConfig, kind: Kind) -> list[_Planned]:
+def _plan(spec: ModelSpec, config: PretrainedConfig, kind: Kind) -> list[_Planned]:
     """All tensors of the file."""
-    shapes = _shapes(config)
+    shapes = _shapes(spec, config)
     if config.rope_parameters["rope_type"] != "default":
         shapes[ROPE_FACTORS] = (head_size(config) // 2,)
     return [_Planned(_gguf_name(config, name), name, shape, _stored_as(name, shape, kind)) for name, shape in shapes.items()]
 
 
-def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(spec: ModelSpec, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Of the weights by their names in the checkpoint. A head that is tied to the embeddings is none."""
-    shapes = {name: tuple(weight.shape) for name, weight in skeleton(config).state_dict().items()}
+    shapes = {name: tuple(weight.shape) for name, weight in spec.skeleton.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
@@ -260,8 +260,10 @@ def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
 
     Raises UserError for an adapter that is more than LoRA, or of another model than the checkpoint's.
     """
-    config = _known_config(ModelSettings(name=str(checkpoint.absolute())))
-    lora, shapes = _plain_lora(adapter), _shapes(config)
+    spec = ModelSpec(ModelSettings(name=str(checkpoint.absolute())))
+    check_known(spec)
+    config = spec.config
+    lora, shapes = _plain_lora(adapter), _shapes(spec, config)
     with replaced(to, durable=True) as beside, _writer(beside) as writer:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_name(to.stem)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.export.gguf_tokenizer import adds_start, default_template, end_tokens
-from lowmem_rmu.model.loading import load_tokenizer
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings
 
 Messages = Sequence[dict[str, str]]
@@ -71,7 +71,7 @@ def modelfile(checkpoint: Path, gguf: str, adapter: str | None = None) -> str:
 
     The chat template is recognised by what it renders, and left out, with a word about it, where Ollama could not render the same.
     """
-    tokenizer = load_tokenizer(ModelSettings(name=str(checkpoint.absolute())))
+    tokenizer = ModelSpec(ModelSettings(name=str(checkpoint.absolute()))).tokenizer
     ends = [str(tokenizer.convert_ids_to_tokens(end)) for end in end_tokens(checkpoint, tokenizer)]
     wording = learn_wording(tokenizer)
     text = HEADING + f"FROM ./{gguf}\n" + (f"ADAPTER ./{adapter}\n" if adapter else "")

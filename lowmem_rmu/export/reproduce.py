@@ -15,7 +15,7 @@ from lowmem_rmu.data.corpora import TEXT_FILES, read_documents
 from lowmem_rmu.data.documents import find_files
 from lowmem_rmu.data.questions import QUESTION_FILES
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
-from lowmem_rmu.presets import Corpus, Preset, is_local, recorded_preset, short_name
+from lowmem_rmu.presets import Corpus, Preset, is_local, read_preset, short_name
 from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_json
 
 PRESET, REQUIREMENTS, RECORD = "preset.yaml", "requirements.txt", "record.json"
@@ -35,7 +35,7 @@ def write_reproduce(run: RunFolder, to: Path) -> None:
     `record.json` has the seed, the versions, the device, and the sha256 of the base model's files, of every corpus as it was read, and of
     the adapter. Raises UserError where the run has no adapter, or a text of it is gone.
     """
-    preset, config = recorded_preset(run.config["settings"], run.path), run.config
+    preset, config = read_preset(run, pinned=False), run.config
     if not run.adapter.exists():
         raise UserError(
             f"Run {run.path} has no adapter that could be made again.",

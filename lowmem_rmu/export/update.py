@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
+from lowmem_rmu.export.dequantised import dequantised_weights
 from lowmem_rmu.model.changes import Change, read_changes
-from lowmem_rmu.model.loading import checked_tensors, load_config
 from lowmem_rmu.model.saved import read_adapter_settings
 from lowmem_rmu.model.source import locate
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import StoredTensor
-from lowmem_rmu.presets import ModelSettings, preset_of_run
+from lowmem_rmu.presets import ModelSettings, read_preset
 from lowmem_rmu.records import read_record
 from lowmem_rmu.runs import RunFolder
 
@@ -72,15 +73,13 @@ class Update:
 
 def update_of(run: RunFolder, base: Base = "original") -> Update:
     """Raises UserError where the run has no adapter, or where its model is not to be had as it was: missing, quantised, or another one."""
-    adapter, settings = adapter_of(run), model_settings(run)
-    _check_unquantised(settings)
-    config = load_config(settings)
-    says_tied = bool(config.tie_word_embeddings)
-    tensors = checked_tensors(settings, config)
-    changes = read_changes(adapter, settings, tensors)
-    checked = _check_same(run, settings, tensors, changes)
-    instead = _dequantised(run, settings, tensors) if base == "dequantised" else None
-    return Update(settings, tensors, changes, instead, checked, untied=says_tied and not config.tie_word_embeddings)
+    adapter, spec = adapter_of(run), ModelSpec.of_preset(read_preset(run))
+    _check_unquantised(spec.settings)
+    checkpoint = spec.checkpoint()
+    changes = read_changes(adapter, spec, checkpoint.tensors)
+    checked = _check_same(run, spec.settings, checkpoint.tensors, changes)
+    instead = _dequantised(run, spec, checkpoint.tensors) if base == "dequantised" else None
+    return Update(spec.settings, checkpoint.tensors, changes, instead, checked, checkpoint.is_untied)
 
 
 def adapter_of(run: RunFolder) -> Path:
@@ -96,7 +95,7 @@ def adapter_of(run: RunFolder) -> Path:
 
 def model_settings(run: RunFolder) -> ModelSettings:
     """The run's model, pinned to the revision that it was made with."""
-    return preset_of_run(run.config, run.path).model
+    return read_preset(run).model
 
 
 def _check_unquantised(settings: ModelSettings) -> None:
@@ -131,12 +130,10 @@ def _check_same(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, S
     return True
 
 
-def _dequantised(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, StoredTensor]) -> OtherValues:
-    if settings.quantisation == "none":
+def _dequantised(run: RunFolder, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> OtherValues:
+    if spec.settings.quantisation == "none":
         raise UserError(
             f"Run {run.path} was not made in 4-bit: it trained on the original weights.",
             "Leave --base dequantised out.",
         )
-    from lowmem_rmu.export.dequantised import dequantised_weights  # transformers and bitsandbytes are large, and only this needs them
-
-    return dequantised_weights(run, settings, tensors)
+    return dequantised_weights(spec, torch.device(run.config["device"]), tensors)

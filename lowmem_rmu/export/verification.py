@@ -39,10 +39,11 @@ from lowmem_rmu.evaluation.summary import EARLIER_WORDS
 from lowmem_rmu.export.llama import ask_llama, is_adapter, llama_is_there
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.fit import is_out_of_memory
-from lowmem_rmu.model.loading import load_config, load_model, load_tokenizer, unquantised_modules
+from lowmem_rmu.model.loading import Quantisation
 from lowmem_rmu.model.memory import gib, memory_available, plan
 from lowmem_rmu.model.shards import give_back_freed_memory
-from lowmem_rmu.presets import ModelSettings, Preset, Role, preset_of_run
+from lowmem_rmu.model.spec import ModelSpec
+from lowmem_rmu.presets import ModelSettings, Preset, Role, read_preset
 from lowmem_rmu.records import read_record
 from lowmem_rmu.runs import RunFolder, write_json
 
@@ -61,7 +62,6 @@ MARKS: tuple[Mark, ...] = ("the update did not survive", "damaged", "inconclusiv
 Finding = Annotated[
     Literal["survived", "came back", "intact", "lost", "inconclusive", "nothing to tell"], BeforeValidator(in_todays_words)
 ]
-Precision = Literal["none", "nf4", "int8"]
 Follow = Callable[[str, list[QuestionSet]], Progress]
 """Told what is asked next, gives what hears questions done and accuracy so far and may ask to stop, as `evaluate` has it."""
 
@@ -162,7 +162,7 @@ def read_verification(artefact: Path) -> dict[str, Any] | None:
 
 def read_run(folder: RunFolder) -> Run:
     """Questions and answers of a run. Raises UserError."""
-    preset = preset_of_run(folder.config, folder.path)
+    preset = read_preset(folder)
     sets = load_questions(preset.evaluation)
     asked = [each.prompt.digest for each in ask(sets)]
     given: dict[str, list[Answer]] = {}
@@ -187,11 +187,11 @@ def ways_to_load(preset: Preset, artefact: Path) -> dict[str, Ask]:
         precision = "NF4" if preset.model.quantisation == "nf4" else preset.model.dtype
         return {f"adapter on the base, {precision}": partial(_ask_adapter, artefact)}
     if (artefact / "config.json").is_file():
-        settings = ModelSettings(name=str(artefact.resolve()), device_map=preset.model.device_map)
-        own = str(load_config(settings).dtype or torch.float32).removeprefix("torch.")
-        settings = settings.model_copy(update={"dtype": own})
-        precisions: dict[str, Precision] = {own: "none", "NF4": "nf4", "int8": "int8"}
-        return {f"merged, {name}": partial(_ask_merged, settings, precision) for name, precision in precisions.items()}
+        spec = ModelSpec(ModelSettings(name=str(artefact.resolve()), device_map=preset.model.device_map))
+        own = spec.stored_dtype
+        spec = spec.with_precision(dtype=own)
+        precisions: dict[str, Quantisation] = {own: "none", "NF4": "nf4", "int8": "int8"}
+        return {f"merged, {name}": partial(_ask_merged, spec, precision) for name, precision in precisions.items()}
     if files := sorted(artefact.glob("*.gguf")):
         return {file.name: partial(_ask_gguf, file) for file in files}
     raise UserError(
@@ -225,36 +225,35 @@ def _check(name: str, asks: Ask, run: Run, device: torch.device, follow: Follow)
 
 def _ask_adapter(artefact: Path, run: Run, device: torch.device, progress: Progress) -> list[Answer]:
     """On the base as the run had it."""
-    settings = run.preset.model
-    check_room(run.preset, settings, settings.quantisation, device)
-    base = load_model(settings, device, unquantised=unquantised_modules(run.preset))
-    return _ask(load_adapter(base, artefact), settings, run, progress)
+    spec = ModelSpec.of_preset(run.preset)
+    check_room(run.preset, spec, spec.settings.quantisation, device)
+    return _ask(load_adapter(spec.load(device), artefact), spec, run, progress)
 
 
-def _ask_merged(settings: ModelSettings, precision: Precision, run: Run, device: torch.device, progress: Progress) -> list[Answer]:
-    check_room(run.preset, settings, precision, device)
-    return _ask(load_model(settings, device, quantisation=precision), settings, run, progress)
+def _ask_merged(spec: ModelSpec, precision: Quantisation, run: Run, device: torch.device, progress: Progress) -> list[Answer]:
+    check_room(run.preset, spec, precision, device)
+    return _ask(spec.load(device, quantisation=precision), spec, run, progress)
 
 
-def check_room(preset: Preset, settings: ModelSettings, precision: Precision, device: torch.device) -> None:
+def check_room(preset: Preset, spec: ModelSpec, precision: Quantisation, device: torch.device) -> None:
     """Raises NotAsked where the model needs more than the device has: one too large may take the whole machine down."""
-    needed, free = room_needed(preset, settings, precision, device), memory_available(device)
-    if needed > free and settings.device_map == "one":
+    needed, free = room_needed(preset, spec, precision, device), memory_available(device)
+    if needed > free and spec.settings.device_map == "one":
         raise NotAsked(f"it needs {gib(needed)}, but {gib(free)} are free on {device}")
 
 
-def room_needed(preset: Preset, settings: ModelSettings, precision: Precision, device: torch.device) -> int:
+def room_needed(preset: Preset, spec: ModelSpec, precision: Quantisation, device: torch.device) -> int:
     """Bytes by the memory plan, which knows no 8 bits."""
     if precision == "int8":
-        unquantised, nf4 = (room_needed(preset, settings, each, device) for each in ("none", "nf4"))
+        unquantised, nf4 = (room_needed(preset, spec, each, device) for each in ("none", "nf4"))
         # On a CPU bitsandbytes keeps a second copy of every weight, and buffers: SmolLM2 took 1.9 times what it takes in bfloat16.
         return 2 * unquantised if device.type == "cpu" else (unquantised + nf4) // 2
-    changed = preset.model_copy(update={"model": settings.model_copy(update={"quantisation": precision})})
-    return plan(changed, device, ["evaluate-base"])[0].total
+    changed = preset.model_copy(update={"model": spec.with_precision(quantisation=precision).settings})
+    return plan(changed, spec, device, ["evaluate-base"])[0].total
 
 
-def _ask(model: Any, settings: ModelSettings, run: Run, progress: Progress) -> list[Answer]:
-    tokenizer = load_tokenizer(settings)
+def _ask(model: Any, spec: ModelSpec, run: Run, progress: Progress) -> list[Answer]:
+    tokenizer = spec.tokenizer
     batch_tokens = fixed_batch_tokens(run.preset.evaluation.batch_tokens, model, tokenizer.pad_token_id, run.folder.path / "evaluation")
     return evaluate(model, tokenizer, run.sets, batch_tokens, progress=progress).answers
 

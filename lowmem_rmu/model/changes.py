@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.model.names import model_parts
 from lowmem_rmu.model.saved import WEIGHTS, read_adapter_settings
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import Part, StoredTensor, checkpoint_tensors, stored_tensors
-from lowmem_rmu.presets import ModelSettings
 
 BEFORE, FIRST_FACTOR, SECOND_FACTOR = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 """Of the names in a PEFT adapter: before those of modules, and after."""
@@ -143,46 +144,43 @@ class SavedAdapter:
         return LowRank(a[part.expert], b[part.expert].chunk(part.shares)[part.share], scaling)
 
 
-def read_changes(folder: Path, settings: ModelSettings, tensors: Mapping[str, StoredTensor]) -> dict[str, Change]:
+def read_changes(folder: Path, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> dict[str, Change]:
     """By the names of the checkpoint's tensors. Raises UserError where the adapter does not fit the checkpoint."""
     adapter = SavedAdapter.open(folder)
-    parts = {name: part for name, part in _parts(adapter, settings, tensors).items() if part.parameter in adapter.parameters}
+    parts = {name: part for name, part in _parts(adapter, spec, tensors).items() if part.parameter in adapter.parameters}
     if missing := adapter.parameters.keys() - {part.parameter for part in parts.values()}:
         raise UserError(
-            f"The checkpoint {settings.name} has no tensor of its own for {min(missing)}, which the adapter "
+            f"The checkpoint {spec.name} has no tensor of its own for {min(missing)}, which the adapter "
             f"{folder} changes.",
             "Is it still the model that the run was made with? If it is, export the adapter: --format "
             "adapter.",
         )
     changes = {name: adapter.change(parts[name]) for name in sorted(parts)}
     for name, change in changes.items():
-        _check_fits(name, change, tensors[name], settings)
+        _check_fits(name, change, tensors[name], spec)
     return changes
 
 
-def _parts(adapter: SavedAdapter, settings: ModelSettings, tensors: Mapping[str, StoredTensor]) -> dict[str, Part]:
-    """Most checkpoints name and lay out their tensors as the model does; the others take transformers, which is large."""
+def _parts(adapter: SavedAdapter, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> dict[str, Part]:
+    """Most checkpoints name and lay out their tensors as the model does; for the others the skeleton is built."""
     if not adapter.experts and adapter.parameters.keys() <= tensors.keys():
         as_named = {name: Part(name) for name in adapter.parameters}
         if all(adapter.change(part).shape == (tensors[name].height, tensors[name].width) for name, part in as_named.items()):
             return as_named
-    from lowmem_rmu.model.loading import load_config
-    from lowmem_rmu.model.names import model_parts
-
-    return model_parts(load_config(settings), tensors)
+    return model_parts(spec.skeleton, tensors)
 
 
-def _check_fits(name: str, change: Change, tensor: StoredTensor, settings: ModelSettings) -> None:
+def _check_fits(name: str, change: Change, tensor: StoredTensor, spec: ModelSpec) -> None:
     there = (tensor.height, tensor.width)
     if change.shape != there:
         raise UserError(
-            f"The adapter does not fit the checkpoint {settings.name}: it changes {name} as a matrix of "
+            f"The adapter does not fit the checkpoint {spec.name}: it changes {name} as a matrix of "
             f"{change.shape[0]} x {change.shape[1]}, but there it is {there[0]} x {there[1]}.",
             "Give back the model that the run was made with.",
         )
 
 
-def adapted_digests(folder: Path, settings: ModelSettings, layers: int) -> dict[str, str]:
+def adapted_digests(folder: Path, spec: ModelSpec, layers: int) -> dict[str, str]:
     """sha256 of the checkpoint's tensors that an adapter changes, by name; all lie in the first layers."""
-    tensors = checkpoint_tensors(settings, layers)
-    return {name: tensors[name].digest() for name in read_changes(folder, settings, tensors)}
+    tensors = checkpoint_tensors(spec.settings, layers)
+    return {name: tensors[name].digest() for name in read_changes(folder, spec, tensors)}

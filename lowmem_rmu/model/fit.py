@@ -7,16 +7,17 @@ import torch
 
 from lowmem_rmu.errors import ChangeSettings, Fix, UserError
 from lowmem_rmu.model.memory import StageNeed, gib, memory_available, peak_of, plan
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Preset
 
 Settings = dict[str, Any]
 """Other values of settings, by dotted path; `stages` names stages of the run."""
 
 
-def check_fits(preset: Preset, device: torch.device, stages: Sequence[str]) -> None:
+def check_fits(preset: Preset, spec: ModelSpec, device: torch.device, stages: Sequence[str]) -> None:
     """Raise UserError where the plan exceeds what the device has. The message names the settings that would make it fit."""
     free = memory_available(device)
-    needs = plan(preset, device, stages)
+    needs = plan(preset, spec, device, stages)
     if peak_of(needs) <= free or preset.model.device_map == "auto":  # with `auto`, accelerate finds room
         return
     largest = max(needs, key=lambda need: need.total)
@@ -26,7 +27,7 @@ def check_fits(preset: Preset, device: torch.device, stages: Sequence[str]) -> N
     enough: list[tuple[Settings, int]] = []
     for kind in savings(preset):
         for settings in kind:
-            peak = peak_of(changed_plan(preset, device, stages, settings))
+            peak = peak_of(changed_plan(preset, spec, device, stages, settings))
             if 0 < peak <= free:
                 enough.append((settings, peak))
                 break
@@ -37,23 +38,23 @@ def check_fits(preset: Preset, device: torch.device, stages: Sequence[str]) -> N
     together: Settings = {}
     for kind in savings(preset):
         together |= kind[-1]
-        peak = peak_of(changed_plan(preset, device, stages, together))
+        peak = peak_of(changed_plan(preset, spec, device, stages, together))
         if peak <= free:
             raise UserError(problem, advice("Together these make it fit:", [(together, peak)]))
     raise UserError(problem, advice(f"Even this is {gib(peak - free)} too much:", [(together, peak)]))
 
 
-def out_of_memory(preset: Preset, device: torch.device, stages: Sequence[str], stage: str) -> UserError:
+def out_of_memory(preset: Preset, spec: ModelSpec, device: torch.device, stages: Sequence[str], stage: str) -> UserError:
     """Make the error for a device that ran out of memory in a stage of the run, with the settings that need less."""
     free = memory_available(device)
-    needed = peak_of(plan(preset, device, stages), stage)
+    needed = peak_of(plan(preset, spec, device, stages), stage)
     problem = (
         f"Out of memory in the stage {stage}: the plan foretells {gib(needed)}, "
         f"{gib(free)} are free on {device} now."
     )
     less = []
     for kind in savings(preset):
-        peak = peak_of(changed_plan(preset, device, stages, kind[0]), stage)
+        peak = peak_of(changed_plan(preset, spec, device, stages, kind[0]), stage)
         if 0 < peak < needed:
             less.append((kind[0], peak))
     return UserError(problem, advice("Any one of these needs less:", less) if less else None)
@@ -92,13 +93,15 @@ def halvings(first: int, second: int) -> list[tuple[int, int]]:
     return found
 
 
-def changed_plan(preset: Preset, device: torch.device, stages: Sequence[str], settings: Settings) -> list[StageNeed]:
+def changed_plan(
+    preset: Preset, spec: ModelSpec, device: torch.device, stages: Sequence[str], settings: Settings
+) -> list[StageNeed]:
     """Return the plan of the run with other settings."""
     for path, value in settings.items():
         section, _, key = path.partition(".")
         if key:
             preset = preset.model_copy(update={section: getattr(preset, section).model_copy(update={key: value})})
-    return plan(preset, device, [stage for stage in stages if stage == settings.get("stages", stage)])
+    return plan(preset, spec, device, [stage for stage in stages if stage == settings.get("stages", stage)])
 
 
 def advice(words: str, found: list[tuple[Settings, int]]) -> Fix:

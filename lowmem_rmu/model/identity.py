@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from lowmem_rmu import __version__
-from lowmem_rmu.model.loading import load_config, resolve_dtype
+from lowmem_rmu.model.loading import resolve_dtype
 from lowmem_rmu.model.shards import find_files
 from lowmem_rmu.presets import ModelSettings
 
@@ -19,20 +20,20 @@ DECIDING = ("torch", "transformers", "tokenizers", "bitsandbytes")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def model_digest(settings: ModelSettings, device: torch.device, unquantised: Sequence[str] = ()) -> str:
+def model_digest(settings: ModelSettings, config: PretrainedConfig, device: torch.device, unquantised: Sequence[str]) -> str:
     """Of the weights' and the tokenizer's content, the precision, the kind of device and the versions of the packages."""
-    config = load_config(settings).to_diff_dict()
+    deciding_config = config.to_diff_dict()
     weights = find_files(settings.name, settings.revision, None)
     tokenizer = [file for name in TOKENIZER_FILES if (file := weights[0].parent / name).exists()]
     deciding: dict[str, Any] = {
         "files": {file.name: content_digest(file) for file in [*weights, *tokenizer]},
-        "config": config,
+        "config": deciding_config,
         "precision": [settings.quantisation, str(resolve_dtype(settings, device)), sorted(unquantised)],
         "device": device.type,
         "versions": {package: version(package) for package in DECIDING} | {"lowmem-rmu": __version__},
     }
     for where in ("_name_or_path", "transformers_version"):  # where the model lies and who wrote it decide nothing
-        config.pop(where, None)
+        deciding_config.pop(where, None)
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

@@ -16,6 +16,8 @@ from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_rmu.errors import UserError
@@ -72,6 +74,17 @@ def _named_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if name in lists:
             return name, lists[name]
     raise UserError(f"{type(inner).__name__} is no decoder with a list of layers, which is what RMU steers.")
+
+
+def can_share_prefix(model: nn.Module) -> bool:
+    """Return whether all that the model remembers of a prefix are keys and values, which any row of a batch can borrow.
+
+    Layers with a recurrent or convolutional state (Mamba, LFM2) and layers that use another layer's keys (Gemma 3n) say no.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if inner._is_stateful:
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers)
 
 
 def linear_shapes(layer: nn.Module) -> dict[str, torch.Size]:

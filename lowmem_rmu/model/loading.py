@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,15 +23,16 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.adapters import trained_modules
 from lowmem_rmu.model.contents import check_contents, tied_otherwise
 from lowmem_rmu.model.quantisation import READ_DIRECTLY, Nf4Config
 from lowmem_rmu.model.shards import is_needed, open_weights
 from lowmem_rmu.model.source import COPY_AGAIN, Source, locate, read_json
 from lowmem_rmu.model.stored import StoredTensor, checkpoint_tensors
-from lowmem_rmu.presets import DEPTH_KEYS, ModelSettings, Preset, is_local
+from lowmem_rmu.presets import DEPTH_KEYS, ModelSettings
 
 LOGGER = logging.getLogger(__name__)
+Quantisation = Literal["nf4", "int8", "none"]
+"""`nf4` and `none` as in `ModelSettings`. Nothing is trained in `int8`, but exported models may be run in it."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 """Where `config.json` says that the weights are quantized: transformers, old compressed-tensors, MLX."""
 MOST = dict.fromkeys(DEPTH_KEYS, 2_000) | {
@@ -99,12 +101,33 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
         ) from error
     config.name_or_path = settings.name
     check_supported(settings.name, config)
-    if settings.quantisation == "nf4" and config.model_type in READ_DIRECTLY:
+    check_quantisable(config, settings.quantisation)
+    return config
+
+
+def config_of_preset(settings: ModelSettings) -> PretrainedConfig:
+    """Return the shape that a preset gives of its model (`model.config`). Raises UserError where it is none of a language model."""
+    shape = dict(settings.config or {})
+    check_sizes(settings.name, shape)
+    try:
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    except Exception as error:  # each model's configuration checks its own values, and raises what it likes
+        raise UserError(
+            "model.config of the preset is no configuration of a model: "
+            f"{' '.join(str(error).split())[:400]}.",
+            "Leave it out, or correct it.",
+        ) from error
+    check_supported(settings.name, config)
+    return config
+
+
+def check_quantisable(config: PretrainedConfig, quantisation: Quantisation) -> None:
+    """Raise UserError for a model that computes with its weights in a way which 4-bit weights do not allow."""
+    if quantisation == "nf4" and config.model_type in READ_DIRECTLY:
         raise UserError(
             f"A {config.model_type} model does not work in 4-bit.",
             "Set model.quantisation=none.",
         )
-    return config
 
 
 def says_quantized(config: Mapping[str, Any]) -> bool:
@@ -161,34 +184,37 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def checked_tensors(settings: ModelSettings, config: PretrainedConfig, layers: int | None = None) -> dict[str, StoredTensor]:
-    """The tensors that the model, or its first `layers` layers, read of the checkpoint.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint that a model, or its first layers, read, by name; and the configuration that goes with them."""
 
-    Every use of a checkpoint begins here. Raises UserError where it cannot be had or would be misread (see `check_contents`). Where the
-    checkpoint stores another matrix for what `config` ties, `config` is corrected: the stored matrix counts.
+    tensors: dict[str, StoredTensor]
+    config: PretrainedConfig
+    """As in `config.json`, but untied where the checkpoint stores another matrix for what `config.json` ties: the stored one counts."""
+    is_untied: bool
+    """Whether the configuration was corrected so."""
+
+
+def read_checkpoint(settings: ModelSettings, model: PreTrainedModel, layers: int | None = None) -> Checkpoint:
+    """Find what the model, or its first `layers` layers, read of the checkpoint. `model` is the skeleton.
+
+    Every use of a checkpoint begins here. Raises UserError where it cannot be had or would be misread (see `check_contents`).
     """
     tensors = {name: tensor for name, tensor in checkpoint_tensors(settings, layers).items() if is_needed(name, layers)}
-    model = skeleton(config)
     check_contents(settings.name, model, tensors)
-    if config.tie_word_embeddings and tied_otherwise(model, tensors):
+    config = deepcopy(model.config)
+    is_untied = bool(config.tie_word_embeddings and tied_otherwise(model, tensors))
+    if is_untied:
         config.tie_word_embeddings = False
-    return tensors
+    return Checkpoint(tensors, config, is_untied)
 
 
-def check_checkpoint(settings: ModelSettings, layers: int | None = None) -> None:
-    """Check a checkpoint before any work where it is a folder of this machine; one of the Hub is checked once its files are here."""
-    if is_local(settings.name):
-        checked_tensors(settings, load_config(settings), layers)
+def load_tokenizer(settings: ModelSettings, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer as `fit_tokenizer` leaves it. Raises UserError where it cannot be read or is another model's.
 
-
-def unquantised_modules(preset: Preset) -> list[str]:
-    """What must stay in high precision because it is trained itself."""
-    return trained_modules(skeleton(load_config(preset.model)), preset.rmu)
-
-
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer as `fit_tokenizer` leaves it. Raises UserError where it cannot be read or is another model's."""
-    config = load_config(settings.model_copy(update={"quantisation": "none"}))
+    `config` is the model's configuration where it is known already.
+    """
+    config = config or load_config(settings.model_copy(update={"quantisation": "none"}))
     source = locate(settings.name, settings.revision)
     folder = source.fetch_small_files()
     # Without its vocabulary, transformers would make an empty tokenizer.
@@ -256,19 +282,20 @@ def load_model(
     device: torch.device,
     layers: int | None = None,
     unquantised: Sequence[str] = (),
-    quantisation: Literal["nf4", "int8", "none"] | None = None,
+    quantisation: Quantisation | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> PreTrainedModel:
     """The checkpoint's model as `build_model` gives it; with `layers`, only the files that hold the first ones are read.
 
-    `quantisation` takes the place of the settings' own: nothing is trained in `int8`, but what is given away may be run in it.
+    `quantisation` takes the place of the settings' own; `checkpoint` is what `read_checkpoint` gave where it was read already.
     Raises UserError where the checkpoint cannot be had, is cut short or lacks weights.
     """
-    config = load_config(settings)
-    files = sorted({tensor.file for tensor in checked_tensors(settings, config, layers).values()})
+    checkpoint = checkpoint or read_checkpoint(settings, skeleton(load_config(settings)), layers)
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     with open_weights(files, layers) as weights:
         place: torch.device | Literal["auto"] = "auto" if settings.device_map == "auto" else device
         how, dtype = quantisation or settings.quantisation, resolve_dtype(settings, device)
-        model, missing = build_model(config, weights, place, layers, how, dtype, unquantised)
+        model, missing = build_model(checkpoint.config, weights, place, layers, how, dtype, unquantised)
     _check_complete(settings.name, [name for name in missing if is_needed(name, layers)])
     _check_embeddings(settings.name, model)
     model.name_or_path = model.config.name_or_path = settings.name

@@ -2,23 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
-from torch import nn
-from transformers import AutoConfig, PretrainedConfig
 
-from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import shards
 from lowmem_rmu.model.adapters import check_layers
-from lowmem_rmu.model.layers import decoder_layers, expert_shapes, linear_shapes
-from lowmem_rmu.model.loading import check_sizes, check_supported, load_config, resolve_dtype, skeleton
+from lowmem_rmu.model.counts import Linear
+from lowmem_rmu.model.loading import resolve_dtype
 from lowmem_rmu.model.logits import POSITIONS
 from lowmem_rmu.model.quantisation import PIECE
-from lowmem_rmu.presets import Preset, Rmu, is_local
+from lowmem_rmu.model.spec import ModelSpec
+from lowmem_rmu.presets import Preset
 from lowmem_rmu.runs import STAGES
 
 # 4 bits, an 8-bit constant a block of 64, and a float32 a block of 256 of those (double quantisation, arXiv 2305.14314).
@@ -28,72 +25,6 @@ STORED = 2  # bytes of a weight as checkpoints hold it, read one at a time
 QUANTISING = 16  # bytes a weight that bitsandbytes takes on a CPU while it brings a piece of a matrix to 4-bit; its GPU kernel takes none
 BUFFERS = 4 * 2**20  # bytes on a CPU beside all tensors: threads' buffers, Python's objects; measured in every stage of the tiny model
 PROMPT_TOKENS = 64  # of a sample prompt in its chat template
-
-
-class Linear(NamedTuple):
-    """A linear module of a decoder layer, or so many experts' matrices."""
-
-    inputs: int
-    outputs: int
-    in_mlp: bool
-    matrices: int
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """Parameters of one decoder layer. Layers of one model can differ: dense below, a mixture of experts above (DeepSeek-V3)."""
-
-    linear: int
-    other: int
-    largest_linear: int
-    experts: int
-    """Of its mixture of experts, which are among `linear`: dequantised all at once."""
-    intermediate: int
-    """Width of the MLP for one token: of a mixture, that of all experts which a token takes."""
-    adapted: tuple[Linear, ...]
-    """What an adapter changes where the layer has one."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Parameters by where they live: decoder layers, `embedding`, `head` (0 where it is tied)."""
-
-    by_layer: tuple[LayerWeights, ...]
-    embedding: int
-    head: int
-
-    @property
-    def layers(self) -> int:
-        return len(self.by_layer)
-
-    @property
-    def largest_linear(self) -> int:
-        return max(layer.largest_linear for layer in self.by_layer)
-
-    @property
-    def experts(self) -> int:
-        """The largest mixture of experts of a layer."""
-        return max(layer.experts for layer in self.by_layer)
-
-    def total(self) -> int:
-        return self.up_to(self.layers) + self.head
-
-    def up_to(self, layers: int) -> int:
-        """Of a model that is cut to its first layers."""
-        return sum(layer.linear + layer.other for layer in self.by_layer[:layers]) + self.embedding
-
-    def learning(self, rmu: Rmu) -> int:
-        """Parameters that learn."""
-        total = 0
-        for module in (module for index in rmu.adapter_layers for module in self.by_layer[index].adapted):
-            low_rank = rmu.rank * (module.inputs + module.outputs)
-            total += module.matrices * (module.inputs * module.outputs if rmu.trainable == "weights" else low_rank)
-        return total
-
-    def adapted(self, rmu: Rmu) -> tuple[Linear, ...]:
-        """What is adapted in the adapter layer where that is widest."""
-        layers = [self.by_layer[index].adapted for index in rmu.adapter_layers]
-        return max(layers, key=lambda adapted: sum(module.inputs + module.outputs for module in adapted))
 
 
 @dataclass(frozen=True)
@@ -141,69 +72,12 @@ def memory_available(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def config_for_plan(preset: Preset) -> PretrainedConfig:
-    """The model's shape: of a model on the Hub the preset's own copy where it has one, so that no download is needed."""
-    if preset.model.config is None or is_local(preset.model.name):
-        return load_config(preset.model)
-    shape = dict(preset.model.config)
-    check_sizes(preset.model.name, shape)
-    try:
-        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    except Exception as error:  # each model's configuration checks its own values, and raises what it likes
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(
-            f"model.config of the preset is no configuration of a model: {reason}.",
-            "Leave it out, or correct it.",
-        ) from error
-    check_supported(preset.model.name, config)
-    return config
+def plan(preset: Preset, spec: ModelSpec, device: torch.device, stages: Sequence[str] = STAGES) -> list[StageNeed]:
+    """Estimate the memory of each stage that works on the model. The first loads it: all layers where one of them evaluates.
 
-
-def count_weights(config: PretrainedConfig, modules: list[str]) -> Weights:
-    """Count the weights of the skeleton."""
-    model = skeleton(config)
-    embeddings: Any = model.get_input_embeddings()
-    embedding = embeddings.weight.numel()
-    return Weights(
-        by_layer=tuple(_count_layer(layer, modules, config.get_text_config()) for layer in decoder_layers(model)),
-        embedding=embedding,
-        head=0 if config.tie_word_embeddings else embedding,
-    )
-
-
-def _count_layer(layer: nn.Module, modules: list[str], config: Any) -> LayerWeights:
-    hidden, experts = config.hidden_size, expert_shapes(layer)
-    shapes = linear_shapes(layer) | experts
-    linear = sum(shape.numel() for shape in shapes.values())
-    # A name that experts have means them alone, not the shared expert.
-    of_experts = {name.rpartition(".")[2] for name in experts}
-    adapted = {
-        name: shape for name, shape in shapes.items()
-        if (leaf := name.rpartition(".")[2]) in modules and (name in experts or leaf not in of_experts)
-    }  # fmt: skip
-    # Outside of attention, what leads to or from the hidden size has the MLP's width on its other side. Fused gates have it twice.
-    widths = [hidden]
-    for name, shape in shapes.items():
-        if hidden in shape[-2:] and not _in_attention(name) and "gate" not in name:
-            width = shape[-1] * shape[-2] // hidden
-            widths.append(width * getattr(config, "num_experts_per_tok", 1) if name in experts else width)
-    return LayerWeights(
-        linear=linear,
-        other=sum(parameter.numel() for parameter in layer.parameters()) - linear,
-        largest_linear=max((shape.numel() for shape in shapes.values()), default=0),
-        experts=sum(shape.numel() for shape in experts.values()),
-        intermediate=max(widths),
-        adapted=tuple(Linear(shape[-1], shape[-2], not _in_attention(name), prod(shape[:-2])) for name, shape in adapted.items()),
-    )
-
-
-def _in_attention(module_name: str) -> bool:
-    return "attn" in module_name or "attention" in module_name
-
-
-def plan(preset: Preset, device: torch.device, stages: Sequence[str] = STAGES) -> list[StageNeed]:
-    """What each of the stages needs that work on the model. The first loads it: every layer where one of them evaluates."""
-    needs, evaluates = Needs(preset, device), any(stage.startswith("evaluate") for stage in stages)
+    `spec` is the preset's model. Its precision is taken from the preset, so that one `spec` serves presets that differ in it.
+    """
+    needs, evaluates = Needs(preset, spec, device), any(stage.startswith("evaluate") for stage in stages)
     loaded = needs.weights_held(None if evaluates else preset.rmu.target_layer + 1)
     planned = [
         StageNeed("evaluate-base", loaded, needs.evaluating(adapted=False)),
@@ -228,11 +102,10 @@ class Needs:
     h, i: hidden and intermediate size; d: of a head; a, kv: of all queries and of all keys; e: bytes of an activation.
     """
 
-    def __init__(self, preset: Preset, device: torch.device) -> None:
-        whole = config_for_plan(preset)
-        config: Any = whole.get_text_config()
+    def __init__(self, preset: Preset, spec: ModelSpec, device: torch.device) -> None:
+        config: Any = spec.shape.get_text_config()
         self.preset, self.rmu, self.device = preset, preset.rmu, device
-        self.weights = count_weights(whole, preset.rmu.modules)
+        self.weights = spec.weights(preset.rmu.modules)
         check_layers(preset.rmu, self.weights.layers)
         self.nf4 = preset.model.quantisation == "nf4"
         self.e = torch.empty((), dtype=resolve_dtype(preset.model, device)).element_size()

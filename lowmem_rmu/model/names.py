@@ -3,21 +3,19 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_rmu.model.loading import skeleton
 from lowmem_rmu.model.stored import Part
 
 
-def model_parts(config: PretrainedConfig, names: Iterable[str]) -> dict[str, Part]:
-    """By the tensor's name, as transformers loads a checkpoint that holds `names`.
+def model_parts(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Part]:
+    """By the tensor's name, as transformers loads a checkpoint that holds `names`. `model` is the skeleton.
 
     Left out is what it would not load, and what it splits or computes in another way than fusing experts.
     """
-    model = skeleton(config)
     mapping = get_model_conversion_mapping(model)
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]

@@ -1,6 +1,7 @@
 """4-bit weights: NF4 with double quantisation for linear modules, as transformers does it, and for fused experts, which it leaves out."""
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ def _quantised_and_back(weight: Tensor, constants: Tensor) -> Tensor:
 
 
 def quantised_parameters(model: PreTrainedModel, unquantised: Sequence[str]) -> set[str]:
-    """Names of what is brought to 4-bit when a model like this one, without weights, is loaded."""
+    """Names of what is brought to 4-bit when a model like this one, without weights, is loaded. `model` stays as it is."""
+    model = deepcopy(model)
     quantizer = _Nf4Quantizer(Nf4Config(torch.float32, unquantised))
     quantizer._process_model_before_weight_loading(model, device_map=None)
     return {name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)}

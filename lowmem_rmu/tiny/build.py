@@ -23,7 +23,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerB
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import load_questions
 from lowmem_rmu.evaluation.multiple_choice import evaluate
-from lowmem_rmu.model.loading import load_model, load_tokenizer
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Evaluation, ModelSettings, Task
 from lowmem_rmu.runs import write_lines
 from lowmem_rmu.tiny.world import DOMAINS, Domain, Fact, World, conversation, multiple_choice, paragraph
@@ -264,7 +264,8 @@ def check(folder: Path) -> dict[str, float]:
     questions = folder / "data/questions"
     tasks = {name: Task(source=str(questions / f"{name}.jsonl"), role="measured") for name in ("compounds", "locks", "crystals")}
     tasks |= {name: Task(source=str(questions / name), role="measured") for name in ("subjects", "held_out")}
-    model, tokenizer = load_model(settings, torch.device("cpu")), load_tokenizer(settings)
+    spec = ModelSpec(settings)
+    model, tokenizer = spec.load(torch.device("cpu")), spec.tokenizer
     scores = evaluate(model, tokenizer, load_questions(Evaluation(tasks=tasks)), batch_tokens=4096).scores
     accuracies = {name: score["accuracy"] for name, score in scores["tasks"].items()}
     weak = {name: accuracy for name, accuracy in accuracies.items() if accuracy < PASS}

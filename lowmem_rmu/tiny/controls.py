@@ -25,7 +25,7 @@ from lowmem_rmu.audit.verdict import CONTROLS
 from lowmem_rmu.cli.progress import watched
 from lowmem_rmu.console import Console, prepare_streams
 from lowmem_rmu.model.adapters import save_adapter
-from lowmem_rmu.model.loading import load_model, load_tokenizer
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, load_preset
 from lowmem_rmu.runs import write_json
 from lowmem_rmu.tiny.build import FORGOTTEN, HERE, IGNORE, LETTERS, LessonBatch, Lessons, collate, header, new_model, question_block, train
@@ -49,7 +49,7 @@ TINY = ModelSettings(name=str(HERE / "model"))
 
 def build_ignorant(world: World, steps: int) -> None:
     """The tiny model's shape, tokenizer and lessons; none of them about the forgotten topics."""
-    tokenizer: Any = load_tokenizer(TINY)
+    tokenizer: Any = ModelSpec(TINY).tokenizer
     torch.manual_seed(0)
     model = new_model(tokenizer)
     train(model, tokenizer, Lessons(world, 1, without=FORGOTTEN), steps)
@@ -59,9 +59,10 @@ def build_ignorant(world: World, steps: int) -> None:
 
 def build_refusing(world: World, steps: int) -> None:
     """Facts of every topic and subject are asked; what is answered depends on what they are about."""
-    tokenizer: Any = load_tokenizer(TINY)
+    spec = ModelSpec(TINY)
+    tokenizer: Any = spec.tokenizer
     torch.manual_seed(0)
-    model: Any = get_peft_model(load_model(TINY, torch.device("cpu")), LoraConfig(r=16, lora_alpha=16, **LAST_LAYERS))
+    model: Any = get_peft_model(spec.load(torch.device("cpu")), LoraConfig(r=16, lora_alpha=16, **LAST_LAYERS))
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng, lessons = random.Random(0), Lessons(world, 1)

@@ -21,8 +21,9 @@ from markupsafe import Markup, escape
 from lowmem_rmu.chat import SIDES, ChatModel, Sampling, Turn, as_json, as_markdown, check_adapter, check_prompt, check_sampling, memory_told, parting
 from lowmem_rmu.data.questions import load_questions
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.memory import config_for_plan, gib, memory_available, plan
+from lowmem_rmu.model.memory import gib, memory_available, plan
 from lowmem_rmu.model.shards import give_back_freed_memory
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import SMALLEST_BATCH, is_local
 from lowmem_rmu.runs import RunFolder, write_atomically
 from lowmem_rmu.turns import POLL_SECONDS, tickets
@@ -173,11 +174,12 @@ def _adapter_state(run: RunFolder) -> tuple[Path, int] | None:
 def foretold_bytes(run: RunFolder, device: torch.device) -> int:
     """What the chat model will take, while it answers too."""
     preset = jobs.preset_of(run)
-    context = getattr(config_for_plan(preset), "max_position_embeddings", CONVERSATION_TOKENS)
+    spec = ModelSpec.of_preset(preset)
+    context = getattr(spec.shape, "max_position_embeddings", CONVERSATION_TOKENS)
     tokens = min(context, CONVERSATION_TOKENS)
     chatting: dict[str, Any] = {"tasks": {}, "prompts": ["A prompt"], "batch_tokens": SMALLEST_BATCH, "max_new_tokens": tokens}
     asked = preset.model_copy(update={"evaluation": preset.evaluation.model_copy(update=chatting)})
-    return plan(asked, device, ["evaluate-unlearned"])[0].total
+    return plan(asked, spec, device, ["evaluate-unlearned"])[0].total
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import yaml
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.summary import read_summary
 from lowmem_rmu.model.memory import peak_of, plan
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.parsing import ParseError, parse_yaml
-from lowmem_rmu.presets import Preset, load_preset, recorded_preset
+from lowmem_rmu.presets import Preset, load_preset, read_preset
 from lowmem_rmu.records import StepTime
 from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json, write_status
 from lowmem_rmu.turns import Ticket, free_name, one_at_a_time, process_of, take_ticket, tickets
@@ -96,7 +97,7 @@ def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "au
 def preset_of(folder: RunFolder) -> Preset:
     """The settings of a run, or of one whose turn has not come. Raises UserError where it holds none."""
     if not folder.is_reserved:
-        return recorded_preset(folder.config["settings"], folder.path)
+        return read_preset(folder, pinned=False)
     return load_preset(str(_preset_file(folder)))
 
 
@@ -114,7 +115,8 @@ def needed_by(ticket: Ticket, device: torch.device) -> int | None:
     """Bytes that the run takes at its peak; None where its settings are not known yet."""
     folder = RunFolder(ticket.path.parent.parent / ticket.name)
     try:
-        return peak_of(plan(preset_of(folder), device))
+        preset = preset_of(folder)
+        return peak_of(plan(preset, ModelSpec.of_preset(preset), device))
     except (UserError, OSError, ValueError, KeyError):  # an export, an audit, a run begun from the command line just now, or a damaged one
         return None
 
@@ -137,7 +139,7 @@ def resume(folder: RunFolder) -> None:
             _launch(folder, _preset_file(folder).stem, "auto", resume=False)
         else:
             preset_name, device = folder.config["preset"], folder.config["device"]
-            _write_settings(folder, preset_name, recorded_preset(folder.config["settings"], folder.path).model_dump())
+            _write_settings(folder, preset_name, read_preset(folder, pinned=False).model_dump())
             _launch(folder, preset_name, device, resume=True)
 
 

@@ -9,7 +9,8 @@ import torch
 from markupsafe import Markup
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.memory import config_for_plan, count_weights, gib, memory_available, peak_of, plan
+from lowmem_rmu.model.memory import gib, memory_available, peak_of, plan
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Preset, load_preset, preset_names
 from lowmem_rmu.ui import markup
 
@@ -42,8 +43,15 @@ def offers(device: torch.device) -> list[Offer]:
 
 def _offer(name: str, device: torch.device) -> Offer:
     preset = load_preset(name)
-    parameters = count_weights(config_for_plan(preset), preset.rmu.modules).total()
-    return Offer(name, preset.title, tuple(preset.topics), parameters, peak_of(plan(preset, device)), peak_of(plan(preset, torch.device("cuda"))))
+    spec = ModelSpec.of_preset(preset)
+    return Offer(
+        name=name,
+        title=preset.title,
+        topics=tuple(preset.topics),
+        parameters=spec.weights(preset.rmu.modules).total(),
+        needed_here=peak_of(plan(preset, spec, device)),
+        needed_on_gpu=peak_of(plan(preset, spec, torch.device("cuda"))),
+    )
 
 
 def fit(needed: int, free: int) -> str:
@@ -137,7 +145,7 @@ def _places(settings: Any) -> list[str]:
 
 def plan_html(preset: Preset, device: torch.device) -> str:
     """The memory plan, a row a stage, and whether it fits."""
-    needs, free = plan(preset, device), memory_available(device)
+    needs, free = plan(preset, ModelSpec.of_preset(preset), device), memory_available(device)
     rows = []
     for need in needs:
         together = Markup("<strong>{}</strong>").format(gib(need.total))

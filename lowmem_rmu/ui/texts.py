@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_rmu.data.corpora import TEXT_FILES, read_documents, tokenise
 from lowmem_rmu.data.documents import what_it_is, what_to_do, why_left_out
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.loading import load_tokenizer
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Corpus, Preset, Retain, Topic
 from lowmem_rmu.runs import RunFolder
 from lowmem_rmu.ui.markup import joined, paragraph
@@ -150,6 +150,6 @@ def _s(items: Sequence[object]) -> str:
 def _tokenizer(preset: Preset) -> PreTrainedTokenizerBase | None:
     """None where the model is not on this machine and cannot be had now."""
     try:
-        return load_tokenizer(preset.model)
+        return ModelSpec.of_preset(preset).tokenizer
     except UserError:
         return None

@@ -15,6 +15,7 @@ from lowmem_rmu.data.documents import NAMES_SHOWN
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.fit import check_fits
 from lowmem_rmu.model.memory import peak_of, plan
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import STAGES, RunFolder
 from lowmem_rmu.turns import tickets
@@ -54,8 +55,9 @@ class Unlearning:
     def start(self, preset_name: str, preset: Preset, own: Own, name: str) -> RunFolder:
         """Checks everything, then starts the run's process. Raises UserError; nothing is left behind then."""
         if not tickets(self.runs_dir):  # else it waits, and looks again once its turn has come
-            self.chat_model.make_room(peak_of(plan(preset, self.device)), self.device)
-            check_fits(preset, self.device, STAGES)
+            spec = ModelSpec.of_preset(preset)
+            self.chat_model.make_room(peak_of(plan(preset, spec, self.device)), self.device)
+            check_fits(preset, spec, self.device, STAGES)
         folder = jobs.reserve(self.runs_dir, preset_name, name.strip() or None)
         try:
             jobs.start(folder, preset_name, with_own_text(preset, own, folder), self.device.type)

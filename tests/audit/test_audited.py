@@ -73,10 +73,10 @@ def test_unlearned_may_be_another_checkpoint(preset: Preset) -> None:
 
 def test_whole_matrices_can_be_relearned_on_top_of(tmp_path: Path, preset: Preset) -> None:
     from lowmem_rmu.model.adapters import add_adapter, save_adapter
-    from lowmem_rmu.model.loading import load_model, unquantised_modules
+    from lowmem_rmu.model.spec import ModelSpec
 
     whole = load_preset("tiny", ["rmu.trainable=weights", "rmu.target_layer=3", "rmu.adapter_layers=[1, 2, 3]"])
-    model = add_adapter(load_model(whole.model, CPU, None, unquantised_modules(whole)), whole.rmu, whole.model)
+    model = add_adapter(ModelSpec.of_preset(whole).load(CPU), whole.rmu, whole.model)
     with torch.no_grad():
         for parameter in (each for each in model.parameters() if each.requires_grad):
             parameter.zero_()

@@ -25,8 +25,8 @@ def subject(forgetful: RunFolder) -> Audited:
 
 def test_every_precision_but_the_runs_own(subject: Audited) -> None:
     assert [way.name for way in ways_of(subject)] == OTHERS + MERGED
-    settings = subject.sides.base.model_copy(update={"quantisation": "none", "dtype": "bfloat16"})
-    control = replace(subject, sides=Sides(subject.sides.base, settings))
+    unlearned = subject.sides.base.with_precision(quantisation="none", dtype="bfloat16")
+    control = replace(subject, sides=Sides(subject.sides.base, unlearned))
     assert [way.name for way in ways_of(control)] == ["NF4", "int8", "float32"], "a checkpoint has nothing to be merged"
     assert (ATTACK.cost(subject).measurements, ATTACK.cost(control).measurements) == (9, 3)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.export import main, make_checkpoint, make_run, measure, shards_of
 from lowmem_rmu.export.merge import merge
-from lowmem_rmu.model.memory import config_for_plan
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import checkpoint_tensors
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     preset = load_preset("tiny", ["rmu.target_layer=3", "rmu.adapter_layers=[1,2,3]"])
-    config = config_for_plan(preset)
+    config = ModelSpec.of_preset(preset).shape
     make_checkpoint(config, tmp_path / "model", 10**6)
     model = preset.model.model_copy(update={"name": str(tmp_path / "model")})
     return make_run(preset.model_copy(update={"model": model}), tmp_path / "run")
@@ -52,7 +52,7 @@ def test_the_checkpoint_is_whole_and_the_run_fits_it(run: RunFolder, tmp_path: P
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """400 MB, a matrix of which takes 16 to 65 MB in float32: a few pieces of 4 MB are in memory at a time."""
     preset = load_preset("zephyr-7b")
-    config = config_for_plan(preset)
+    config = ModelSpec.of_preset(preset).shape
     config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2})
     make_checkpoint(config, tmp_path / "model", 10**8)
     model = preset.model.model_copy(update={"name": str(tmp_path / "model")})
@@ -62,7 +62,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def test_shards_are_no_larger_than_asked_for() -> None:
-    sizes = [sum(2 * tensor.numel() for tensor in shard.values()) for shard in shards_of(config_for_plan(load_preset("tiny")), 10**6)]
+    sizes = [sum(2 * tensor.numel() for tensor in shard.values()) for shard in shards_of(ModelSpec.of_preset(load_preset("tiny")).shape, 10**6)]
     assert len(sizes) > 3
     assert max(sizes) <= 10**6
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rmu_step import Measured, PeakMemory, Setup, build_engine, floor_operations, largest_difference, main
-from lowmem_rmu.model.memory import config_for_plan
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import load_preset
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -36,7 +36,7 @@ def test_four_bits_and_no_yardstick_where_it_does_not_fit(capsys: pytest.Capture
 
 def test_the_limit_lies_below_what_the_engine_computes() -> None:
     preset = load_preset("tiny", ["model.quantisation=none", "rmu.target_layer=3", "rmu.adapter_layers=[1,2,3]"])
-    setup = Setup(preset, config_for_plan(preset), torch.device("cpu"), True, 2, 48, 1)
+    setup = Setup(preset, ModelSpec.of_preset(preset), torch.device("cpu"), True, 2, 48, 1)
     unlearning = build_engine(setup, "lora")
     for warm in (False, True):
         counted = []

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.shapes import random_model
+from lowmem_rmu.model.counts import count_weights
 from lowmem_rmu.model.layers import decoder_layers, expert_shapes, run_layers, run_trunk
-from lowmem_rmu.model.loading import describe_weights
-from lowmem_rmu.model.memory import count_weights
+from lowmem_rmu.model.loading import describe_weights, skeleton
 from lowmem_rmu.presets import load_preset
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def config_of(preset: str) -> PretrainedConfig:
 def test_the_first_layers_of_every_shape_are_made_and_run(preset: str, quantisation: str) -> None:
     config = config_of(preset)
     model = random_model(config, CPU, 3, quantisation, torch.float32)
-    weights = count_weights(config, [])
+    weights = count_weights(skeleton(config), [])
     counted = describe_weights(model)
     assert counted["in_4bit"] == (3 * weights.by_layer[0].linear if quantisation == "nf4" else 0)
     assert counted["weights"] == weights.up_to(3) + config.hidden_size  # the final norm

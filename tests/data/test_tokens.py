@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_rmu.chat import encode_prompt
 from lowmem_rmu.data.corpora import tokenise
 from lowmem_rmu.data.questions import Question, QuestionSet
-from lowmem_rmu.data.tokens import SpecialTokens, encode_texts, special_tokens, split_text
+from lowmem_rmu.data.tokens import encode_texts, split_text
 from lowmem_rmu.evaluation.multiple_choice import ask, encode
+from lowmem_rmu.model.special_tokens import SpecialTokens, special_tokens
 
 START, END = 1, 2
 ASKED = [{"role": "user", "content": "What color is the gate?"}]

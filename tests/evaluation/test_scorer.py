@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lowmem_rmu.evaluation import scorer as scorer_module
-from lowmem_rmu.evaluation.scorer import Request, RequestBatch, Scorer, can_share_prefix, cost, find_batch_tokens, plan_batches
+from lowmem_rmu.evaluation.scorer import Request, RequestBatch, Scorer, cost, find_batch_tokens, plan_batches
+from lowmem_rmu.model.layers import can_share_prefix
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings
 from tests.families import Family

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.changes import adapted_digests
 from lowmem_rmu.model.loading import load_model
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.pipeline import run_config
 from lowmem_rmu.presets import Corpus, ModelSettings, Preset, Retain, Rmu, Topic
 from lowmem_rmu.runs import RunFolder, write_json
@@ -35,7 +36,7 @@ def save_run(folder: Path, settings: ModelSettings, **rmu: Any) -> RunFolder:
         for seed, parameter in enumerate(each for each in model.parameters() if each.requires_grad):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     save_adapter(model, run.adapter)
-    write_json(run.matrices, adapted_digests(run.adapter, settings, preset.rmu.target_layer + 1))
+    write_json(run.matrices, adapted_digests(run.adapter, ModelSpec(settings), preset.rmu.target_layer + 1))
     return run
 
 

@@ -218,7 +218,7 @@ def test_a_model_that_is_only_in_the_hubs_cache(
     (tmp_path / "hub/models--owner--name/refs/main").write_text("f" * 40)  # the branch has moved on since
     # Every use of the run takes the commit that it was made with.
     assert load_run(run, torch.device("cpu"))[1].name_or_path == "owner/name"
-    assert find_subject(str(run.path)).model.revision == COMMIT
+    assert find_subject(str(run.path)).spec.settings.revision == COMMIT
     merge(run, tmp_path / "merged")
     assert_equal(weights(tmp_path / "merged"), merged_by_peft(model, run, torch.bfloat16))
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in snapshot.iterdir()}

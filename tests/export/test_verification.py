@@ -19,7 +19,6 @@ from lowmem_rmu.export.verification import (
     Checked,
     Compared,
     Mark,
-    Precision,
     Verification,
     compare_export,
     mark_of,
@@ -29,6 +28,8 @@ from lowmem_rmu.export.verification import (
     verify,
     worst,
 )
+from lowmem_rmu.model.loading import Quantisation
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Role, load_preset
 from lowmem_rmu.runs import RunFolder
 
@@ -194,7 +195,7 @@ def test_what_does_not_fit_is_not_loaded_and_says_why(forgetful: RunFolder, merg
 def test_the_room_that_each_precision_needs(small_settings: ModelSettings) -> None:
     preset, own = load_preset("tiny", ["rmu.target_layer=3"]), small_settings
     for device, order in {"cpu": ["nf4", "none", "int8"], "cuda": ["nf4", "int8", "none"]}.items():
-        needed = {each: room_needed(preset, own, each, torch.device(device)) for each in get_args(Precision)}
+        needed = {each: room_needed(preset, ModelSpec(own), each, torch.device(device)) for each in get_args(Quantisation)}
         assert sorted(needed, key=lambda each: needed[each]) == order
 
 
@@ -202,7 +203,7 @@ def test_running_out_of_memory_all_the_same_is_told(forgetful: RunFolder, adapte
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(verification, "load_model", fail)
+    monkeypatch.setattr(ModelSpec, "load", fail)
     assert verify(forgetful, adapter, CPU).checked[0].reason == "out of memory on cpu"
 
 

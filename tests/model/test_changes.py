@@ -11,6 +11,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.changes import LowRank, Stacked, adapted_digests, read_changes
 from lowmem_rmu.model.loading import load_model
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import checkpoint_tensors
 from lowmem_rmu.presets import ModelSettings, Rmu
 
@@ -35,7 +36,7 @@ def renamed(folder: Path, to: Path, cut: str) -> ModelSettings:
 
 
 def test_digests_are_of_the_adapted_matrices_bytes(small_settings: ModelSettings, small_model_folder: Path, adapter: Path) -> None:
-    digests = adapted_digests(adapter, small_settings, 4)
+    digests = adapted_digests(adapter, ModelSpec(small_settings), 4)
     assert list(digests) == [DOWN, DOWN.replace("1", "3")]
     matrix = load_file(small_model_folder / "model.safetensors")[DOWN]
     assert digests[DOWN] == hashlib.sha256(matrix.numpy().tobytes()).hexdigest()
@@ -43,14 +44,14 @@ def test_digests_are_of_the_adapted_matrices_bytes(small_settings: ModelSettings
 
 def test_a_checkpoint_that_leaves_out_the_beginning_of_names(small_model_folder: Path, adapter: Path, tmp_path: Path) -> None:
     settings = renamed(small_model_folder, tmp_path / "model", "model.")
-    changes = read_changes(adapter, settings, checkpoint_tensors(settings))
+    changes = read_changes(adapter, ModelSpec(settings), checkpoint_tensors(settings))
     assert list(changes) == ["layers.1.mlp.down_proj.weight", "layers.3.mlp.down_proj.weight"]
 
 
 def test_a_checkpoint_of_another_architecture_says_which_matrix_is_missing(small_mixtral_folder: Path, adapter: Path) -> None:
     settings = ModelSettings(name=str(small_mixtral_folder))
     with pytest.raises(UserError, match=f"has no tensor of its own for {DOWN}, which the adapter {adapter} changes"):
-        read_changes(adapter, settings, checkpoint_tensors(settings))
+        read_changes(adapter, ModelSpec(settings), checkpoint_tensors(settings))
 
 
 def test_experts_below_one_another_change_row_by_row() -> None:

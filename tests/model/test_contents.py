@@ -19,7 +19,8 @@ from lowmem_rmu.export.merge import merge
 from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.measure import find_subject, measure
 from lowmem_rmu.model.contents import places_of
-from lowmem_rmu.model.loading import check_checkpoint, load_config, load_model, skeleton
+from lowmem_rmu.model.loading import load_config, load_model, skeleton
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Evaluation, ModelSettings, load_preset
 from tests.export.conftest import save_run
 
@@ -97,7 +98,7 @@ def test_what_would_be_misread_is_never_loaded(
 ) -> None:
     edit_weights(folder, damage)
     for load in (
-        check_checkpoint,
+        lambda settings: ModelSpec(settings).check_checkpoint(),
         lambda settings: load_model(settings, CPU),
         lambda settings: load_model(settings, CPU, layers=3),
     ):
@@ -119,7 +120,7 @@ def test_every_verb_says_it_before_any_work(folder: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "evaluation").exists()
     preset = load_preset("tiny", [f"model.name={folder}", "rmu.target_layer=3", "rmu.adapter_layers=[1]"])
     with pytest.raises(UserError, match="is stored as F8_E4M3"):
-        read_inputs(preset, ["unlearn"])
+        read_inputs(preset, ModelSpec.of_preset(preset), ["unlearn"])
 
 
 @pytest.mark.parametrize("how", [scaled, fp8])
@@ -149,7 +150,7 @@ def test_experts_scales_are_found_next_to_the_fused_weights(
     )
     edit_weights(folder, lambda weights: weights.update({name: torch.ones(1)}))
     with pytest.raises(UserError, match=f"holds {name}, which the model"):
-        check_checkpoint(settings_of(folder))
+        ModelSpec(settings_of(folder)).check_checkpoint()
 
 
 def test_what_the_model_does_not_have_is_named_and_left_out(
@@ -172,7 +173,7 @@ def test_constants_of_old_checkpoints_are_no_news(folder: Path, caplog: pytest.L
         lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
     )
     with caplog.at_level(logging.WARNING):
-        check_checkpoint(settings_of(folder))
+        ModelSpec(settings_of(folder)).check_checkpoint()
     assert "inv_freq" not in caplog.text
 
 

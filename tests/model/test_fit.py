@@ -14,6 +14,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import fit
 from lowmem_rmu.model.fit import changed_plan, check_fits, out_of_memory, savings
 from lowmem_rmu.model.memory import plan
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import STAGES
 
@@ -35,21 +36,21 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Frees:
 
 def complaint(preset: Preset) -> str:
     with pytest.raises(UserError) as raised:
-        check_fits(preset, GPU, STAGES)
+        check_fits(preset, ModelSpec.of_preset(preset), GPU, STAGES)
     return str(raised.value)
 
 
 def peak(preset: Preset, settings: dict[str, object]) -> float:
-    return max(need.total for need in changed_plan(preset, GPU, STAGES, settings)) / GIB
+    return max(need.total for need in changed_plan(preset, ModelSpec.of_preset(preset), GPU, STAGES, settings)) / GIB
 
 
 def test_what_fits_passes(zephyr: Preset, free: Frees) -> None:
     free(24)
-    check_fits(zephyr, GPU, STAGES)
+    check_fits(zephyr, ModelSpec.of_preset(zephyr), GPU, STAGES)
 
 
 def test_it_names_the_stage_and_every_setting_that_makes_it_fit(zephyr: Preset, free: Frees) -> None:
-    needed = max(need.total for need in plan(zephyr, GPU)) / GIB
+    needed = max(need.total for need in plan(zephyr, ModelSpec.of_preset(zephyr), GPU)) / GIB
     free(needed - 0.1)
     text = complaint(zephyr)
     pattern = rf"The stage [a-z-]+ needs {needed:.2f} GiB, but {needed - 0.1:.2f} GiB are free on cuda\.\nAny one of these makes it fit:\n"
@@ -91,7 +92,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(free: Frees, tmp_path
 @pytest.mark.parametrize("stage", ["evaluate-base", "unlearn"])
 def test_after_memory_ran_out_it_names_what_needs_less(zephyr: Preset, free: Frees, stage: str) -> None:
     free(1)
-    text = str(out_of_memory(zephyr, GPU, STAGES, stage))
+    text = str(out_of_memory(zephyr, ModelSpec.of_preset(zephyr), GPU, STAGES, stage))
     assert text.startswith(f"Out of memory in the stage {stage}: the plan foretells ")
     assert "1.00 GiB are free on cuda now.\nAny one of these needs less:\n" in text
     assert ("--set evaluation.batch_tokens=4096" in text) == (stage == "evaluate-base")
@@ -102,6 +103,6 @@ def test_after_memory_ran_out_it_names_what_needs_less(zephyr: Preset, free: Fre
 def test_nothing_is_advised_that_is_done_already(zephyr: Preset, free: Frees) -> None:
     free(1)
     frugal = zephyr.model_copy(update={"rmu": zephyr.rmu.model_copy(update={"batch_size": 1, "activation_checkpointing": True})})
-    text = str(out_of_memory(frugal, GPU, STAGES, "unlearn"))
+    text = str(out_of_memory(frugal, ModelSpec.of_preset(frugal), GPU, STAGES, "unlearn"))
     assert "activation_checkpointing" not in text
     assert "batch_size" not in text

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowmem_rmu.model import identity
-from lowmem_rmu.model.identity import content_digest, model_digest
+from lowmem_rmu.model.identity import content_digest
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def copied(small_model_folder: Path, tmp_path: Path) -> Path:
 
 
 def digest(folder: Path, **settings: str) -> str:
-    return model_digest(ModelSettings.model_validate({"name": str(folder), "quantisation": "none"} | settings), CPU)
+    return ModelSpec(ModelSettings.model_validate({"name": str(folder), "quantisation": "none"} | settings)).digest(CPU)
 
 
 def test_a_copy_elsewhere_is_the_same_model(small_model_folder: Path, copied: Path) -> None:
@@ -44,11 +45,11 @@ def test_another_shape_of_the_same_weights_is_another_model(small_model_folder: 
 def test_precision_device_and_versions_decide(small_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ModelSettings(name=str(small_model_folder), quantisation="nf4")
     found = [
-        digest(small_model_folder), digest(small_model_folder, dtype="bfloat16"), model_digest(settings, CPU),
-        model_digest(settings, CPU, ["model.layers.1.mlp.down_proj"]), model_digest(settings, torch.device("cuda")),
+        digest(small_model_folder), digest(small_model_folder, dtype="bfloat16"), ModelSpec(settings).digest(CPU),
+        ModelSpec(settings, trained=["model.layers.1.mlp.down_proj"]).digest(CPU), ModelSpec(settings).digest(torch.device("cuda")),
     ]  # fmt: skip
     monkeypatch.setattr(identity, "version", lambda package: f"{package} of tomorrow")
-    assert len({*found, model_digest(settings, CPU)}) == 6
+    assert len({*found, ModelSpec(settings).digest(CPU)}) == 6
 
 
 def test_the_hub_cache_names_files_by_their_content(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from lowmem_rmu.model import loading, shards
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import (
-    check_checkpoint,
     describe_weights,
     load_config,
     load_model,
@@ -26,6 +25,7 @@ from lowmem_rmu.model.loading import (
     resolve_device,
     resolve_dtype,
 )
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Rmu
 
 CPU = torch.device("cpu")
@@ -359,7 +359,12 @@ def pointer(path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3456789\n")
 
 
-LOADS = [load_config, load_tokenizer, lambda settings: load_model(settings, CPU), check_checkpoint]
+LOADS: list[Callable[[ModelSettings], Any]] = [
+    load_config,
+    load_tokenizer,
+    lambda settings: load_model(settings, CPU),
+    lambda settings: ModelSpec(settings).check_checkpoint(),
+]
 
 
 @pytest.mark.parametrize("damage", [cut, mark, pointer])
@@ -390,7 +395,7 @@ def test_a_damaged_config_is_told_by_its_file(folder: Path, damage: Callable[[Pa
 )
 def test_a_config_that_no_model_has_is_told_before_anything_is_made(folder: Path, changes: dict[str, Any], said: str) -> None:
     edit_json(folder / "config.json", **changes)
-    for load in (check_checkpoint, lambda settings: load_model(settings, CPU)):
+    for load in (lambda settings: ModelSpec(settings).check_checkpoint(), lambda settings: load_model(settings, CPU)):
         with pytest.raises(UserError, match=said):
             load(settings_of(folder))
 

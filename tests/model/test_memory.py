@@ -1,6 +1,7 @@
 """The memory plan against real storage."""
 
 import sys
+from collections.abc import Sequence
 from mmap import mmap
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model import memory, shards
+from lowmem_rmu.model import shards, spec
 from lowmem_rmu.model.adapters import add_adapter
+from lowmem_rmu.model.counts import count_weights
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, skeleton
-from lowmem_rmu.model.memory import NF4_BYTES, Needs, StageNeed, count_weights, gib, memory_available, memory_in_use, plan, reset_peak
+from lowmem_rmu.model.memory import NF4_BYTES, Needs, StageNeed, gib, memory_available, memory_in_use, plan, reset_peak
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Preset, Rmu, load_preset
 from lowmem_rmu.runs import STAGES
 from tests.families import Family
@@ -28,8 +31,16 @@ def zephyr(monkeypatch: pytest.MonkeyPatch) -> Preset:
     def no_network(_: ModelSettings) -> None:
         raise AssertionError("the plan asked for the model")
 
-    monkeypatch.setattr(memory, "load_config", no_network)
+    monkeypatch.setattr(spec, "load_config", no_network)
     return load_preset("zephyr-7b")
+
+
+def planned(preset: Preset, device: torch.device, stages: Sequence[str] = STAGES) -> list[StageNeed]:
+    return plan(preset, ModelSpec.of_preset(preset), device, stages)
+
+
+def needs(preset: Preset, device: torch.device) -> Needs:
+    return Needs(preset, ModelSpec.of_preset(preset), device)
 
 
 def changed(preset: Preset, **rmu: Any) -> Preset:
@@ -37,12 +48,12 @@ def changed(preset: Preset, **rmu: Any) -> Preset:
 
 
 def unlearn_need(preset: Preset, whole_model: bool = True) -> StageNeed:
-    return next(need for need in plan(preset, GPU, STAGES if whole_model else ["unlearn"]) if need.stage == "unlearn")
+    return next(need for need in planned(preset, GPU, STAGES if whole_model else ["unlearn"]) if need.stage == "unlearn")
 
 
 def test_weights_are_counted_as_the_model_has_them(small_settings: ModelSettings) -> None:
     model = load_model(small_settings, CPU)
-    weights = count_weights(load_config(small_settings), ["down_proj", "q_proj"])
+    weights = ModelSpec(small_settings).weights(["down_proj", "q_proj"])
     assert weights.total() + model.model.norm.weight.numel() == sum(parameter.numel() for parameter in model.parameters())
     assert weights.layers == 6
     assert weights.by_layer[0].linear == 64 * (64 + 32 + 32 + 64 + 3 * 128)
@@ -55,7 +66,7 @@ def test_weights_are_counted_as_the_model_has_them(small_settings: ModelSettings
 
 def test_experts_are_counted_with_their_adapters(mixtral_settings: ModelSettings) -> None:
     model = load_model(mixtral_settings, CPU)
-    weights = count_weights(load_config(mixtral_settings), ["down_proj"])
+    weights = ModelSpec(mixtral_settings).weights(["down_proj"])
     assert weights.total() + model.model.norm.weight.numel() == describe_weights(model)["weights"]
     assert sum(layer.linear for layer in weights.by_layer) == describe_weights(model)["in_4bit"]
     assert weights.experts == 4 * (2 * 128 * 64 + 64 * 128)
@@ -69,7 +80,7 @@ def test_every_family_is_counted_layer_by_layer(family: Family) -> None:
     """Layers of one model differ: DeepSeek-V3 is dense below its mixtures, LFM2 has attention in some layers only."""
     config = load_config(family.settings)
     layers = decoder_layers(skeleton(config))
-    weights = count_weights(config, [family.module])
+    weights = ModelSpec(family.settings).weights([family.module])
     assert [layer.linear + layer.other for layer in weights.by_layer] == [
         sum(parameter.numel() for parameter in layer.parameters()) for layer in layers
     ]
@@ -82,7 +93,7 @@ def test_every_family_is_counted_layer_by_layer(family: Family) -> None:
     ("family", "width"), [("llama", 64), ("gpt2", 128), ("mixtral", 128), ("qwen3_moe", 32), ("deepseek_v3", 64)], indirect=["family"]
 )
 def test_the_width_of_an_mlp_is_that_of_all_experts_that_a_token_takes(family: Family, width: int) -> None:
-    assert max(layer.intermediate for layer in count_weights(load_config(family.settings), []).by_layer) == width
+    assert max(layer.intermediate for layer in ModelSpec(family.settings).weights([]).by_layer) == width
 
 
 def test_dequantised_experts_that_the_backward_pass_needs_are_planned_for(mixtral_settings: ModelSettings) -> None:
@@ -106,9 +117,9 @@ def test_dequantised_experts_that_the_backward_pass_needs_are_planned_for(mixtra
 
 def test_tied_embeddings_are_counted_once(small_settings: ModelSettings) -> None:
     config = load_config(small_settings)
-    untied = count_weights(config, ["down_proj"])
+    untied = count_weights(skeleton(config), ["down_proj"])
     config.tie_word_embeddings = True
-    tied = count_weights(config, ["down_proj"])
+    tied = count_weights(skeleton(config), ["down_proj"])
     assert (tied.head, untied.head) == (0, untied.embedding)
 
 
@@ -137,13 +148,13 @@ def test_settings_that_save_memory_lower_the_plan(zephyr: Preset, change: dict[s
 
 def test_a_smaller_evaluation_batch_lowers_the_plan(zephyr: Preset) -> None:
     smaller = zephyr.model_copy(update={"evaluation": zephyr.evaluation.model_copy(update={"batch_tokens": 1024})})
-    assert plan(smaller, GPU)[0].working < plan(zephyr, GPU)[0].working
+    assert planned(smaller, GPU)[0].working < planned(zephyr, GPU)[0].working
 
 
 def test_the_plan_of_a_7b_model_needs_no_network_and_is_plausible(zephyr: Preset) -> None:
-    base, _, unlearned = plan(zephyr, GPU)
+    base, _, unlearned = planned(zephyr, GPU)
     unlearn = unlearn_need(zephyr, whole_model=False)
-    assert [need.stage for need in plan(zephyr, GPU)] == ["evaluate-base", "unlearn", "evaluate-unlearned"]
+    assert [need.stage for need in planned(zephyr, GPU)] == ["evaluate-base", "unlearn", "evaluate-unlearned"]
     assert unlearn.weights < 1.5 * 2**30
     assert 3.5 * 2**30 < base.weights < 4.5 * 2**30  # 7.2 billion weights at 4.13 bits, embeddings and head in bfloat16
     assert unlearned.weights - base.weights == 3 * 16 * (14336 + 4096) * 4
@@ -152,26 +163,26 @@ def test_the_plan_of_a_7b_model_needs_no_network_and_is_plausible(zephyr: Preset
 
 def test_the_plan_follows_quantisation(zephyr: Preset) -> None:
     plain = zephyr.model_copy(update={"model": zephyr.model.model_copy(update={"quantisation": "none"})})
-    weights = plan(plain, GPU)[0].weights
+    weights = planned(plain, GPU)[0].weights
     assert weights == pytest.approx(7.24e9 * 2, rel=0.01)
 
 
 def test_a_preset_without_a_shape_is_planned_from_the_model(zephyr: Preset, small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "load_config", load_config)
+    monkeypatch.setattr(spec, "load_config", load_config)
     small = changed(zephyr, target_layer=5, adapter_layers=[3, 4, 5]).model_copy(update={"model": small_settings})
-    assert plan(small, CPU)[0].weights == (count_weights(load_config(small_settings), []).total()) * 4
+    assert planned(small, CPU)[0].weights == (ModelSpec(small_settings).weights([]).total()) * 4
 
 
 def test_a_target_layer_beyond_the_model_is_refused_by_the_plan(zephyr: Preset) -> None:
     with pytest.raises(UserError, match=r"rmu\.target_layer is 32, but the model has 32 layers"):
-        plan(changed(zephyr, target_layer=32), GPU)
+        planned(changed(zephyr, target_layer=32), GPU)
 
 
 def test_the_cache_is_planned_where_it_is_kept(zephyr: Preset) -> None:
-    on_cpu = {need.stage: need for need in plan(zephyr, CPU)}
+    on_cpu = {need.stage: need for need in planned(zephyr, CPU)}
     assert on_cpu["unlearn"].cache == 2**30  # the budget: there is more to keep
     assert on_cpu["evaluate-base"].cache == unlearn_need(zephyr).cache == 0  # a GPU's memory holds none of it
-    assert next(need.cache for need in plan(changed(zephyr, cache_in="disk"), CPU, ["unlearn"])) == 0
+    assert next(need.cache for need in planned(changed(zephyr, cache_in="disk"), CPU, ["unlearn"])) == 0
 
 
 def test_whole_matrices_are_planned_with_gradients_and_moments(zephyr: Preset) -> None:
@@ -216,7 +227,7 @@ def with_config(preset: Preset, **config: Any) -> Preset:
 
 
 def test_a_model_that_calls_its_intermediate_size_otherwise_is_planned_the_same(zephyr: Preset) -> None:
-    needs = [plan(with_config(zephyr, model_type="opt", ffn_dim=width, word_embed_proj_dim=64, **SHAPE), GPU) for width in (128, 8192)]
+    needs = [planned(with_config(zephyr, model_type="opt", ffn_dim=width, word_embed_proj_dim=64, **SHAPE), GPU) for width in (128, 8192)]
     assert needs[1][1].working > 10 * needs[0][1].working > 0
 
 
@@ -232,20 +243,20 @@ def test_a_model_that_calls_its_intermediate_size_otherwise_is_planned_the_same(
 )
 def test_a_shape_that_cannot_be_planned_is_told_in_words(zephyr: Preset, config: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        plan(with_config(zephyr, **config), GPU)
+        planned(with_config(zephyr, **config), GPU)
 
 
 def test_on_a_cpu_in_16_bits_the_head_is_copied(small_settings: ModelSettings) -> None:
     """Measured on a model of Qwen2.5's vocabulary: the peak of an evaluation was the weights and that copy."""
     tiny = load_preset("tiny", ["evaluation.prompts=[]"])
     half, full = (tiny.model_copy(update={"model": small_settings.model_copy(update={"dtype": dtype})}) for dtype in ("bfloat16", "float32"))
-    assert Needs(half, CPU).head_copy() == 2 * count_weights(load_config(small_settings), []).embedding
-    assert Needs(full, CPU).head_copy() == Needs(half, GPU).head_copy() == 0
+    assert needs(half, CPU).head_copy() == 2 * ModelSpec(small_settings).weights([]).embedding
+    assert needs(full, CPU).head_copy() == needs(half, GPU).head_copy() == 0
 
 
 def test_what_the_c_library_keeps_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = load_preset("tiny")
-    kept = [need.working for need in plan(tiny, CPU)]
+    kept = [need.working for need in planned(tiny, CPU)]
     monkeypatch.setattr(shards, "LARGEST_KEPT", 0)
-    plain = [need.working for need in plan(tiny, CPU)]
+    plain = [need.working for need in planned(tiny, CPU)]
     assert all(0 < more - less <= 64 * 2**20 for more, less in zip(kept, plain, strict=True))

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi, constants, get_session
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.measure import find_subject
 from lowmem_rmu.model import source
-from lowmem_rmu.model.identity import model_digest
 from lowmem_rmu.model.loading import load_config, load_model, load_tokenizer
 from lowmem_rmu.model.source import commit_of, locate, read_json
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, load_preset, resolve_paths
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def all_of_a_run(settings: ModelSettings) -> torch.nn.Module:
     """Whatever a run reads of its model."""
     load_config(settings)
     load_tokenizer(settings)
-    model_digest(settings, CPU)
+    ModelSpec(settings).digest(CPU)
     commit_of(settings.name, settings.revision)
     return load_model(settings, CPU)
 
@@ -228,7 +228,7 @@ def test_a_name_that_is_no_model_is_told_with_what_to_write(
         load_config,
         load_tokenizer,
         lambda settings: load_model(settings, CPU),
-        lambda settings: model_digest(settings, CPU),
+        lambda settings: ModelSpec(settings).digest(CPU),
     ):
         with pytest.raises(UserError) as raised:
             load(ModelSettings(name=name))
@@ -263,7 +263,7 @@ def test_a_folder_without_dot_and_slash_is_that_folder_in_every_verb(
     monkeypatch.chdir(tmp_path)
     here = str(tmp_path / name)
     assert load_preset("tiny", [f"model.name={name}"]).model.name == here
-    assert find_subject(name).model.name == here
+    assert find_subject(name).spec.name == here
     preset = (
         (Path(source.__file__).parents[2] / "presets/tiny.yaml")
         .read_text()
