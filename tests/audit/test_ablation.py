@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.ablation import ATTACK, PRINCIPAL, find_directions, layers_of, measure, without
 from lowmem_rmu.audit.attack import Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, prepare
 from lowmem_rmu.presets import recorded_preset
 from lowmem_rmu.runs import RunFolder
+from tests.texts import plain
 
 PIECES = 1 + 6 + 3
 """The directions, each of them taken out of unlearned, and three out of base."""
@@ -37,7 +39,14 @@ def test_nothing_along_the_directions_is_left_and_the_rest_stays() -> None:
 
 def test_the_direction_of_a_layer_parts_unlearned_from_base(subject: Audited) -> None:
     directions = find_directions(subject)
-    assert list(directions) == [*(f"the direction of layer {layer}" for layer in range(3, 8)), f"the {PRINCIPAL} main directions of layer 3"]
+    assert list(directions) == snapshot([
+        "the direction of layer 3",
+        "the direction of layer 4",
+        "the direction of layer 5",
+        "the direction of layer 6",
+        "the direction of layer 7",
+        "the 4 main directions of layer 3",
+    ])
     mean, *_, principal = (torch.tensor(rows) for rows in directions.values())
     assert torch.allclose(principal @ principal.T, torch.eye(PRINCIPAL), atol=1e-4)
     assert (principal @ mean.T).norm() > 0.9, "what is added to every token lies within what differs most"
@@ -57,8 +66,14 @@ def test_it_says_what_came_of_it(subject: Audited, tried: Tried) -> None:
     first, second = tried.sentences
     best = max(tried.conditions, key=lambda name: sum(tried.conditions[name]))
     share = sum(tried.conditions[best]) / len(subject.knowledge)
-    assert first == f"With {best} taken out, the unlearned model gives {100 * share:.1f}% right."
-    assert second.startswith("The base model loses most with the")
+    assert plain(first, best=best, share=f"{100 * share:.1f}%") == snapshot(
+        "With <best> taken out, the unlearned model gives <share> right."
+    )
+    base = {name: row["base"] for name, row in tried.details["ablated"].items() if row["base"] is not None}
+    worst = min(base, key=lambda name: base[name])
+    assert plain(second, worst=worst, share=f"{100 * base[worst]:.1f}%") == snapshot(
+        "The base model loses most with <worst> taken out: it then gives <share> right."
+    )
 
 
 def test_known_pieces_are_not_computed_again(subject: Audited, tmp_path: Path) -> None:
@@ -81,12 +96,14 @@ def test_base_as_unlearned_differs_in_nothing_that_could_be_taken_out(subject: A
     """A checkpoint may stand for the unlearned side; where it is base itself, no direction is long and nothing comes back."""
     control = replace(subject, sides=replace(subject.sides, unlearned=subject.sides.base), _loaded=None, _loaded_from=None)
     assert layers_of(control) == [3, 4, 5, 6, 7]
-    found = torch.tensor(find_directions(control)["the direction of layer 3"])
+    found = torch.tensor(next(iter(find_directions(control).values())))
     assert found.abs().max() == 0
     assert sum(measure(control, "unlearned", found.tolist())) == len(subject.knowledge)
 
 
 def test_it_lacks_text_where_there_is_none(subject: Audited) -> None:
     assert ATTACK.lacks(subject) is None
-    assert ATTACK.lacks(replace(subject, forget=[])) == "it needs text about what was forgotten, and there is none"
+    assert ATTACK.lacks(replace(subject, forget=[])) == snapshot(
+        "it needs text about what was forgotten, and there is none"
+    )
     assert ATTACK.cost(subject).measurements >= PIECES - 1

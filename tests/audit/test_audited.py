@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.audited import FRESH, Audited, Side, choose_questions, prepare
 from lowmem_rmu.audit.knowledge import Questions
@@ -11,6 +12,7 @@ from lowmem_rmu.data.questions import load_questions
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import ModelSettings, Preset, load_preset
 from lowmem_rmu.runs import RunFolder
+from tests.texts import plain
 
 CPU = torch.device("cpu")
 IGNORANT = ModelSettings(name=str(Path(__file__).parents[2] / "lowmem_rmu/tiny/controls/ignorant"))
@@ -112,5 +114,11 @@ def test_without_questions_unseen_text_is_measured(preset: Preset, forgetful: Ru
 
 
 def test_without_questions_and_text_nothing_can_be_told(forgetful: RunFolder) -> None:
-    with pytest.raises(UserError, match=r"Nothing tells what forgetful knows.*\n.*topics\.NAME\.corpus\.held_out"):
+    with pytest.raises(UserError) as caught:
         prepare("forgetful", load_preset("tiny", NOTHING_HELD_OUT), forgetful.adapter, CPU, [], None, 0)
+    assert plain(caught.value) == snapshot(
+        "Nothing tells what forgetful knows of what it forgot: it asks no questions about it, and holds "
+        "fewer than two documents out.\n"
+        "Make a run with questions of the role forgotten, or with more held out "
+        "(topics.NAME.corpus.held_out=0.2)."
+    )

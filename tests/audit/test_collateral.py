@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.attack import Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, prepare
@@ -94,9 +95,9 @@ def test_quarters_begin_with_what_is_nearest() -> None:
     assert [each["nearness"] for each in table] == pytest.approx([0.85, 0.65, 0.35, 0.15])
     assert [each["change"] for each in table] == pytest.approx([1.5, 0, 0, 0]), "nats a predicted token, of which each text has two"
     assert table[0]["change_stderr"] == pytest.approx(0.5)
-    assert list(about_texts(table)) == [
-        "Text nearest to the topic lost 1.50 nats a token (standard error 0.50), the farthest 0.00 (0.00)."
-    ]
+    assert list(about_texts(table)) == snapshot(
+        ["Text nearest to the topic lost 1.50 nats a token (standard error 0.50), the farthest 0.00 (0.00)."]
+    )
 
 
 def test_large_tasks_are_sampled_evenly(around: Audited) -> None:
@@ -117,4 +118,6 @@ def test_without_questions_there_is_text(around: Audited, tmp_path: Path) -> Non
 
 def test_with_neither_tasks_nor_text_there_is_nothing_to_look_at(around: Audited) -> None:
     assert ATTACK.lacks(around) is None
-    assert ATTACK.lacks(replace(around, kept=[], measured=[], benign=[])) == "it needs tasks that were not to be forgotten, or text to retain"
+    assert ATTACK.lacks(replace(around, kept=[], measured=[], benign=[])) == snapshot(
+        "it needs tasks that were not to be forgotten, or text to retain"
+    )

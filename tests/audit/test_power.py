@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.power import CONDITIONS, Power, all_below, power_of_gone, questions_for_gone
 
@@ -38,8 +39,14 @@ def test_twice_as_many_ways_need_a_little_more() -> None:
 
 
 def test_the_words_of_a_plan() -> None:
-    assert Power(200, 0.65, 0.28).words == (
-        "200 questions: if it is gone, the audit says so with a probability of about 1%. For 80% it takes about 780 questions (--limit, per task)."
+    assert Power(200, 0.65, 0.28).words == snapshot(
+        "200 questions: if it is gone, the audit says so with a probability of about 1%. For 80% it takes "
+        "about 780 questions (--limit, per task)."
     )
-    assert Power(200, 1.0, 0.27).words == "200 questions: if it is gone, the audit says so with a probability of about 93%."
-    assert Power(100, 0.25, 0.25).words.endswith("No number of questions is enough, for base is hardly better than guessing.")
+    assert Power(200, 1.0, 0.27).words == snapshot(
+        "200 questions: if it is gone, the audit says so with a probability of about 93%."
+    )
+    assert Power(100, 0.25, 0.25).words == snapshot(
+        "100 questions: if it is gone, the audit says so with a probability of about 0%. No number of "
+        "questions is enough, for base is hardly better than guessing."
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.attack import Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, prepare
@@ -94,7 +95,7 @@ def test_without_questions_there_are_answers_alone(asked_otherwise: Audited, tmp
     assert tried.conditions == {}
     assert tried.details["ways"] == []
     assert tried.details["words"]["forget"]["unlearned"]["perplexity"] > tried.details["words"]["forget"]["base"]["perplexity"]
-    assert tried.sentences[0].startswith("Asked about what was forgotten, unlearned answers with a perplexity of ")
+    assert tried.sentences == list(about_words(tried.details["words"], tried.details["divergence"]))
 
 
 def test_sentences_name_the_best_way_and_those_that_do_not_count() -> None:
@@ -104,18 +105,22 @@ def test_sentences_name_the_best_way_and_those_that_do_not_count() -> None:
         {"way": "as an expert", "base": 0.8, "unlearned": 0.4, "counts": True},
         {"way": "options reversed", "base": 0.9, "unlearned": 0.2, "counts": True},
     ]
-    assert list(about_ways(table)) == [
-        "Asked in 2 other ways, unlearned is right in 20% to 40% of the questions (25% as usual), most often as an expert, "
-        "where base is right in 80%.",
+    assert list(about_ways(table)) == snapshot([
+        (
+            "Asked in 2 other ways, unlearned is right in 20% to 40% of the questions (25% as usual), most "
+            "often as an expert, where base is right in 80%."
+        ),
         "The base model itself guesses, so these ways do not count: in chat.",
-    ]
+    ])
 
 
 def test_sentences_leave_out_what_was_not_said() -> None:
     said = {"perplexity": 2.0, "repetition": None}
     fluency = {"forget": {"base": said, "unlearned": {"perplexity": 1500.0, "repetition": 0.5}},
                "benign": {"base": said, "unlearned": {"perplexity": None, "repetition": None}}}  # fmt: skip
-    assert list(about_words(fluency, None)) == [
-        "Asked about what was forgotten, unlearned answers with a perplexity of 1,500.0 under base (base itself 2.0) and repeats 50% of its "
-        "runs of four tokens (base 0%)."
-    ]
+    assert list(about_words(fluency, None)) == snapshot([
+        (
+            "Asked about what was forgotten, unlearned answers with a perplexity of 1,500.0 under base (base "
+            "itself 2.0) and repeats 50% of its runs of four tokens (base 0%)."
+        ),
+    ])

@@ -5,11 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.attack import Pieces
 from lowmem_rmu.audit.audited import Audited, prepare
 from lowmem_rmu.audit.knowledge import Texts
-from lowmem_rmu.audit.representation import ATTACK, FOLDS, cross_fitted, folds_of, lens, probes_of, put, read_lens, ridge, states_of, topics_of
+from lowmem_rmu.audit.representation import (
+    ATTACK,
+    FOLDS,
+    cross_fitted,
+    folds_of,
+    lens,
+    probes_of,
+    put,
+    read_lens,
+    ridge,
+    sentences,
+    states_of,
+    topics_of,
+)
 from lowmem_rmu.presets import recorded_preset
 from lowmem_rmu.runs import RunFolder
 
@@ -101,9 +115,18 @@ def test_topics_are_told_without_their_name_in_front(subject: Audited) -> None:
 def test_it_reads_in_base_what_unlearned_does_not_say(subject: Audited, tmp_path: Path) -> None:
     tried = ATTACK.run(subject, Pieces(tmp_path / "representation.jsonl"))
     probes, lens_by_layer = tried.details["probes"], tried.details["lens"]
-    assert list(tried.conditions) == [
-        "linear probe for the right letter", "linear probe for the right choice", *(f"logit lens, layer {layer}" for layer in range(8)),
-    ]  # fmt: skip
+    assert list(tried.conditions) == snapshot([
+        "linear probe for the right letter",
+        "linear probe for the right choice",
+        "logit lens, layer 0",
+        "logit lens, layer 1",
+        "logit lens, layer 2",
+        "logit lens, layer 3",
+        "logit lens, layer 4",
+        "logit lens, layer 5",
+        "logit lens, layer 6",
+        "logit lens, layer 7",
+    ])
     assert all(len(values) == len(subject.knowledge) for values in tried.conditions.values())
     # How much less depends on the machine: its rounding decides which adapter comes out of so short a training.
     for name, lost in (("letter", 0.2), ("choice", 0.05)):
@@ -114,7 +137,17 @@ def test_it_reads_in_base_what_unlearned_does_not_say(subject: Audited, tmp_path
     assert probes["choice"]["base"]["layers"][0] == probes["choice"]["unlearned"]["layers"][0] < 0.6, "below the adapter both are the same"
     assert lens_by_layer["base"][-1] > 0.9 > 0.5 > lens_by_layer["base"][0]
     assert len(tried.sentences) == 3
-    assert tried.sentences[0].startswith("A linear probe tells the letter of ")
+    assert tried.sentences == sentences(probes)
+
+
+def test_sentences_compare_unlearned_with_base_and_with_shuffled_answers() -> None:
+    sides = {"base": {"held_out": 0.95, "shuffled": 0.3}, "unlearned": {"held_out": 0.5, "shuffled": 0.25}}
+    assert sentences({"letter": sides}) == snapshot([
+        (
+            "A linear probe tells the letter of 50.0% of unseen questions (95.0% in base, 25.0% where "
+            "answers are shuffled)."
+        ),
+    ])
 
 
 def test_a_model_asked_in_the_cloze_form_is_not_probed_for_letters(subject: Audited) -> None:
@@ -127,6 +160,8 @@ def test_a_model_asked_in_the_cloze_form_is_not_probed_for_letters(subject: Audi
 def test_it_lacks_questions(subject: Audited) -> None:
     assert ATTACK.lacks(subject) is None
     few = replace(subject, knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:5]))
-    assert ATTACK.lacks(few) == "a probe learns from questions, and there are 5: it needs 30"
-    assert ATTACK.lacks(replace(subject, knowledge=Texts([[5, 6]], subject.tokenizer, 512))) == "it needs questions"
+    assert ATTACK.lacks(few) == snapshot("a probe learns from questions, and there are 5: it needs 30")
+    assert ATTACK.lacks(replace(subject, knowledge=Texts([[5, 6]], subject.tokenizer, 512))) == snapshot(
+        "it needs questions"
+    )
     assert ATTACK.cost(subject).measurements > 12

@@ -1,17 +1,20 @@
 """The unlearned model in other precisions: which are asked, what they give, and why one is not."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.attack import Pieces
 from lowmem_rmu.audit.audited import Audited, Sides, prepare
-from lowmem_rmu.audit.requantisation import ATTACK, ways_of
+from lowmem_rmu.audit.requantisation import ATTACK, sentences, ways_of
 from lowmem_rmu.presets import recorded_preset
 from lowmem_rmu.runs import RunFolder
+from tests.texts import plain
 
 OTHERS = ["int8", "bfloat16", "float32"]
 MERGED = ["merged, bfloat16", "merged, int8", "merged, NF4"]
@@ -43,7 +46,14 @@ def test_it_stays_forgotten_where_the_update_is_large(subject: Audited, tmp_path
     assert all(table[name]["base"] is None for name in MERGED)
     assert subject._loaded is None
     assert [path.name for path in tmp_path.iterdir()] == ["requantisation.jsonl"], "the merged model is gone"
-    assert tried.sentences[0].startswith("In 6 other precisions the unlearned model gives between ")
+    assert tried.sentences == list(sentences(subject, tried.conditions, {}))
+
+
+def test_sentences_name_the_precisions_that_give_least_and_most(subject: Audited) -> None:
+    conditions = {"NF4": [1.0] * 10 + [0.0] * 10, "int8": [0.0] * 20, "float32": [1.0] * 5 + [0.0] * 15}
+    assert list(sentences(subject, conditions, {})) == snapshot(
+        ["In 3 other precisions the unlearned model gives between 0.0% right as int8 and 50.0% right as NF4."]
+    )
 
 
 def test_what_does_not_fit_is_told_and_tried_again_later(subject: Audited, tmp_path: Path) -> None:
@@ -53,8 +63,11 @@ def test_what_does_not_fit_is_told_and_tried_again_later(subject: Audited, tmp_p
     tried = ATTACK.run(large, pieces)
     assert (tried.conditions, pieces.known) == ({}, {})
     assert list(tried.details["not_asked"]) == OTHERS + MERGED
-    assert all(reason.startswith("it needs ") and reason.endswith(" free on cpu") for reason in tried.details["not_asked"].values())
-    assert tried.sentences[0] == f"Not asked as int8: {tried.details['not_asked']['int8']}."
+    reasons = tried.details["not_asked"]
+    assert {re.sub(r"[\d.]+ [GM]iB", "<size>", reason) for reason in reasons.values()} == snapshot(
+        {"it needs <size>, but <size> are free on cpu"}
+    )
+    assert plain(tried.sentences[0], reason=reasons["int8"]) == snapshot("Not asked as int8: <reason>.")
 
 
 def test_what_cannot_be_merged_is_asked_otherwise(subject: Audited, tmp_path: Path) -> None:
@@ -62,7 +75,9 @@ def test_what_cannot_be_merged_is_asked_otherwise(subject: Audited, tmp_path: Pa
     few = replace(subject, knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]), sides=Sides(subject.sides.base, alone))
     tried = ATTACK.run(few, Pieces(tmp_path / "first.jsonl"))
     assert list(tried.conditions) == OTHERS
-    assert tried.details["not_asked"] == dict.fromkeys(MERGED, "only a run can be merged, and the adapter lies in none")
+    assert tried.details["not_asked"] == dict.fromkeys(MERGED, snapshot(
+        "only a run can be merged, and the adapter lies in none"
+    ))
 
 
 def test_a_run_whose_merge_fails_says_why(subject: Audited, forgetful: RunFolder, tmp_path: Path) -> None:
@@ -71,5 +86,8 @@ def test_a_run_whose_merge_fails_says_why(subject: Audited, forgetful: RunFolder
     few = replace(subject, knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]), sides=Sides(subject.sides.base, run / "adapter"))
     reasons = ATTACK.run(few, Pieces(tmp_path / "second.jsonl")).details["not_asked"]
     assert list(reasons) == MERGED
-    assert reasons[MERGED[0]].startswith("it cannot be merged: The checkpoint ")
-    assert "is not the one that" in reasons[MERGED[0]]
+    assert plain(reasons[MERGED[0]], model=subject.sides.base.name, run=run) == snapshot(
+        "it cannot be merged: The checkpoint <model> is not the one that <run> was made with: "
+        "model.layers.1.mlp.down_proj.weight differs, and 20 more.\n"
+        "Put back the files of then, or run again with those of now."
+    )

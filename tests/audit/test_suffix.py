@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit import suffix
 from lowmem_rmu.audit.attack import Pieces
@@ -131,10 +132,11 @@ def test_what_was_unlearned_is_harder_to_force_than_base(brief: None, audited: A
         assert row["steps"]["base"] == 0
         assert row["steps"]["unlearned"] != 0
         assert row["curve"]["unlearned"][0] > row["curve"]["base"][0] + 1
-    assert [*tried.conditions] == ["suffix of prompt 1", "suffix of prompt 2"]
+    assert [*tried.conditions] == snapshot(["suffix of prompt 1", "suffix of prompt 2"])
     assert all(len(values) == len(audited.knowledge) and set(values) <= {0.0, 1.0} for values in tried.conditions.values())
     assert tried.details["accuracy_with"]["unlearned"] == {name: sum(each) / len(each) for name, each in tried.conditions.items()}
-    assert "The base model gave base's answer to 2 of 2 prompts, without a suffix." in tried.sentences
+    [about_base] = [sentence for sentence in tried.sentences if "base model" in sentence]
+    assert about_base == snapshot("The base model gave base's answer to 2 of 2 prompts, without a suffix.")
     again = suffix.ATTACK.run(audited, Pieces(tmp_path / "pieces.jsonl", before=never))
     assert again == tried, "everything was kept"
 
@@ -167,7 +169,9 @@ def test_without_prompts_it_says_what_it_lacks(audited: Audited) -> None:
     each = audited.knowledge.asked[0]
     long = replace(each, question=replace(each.question, question=each.question.question * 60))
     lacking = replace(audited, knowledge=replace(audited.knowledge, asked=[long]))
-    assert suffix.ATTACK.lacks(lacking) == "it needs questions of at most 128 tokens, or texts of more than 16 about what was forgotten"
+    assert suffix.ATTACK.lacks(lacking) == snapshot(
+        "it needs questions of at most 128 tokens, or texts of more than 16 about what was forgotten"
+    )
     assert suffix.ATTACK.lacks(audited) is None
 
 

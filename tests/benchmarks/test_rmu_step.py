@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rmu_step import Measured, PeakMemory, Setup, build_engine, floor_operations, largest_difference, main
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import load_preset
+from tests.texts import plain
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
@@ -20,18 +22,38 @@ def test_it_prints_both_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
     for name in ("yardstick", "engine, weights", "engine, lora"):
         assert re.search(rf"{name} +│ +\d+\.\d\d │", said)
     assert re.search(r"engine, weights .* [\de.-]+ in 4 steps", said)
-    assert "Limit, first epoch: " in said
-    found = re.search(r"After 4 steps the updates of the matrices differ by (\S+) of their own size \(engine, weights\)", said)
-    assert found
-    assert float(found[1]) < 1e-4
+    limits = [line for line in said.splitlines() if "GFLOP/s" in line]
+    assert [re.sub(r"[\d.,]*\d", "<number>", line) for line in limits] == snapshot([
+        (
+            "Limit, first epoch: <number> GFLOP that cannot be avoided, at <number> GFLOP/s: <number> s; the "
+            "LoRA engine takes <number> s (<number>% of it is that)."
+        ),
+        (
+            "Limit, warm cache: <number> GFLOP that cannot be avoided, at <number> GFLOP/s: <number> s; the "
+            "LoRA engine takes <number> s (<number>% of it is that)."
+        ),
+    ])
+    [compared] = [line for line in said.splitlines() if line.endswith("(engine, weights).")]
+    difference = re.search(r"\d+e[+-]\d+", compared)
+    assert difference
+    assert float(difference[0]) < 1e-4
+    assert plain(compared, difference=difference[0]) == snapshot(
+        "After 4 steps the updates of the matrices differ by <difference> of their own size (engine, "
+        "weights)."
+    )
 
 
 def test_four_bits_and_no_yardstick_where_it_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.rmu_step.memory_available", lambda device: 2**20)
     main(shape="tiny", random_weights=True, quantisation="nf4", device="cpu", batch=2, tokens=24, rounds=1)
     said = capsys.readouterr().out
-    assert "The yardstick is left out: its two full models take" in said
-    assert "random weights, NF4, float32 on cpu: batches of 2 x 24 tokens" in said
+    left_out = next(line for line in said.splitlines() if " 1 MiB " in line)
+    assert re.sub(r"[\d.]+ [GM]iB", "<size>", left_out) == snapshot(
+        "The yardstick is left out: its two full models take <size>, <size> are free."
+    )
+    assert next(line.strip() for line in said.splitlines() if "2 x 24" in line) == snapshot(
+        "random weights, NF4, float32 on cpu: batches of 2 x 24 tokens"
+    )
 
 
 def test_the_limit_lies_below_what_the_engine_computes() -> None:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from inline_snapshot import snapshot
 
 from benchmarks import robustness
 from lowmem_rmu.audit import relearning
@@ -14,7 +15,9 @@ def test_every_variant_and_seed_has_its_row(capsys: pytest.CaptureFixture[str], 
     monkeypatch.setattr(relearning, "LEARNING_RATE", relearning.LEARNING_RATE)  # which the benchmark sets
     robustness.main("tiny", FEW, ["", "rmu.target_layer=3"], "0,1", limit=4, steps="2,1", learning_rate=5e-4, device="cpu")
     said = capsys.readouterr().out
-    assert "tiny, relearned at 0.0005" in said
+    assert next(line.strip() for line in said.splitlines() if "0.0005" in line) == snapshot(
+        "tiny, relearned at 0.0005"
+    )
     for name in ("as it is", r"rmu\.target_layer=3"):
         for seed in (0, 1):
             assert re.search(rf"{name} +│ +{seed} │ 100\.0 │ +[\d.]+ │ 100\.0 │ +100\.0 │ +[\d.]+ │ +[\d.]+ │ +(> )?\d │", said)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet, load_task
@@ -25,6 +26,7 @@ from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
 from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, Interrupted, ask, evaluate
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Task
+from tests.texts import plain
 
 TINY = Path(__file__).parent.parent.parent / "lowmem_rmu/tiny"
 KEY = "sk-test/0123456789abcdef"
@@ -396,9 +398,11 @@ def test_a_server_that_breaks_down_costs_no_answer(serve: Serve, tiny: Any, sets
     kept: list[Answer] = []
     with pytest.raises(UserError) as raised:
         evaluate_endpoint(server.endpoint(), sets, None, kept.extend)
-    assert str(raised.value).startswith(f"{server.endpoint().address} answers with error 500: ")
-    assert "fire" in str(raised.value)
-    assert str(raised.value).endswith(f"\nIt was asked {module.TRIES} times. The answers so far are kept: the same command goes on from there.")
+    assert plain(raised.value, address=server.endpoint().address) == snapshot(
+        '<address> answers with error 500: {"error": {"message": "on\\u001b[31m\\nfire", "type": '
+        '"some_error"}}\n'
+        "It was asked 7 times. The answers so far are kept: the same command goes on from there."
+    )
     assert 2 <= len(kept) <= 4
     repaired = serve(tiny)
     resumed = evaluate_endpoint(repaired.endpoint(), sets, {row["prompt"]: row for row in kept})
@@ -419,7 +423,11 @@ def test_a_broken_connection_is_made_again(serve: Serve, tiny: Any, sets: list[Q
 
 def test_a_server_that_wants_an_hour_is_left_alone(serve: Serve, sets: list[QuestionSet]) -> None:
     server = serve(lambda request: error(429, "no credit", Retry_After="3600"))
-    assert "It asks for 3600 seconds of patience. The answers so far are kept" in str(refusal_of(server.endpoint(), sets))
+    assert plain(refusal_of(server.endpoint(), sets), address=server.endpoint().address) == snapshot(
+        '<address> answers with error 429: {"error": {"message": "no credit", "type": "some_error"}}\n'
+        "It asks for 3600 seconds of patience. The answers so far are kept: the same command goes on from "
+        "there."
+    )
     assert len(server.asked) == 1
 
 
@@ -427,23 +435,53 @@ def test_where_nobody_listens_the_address_is_named(serve: Serve, sets: list[Ques
     closed = Server(lambda request: Response({}))
     closed.server_close()
     message = str(refusal_of(closed.endpoint(), sets))
-    assert message.startswith(f"http://127.0.0.1:{closed.server_port}/v1/chat/completions cannot be reached: ConnectError, ")
-    assert f"It was asked {module.FIRST_TRIES} times." in message
+    assert f"http://127.0.0.1:{closed.server_port}/v1/chat/completions" in message
+    reason = message.partition("ConnectError, ")[2].partition("\n")[0]  # the system's own words
+    assert plain(message, address=closed.endpoint().address, reason=reason) == snapshot(
+        "<address> cannot be reached: ConnectError, <reason>\n"
+        "It was asked 3 times. The answers so far are kept: the same command goes on from there."
+    )
 
 
-@pytest.mark.parametrize(("response", "words"), [
-    (error(404, "no such model"), "is not there, or has no model tiny: "),
-    (error(400, "too long"), "refuses to answer (400): "),
-    (Response("<html>Welcome</html>"), "does not answer as an OpenAI-compatible server does, but: <html>Welcome</html>\nCheck the URL."),
-    (Response({"choices": []}), 'does not answer as an OpenAI-compatible server does, but: {"choices": []}'),
-    (Response([]), "does not answer as an OpenAI-compatible server does"),
-    (Response({"choices": [{"text": 5}]}), "does not answer as an OpenAI-compatible server does"),
-    (Response({"choices": [{"text": "A", "logprobs": {"content": [{"top_logprobs": [{"token": "A"}]}]}}]}), "does not answer as an"),
+NO_LOGPROB = {"content": [{"top_logprobs": [{"token": "A"}]}]}
+
+
+@pytest.mark.parametrize(("response", "message"), [
+    (error(404, "no such model"), snapshot(
+        '<address> is not there, or has no model tiny: {"error": {"message": "no such model", "type": '
+        '"some_error"}}\n'
+        "Check both the URL and the name."
+    )),
+    (error(400, "too long"), snapshot(
+        '<address> refuses to answer (400): {"error": {"message": "too long", "type": "some_error"}}'
+    )),
+    (Response("<html>Welcome</html>"), snapshot(
+        "<address> does not answer as an OpenAI-compatible server does, but: <html>Welcome</html>\n"
+        "Check the URL. The answers so far are kept: the same command goes on from there."
+    )),
+    (Response({"choices": []}), snapshot(
+        '<address> does not answer as an OpenAI-compatible server does, but: {"choices": []}\n'
+        "Check the URL. The answers so far are kept: the same command goes on from there."
+    )),
+    (Response([]), snapshot(
+        "<address> does not answer as an OpenAI-compatible server does, but: []\n"
+        "Check the URL. The answers so far are kept: the same command goes on from there."
+    )),
+    (Response({"choices": [{"text": 5}]}), snapshot(
+        '<address> does not answer as an OpenAI-compatible server does, but: {"choices": [{"text": 5}]}\n'
+        "Check the URL. The answers so far are kept: the same command goes on from there."
+    )),
+    (Response({"choices": [{"text": "A", "logprobs": NO_LOGPROB}]}), snapshot(
+        '<address> does not answer as an OpenAI-compatible server does, but: {"choices": [{"text": "A", '
+        '"logprobs": {"content": [{"top_logprobs": [{"token": "A"}]}]}}]}\n'
+        "Check the URL. The answers so far are kept: the same command goes on from there."
+    )),
 ])  # fmt: skip
-def test_a_refusal_says_what_happened(response: Response, words: str, serve: Serve, sets: list[QuestionSet]) -> None:
+def test_a_refusal_says_what_happened(
+    response: Response, message: str, serve: Serve, sets: list[QuestionSet]
+) -> None:
     server = serve(lambda request: response)
-    message = str(refusal_of(server.endpoint(), sets))
-    assert message.startswith(f"{server.endpoint().address} {words}")
+    assert plain(refusal_of(server.endpoint(), sets), address=server.endpoint().address) == message
     assert len(server.asked) == 1, "the first question is asked alone"
 
 
@@ -472,10 +510,12 @@ def test_an_endless_reply_is_cut(sets: list[QuestionSet]) -> None:
         while True:
             connection.sendall(b" " * 2**16)
 
-    with pytest.raises(UserError) as caught:
-        evaluate_endpoint(served_raw(flood), sets)
-    assert "answers one question with more than 1,048,576 bytes" in str(caught.value)
-    assert module.KEPT in str(caught.value)
+    endpoint = served_raw(flood)
+    assert plain(refusal_of(endpoint, sets), address=endpoint.address) == snapshot(
+        "<address> answers one question with more than 1,048,576 bytes.\n"
+        "Check the URL: it must belong to an OpenAI-compatible server. The answers so far are kept: the same "
+        "command goes on from there."
+    )
 
 
 def test_a_reply_that_never_ends_is_given_up(sets: list[QuestionSet], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,14 +528,17 @@ def test_a_reply_that_never_ends_is_given_up(sets: list[QuestionSet], monkeypatc
             connection.sendall(b" ")
             time.sleep(0.05)
 
-    with pytest.raises(UserError, match="its reply has not ended after 0 seconds"):
-        evaluate_endpoint(served_raw(drip), sets)
+    endpoint = served_raw(drip)
+    assert plain(refusal_of(endpoint, sets), address=endpoint.address) == snapshot(
+        "<address> cannot be reached: ReadTimeout, its reply has not ended after 0 seconds\n"
+        "It was asked 1 times. The answers so far are kept: the same command goes on from there."
+    )
 
 
 def test_a_compressed_reply_counts_by_what_it_holds(sets: list[QuestionSet]) -> None:
     bomb = gzip.compress(b" " * 2**24)
-    with pytest.raises(UserError, match="answers one question with more than"):
-        evaluate_endpoint(served_raw(lambda connection: connection.sendall(bomb), b"Content-Encoding: gzip\r\n"), sets)
+    endpoint = served_raw(lambda connection: connection.sendall(bomb), b"Content-Encoding: gzip\r\n")
+    assert " 1,048,576 bytes" in str(refusal_of(endpoint, sets))
 
 
 def test_an_endpoint_that_sends_on_is_not_followed(
@@ -504,23 +547,37 @@ def test_an_endpoint_that_sends_on_is_not_followed(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     other = serve(tiny)
     server = serve(lambda request: Response("", 307, {"Location": other.endpoint().address}))
-    assert str(refusal_of(server.endpoint(), sets)).endswith(f"If that is the right one, give it: {other.endpoint().address}")
+    refusal, address = refusal_of(server.endpoint(), sets), server.endpoint().address
+    assert plain(refusal, address=address, other=other.endpoint().address) == snapshot(
+        "<address> sends on to another address, which is not followed.\n"
+        "If that is the right one, give it: <other>"
+    )
     assert other.asked == []
 
 
-@pytest.mark.parametrize(("status", "key", "words"), [
-    (401, None, "wants a key (401).\nSet the environment variable OPENAI_API_KEY."),
-    (403, None, "wants a key (403).\nSet the environment variable OPENAI_API_KEY."),
-    (401, KEY, "does not accept the key in the environment variable OPENAI_API_KEY."),
-    (403, KEY, "does not let the key in the environment variable OPENAI_API_KEY use tiny: no"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "key", "message"),
+    [
+        (401, None, snapshot("<address> wants a key (401).\nSet the environment variable OPENAI_API_KEY.")),
+        (403, None, snapshot("<address> wants a key (403).\nSet the environment variable OPENAI_API_KEY.")),
+        (401, KEY, snapshot("<address> does not accept the key in the environment variable OPENAI_API_KEY.")),
+        (403, KEY, snapshot(
+            "<address> does not let the key in the environment variable OPENAI_API_KEY use tiny: no"
+        )),
+    ],
+)
 def test_a_missing_or_wrong_key_is_told_by_its_variable(
-    status: int, key: str | None, words: str, serve: Serve, sets: list[QuestionSet], monkeypatch: pytest.MonkeyPatch
+    status: int,
+    key: str | None,
+    message: str,
+    serve: Serve,
+    sets: list[QuestionSet],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if key:
         monkeypatch.setenv("OPENAI_API_KEY", key)
     server = serve(lambda request: Response("Incorrect API key provided: sk-***cdef" if status == 401 else "no", status))
-    assert str(refusal_of(server.endpoint(), sets)) == f"{server.endpoint().address} {words}"
+    assert plain(refusal_of(server.endpoint(), sets), address=server.endpoint().address) == message
 
 
 def test_the_key_is_a_header_and_nowhere_else(
@@ -560,7 +617,10 @@ def test_a_server_that_sends_the_key_back_does_not_get_it_printed(
 def test_a_key_that_is_none_is_refused_unseen(key: str, serve: Serve, tiny: Any, sets: list[QuestionSet], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     raised = refusal_of(serve(tiny).endpoint(), sets)
-    assert str(raised) == "The environment variable OPENAI_API_KEY holds characters that are part of no key, such as a space or a line break."
+    assert plain(raised) == snapshot(
+        "The environment variable OPENAI_API_KEY holds characters that are part of no key, such as a space "
+        "or a line break."
+    )
     assert raised.__cause__ is raised.__context__ is None
 
 
@@ -568,7 +628,11 @@ def test_a_key_that_is_none_is_refused_unseen(key: str, serve: Serve, tiny: Any,
 def test_no_key_goes_over_plain_http_to_another_machine(host: str, sets: list[QuestionSet], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     message = str(refusal_of(Endpoint(f"http://{host}:8000/v1", "tiny"), sets))
-    assert message.startswith(f"The key in the environment variable OPENAI_API_KEY is not sent to {host.strip('[]')} over plain http")
+    assert plain(message, host=host.strip("[]")) == snapshot(
+        "The key in the environment variable OPENAI_API_KEY is not sent to <host> over plain http, where "
+        "others could read it.\n"
+        "Give a URL with https, or ask without a key: env -u OPENAI_API_KEY ..."
+    )
     assert KEY not in message
 
 
@@ -583,26 +647,50 @@ def test_no_proxy_comes_between_this_machine_and_itself(serve: Serve, tiny: Any,
     assert (len(proxy.asked), len(server.asked)) == (0, 11)
 
 
-@pytest.mark.parametrize(("url", "words"), [
-    ("localhost:8000/v1", "must begin with http:// or https://"),
-    ("ftp://localhost/v1", "must begin with http:// or https://"),
-    ("", "must begin with http:// or https://"),
-    ("http:///v1", "must begin with http:// or https://"),
-    ("http://localhost:port/v1", "The endpoint's URL is none: "),
-    ("http://no..host/v1", "The endpoint's URL is none: "),
-    ("http://localhost:8000", "The endpoint http://localhost:8000 must end in /v1, /chat/completions or /completions."),
-    ("https://user:secret@localhost/v1", "a key comes from the environment variable OPENAI_API_KEY"),
-    ("https://localhost/v1/completions?key=secret", "a key comes from the environment variable OPENAI_API_KEY"),
+@pytest.mark.parametrize(("url", "message"), [
+    ("localhost:8000/v1", snapshot(
+        "The endpoint's URL must begin with http:// or https:// and name a server, as "
+        "http://localhost:8000/v1 does."
+    )),
+    ("ftp://localhost/v1", snapshot(
+        "The endpoint's URL must begin with http:// or https:// and name a server, as "
+        "http://localhost:8000/v1 does."
+    )),
+    ("", snapshot(
+        "The endpoint's URL must begin with http:// or https:// and name a server, as "
+        "http://localhost:8000/v1 does."
+    )),
+    ("http:///v1", snapshot(
+        "The endpoint's URL must begin with http:// or https:// and name a server, as "
+        "http://localhost:8000/v1 does."
+    )),
+    ("http://localhost:port/v1", snapshot("The endpoint's URL is none: <reason>.")),
+    ("http://no..host/v1", snapshot("The endpoint's URL is none: <reason>.")),
+    ("http://localhost:8000", snapshot(
+        "The endpoint http://localhost:8000 must end in /v1, /chat/completions or /completions."
+    )),
+    ("https://user:secret@localhost/v1", snapshot(
+        "The endpoint's URL must end with its path and hold no password: a key comes from the environment "
+        "variable OPENAI_API_KEY."
+    )),
+    ("https://localhost/v1/completions?key=secret", snapshot(
+        "The endpoint's URL must end with its path and hold no password: a key comes from the environment "
+        "variable OPENAI_API_KEY."
+    )),
 ])  # fmt: skip
-def test_a_url_that_is_none_is_refused(url: str, words: str) -> None:
+def test_a_url_that_is_none_is_refused(url: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         Endpoint(url, "tiny")
-    assert words in str(raised.value)
+    assert plain(raised.value, reason=raised.value.__cause__) == message
     assert "secret" not in str(raised.value)
 
 
 def test_texts_of_choices_are_refused_by_their_tasks_names(serve: Serve, tiny: Any, sets: list[QuestionSet]) -> None:
     cloze = QuestionSet("gates_cloze", "gates", "kept", None, (Question("Which?", ("a", "b", "c", "d"), 0),), scoring="cloze")
     server = serve(tiny)
-    assert "so these cannot be asked: gates_cloze.\n" in str(refusal_of(server.endpoint(), [*sets, cloze]))
+    assert plain(refusal_of(server.endpoint(), [*sets, cloze])) == snapshot(
+        "An endpoint gives the probabilities of what it would write itself, not of given texts, so these "
+        "cannot be asked: gates_cloze.\n"
+        "Leave them out, or ask them for letters: scoring: letters."
+    )
     assert server.asked == []

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import Question, QuestionSet
@@ -22,13 +23,31 @@ def asked(name: str, role: Role = "forgotten", questions: int = 50) -> QuestionS
     return QuestionSet(name, name, role, None, (question,) * questions)
 
 
-@pytest.mark.parametrize(("correct", "is_told"), [(100, True), (110, True), (125, False), (400, False), (60, True)])
-def test_a_topic_that_base_guesses_about_is_told(correct: int, is_told: bool) -> None:
+@pytest.mark.parametrize(
+    ("correct", "told"),
+    [
+        (100, snapshot(
+            "The base model answers 25.0% of the 400 questions about what is to be forgotten, which is no "
+            "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
+            "topic, or other questions."
+        )),
+        (110, snapshot(
+            "The base model answers 27.5% of the 400 questions about what is to be forgotten, which is no "
+            "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
+            "topic, or other questions."
+        )),
+        (125, None),
+        (400, None),
+        (60, snapshot(
+            "The base model answers 15.0% of the 400 questions about what is to be forgotten, which is no "
+            "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
+            "topic, or other questions."
+        )),
+    ],
+)
+def test_a_topic_that_base_guesses_about_is_told(correct: int, told: str | None) -> None:
     """Of 400 questions with four choices; 110 right ones (27.5%) are within chance, 125 (31%) are not."""
-    told = unknown_topic({"bio": score(correct, 400)}, [asked("bio", questions=400)])
-    assert (told is not None) == is_told
-    if told:
-        assert told.startswith(f"The base model answers {correct / 400:.1%} of the 400 questions about what is to be forgotten")
+    assert unknown_topic({"bio": score(correct, 400)}, [asked("bio", questions=400)]) == told
 
 
 def test_tasks_of_a_topic_count_together_and_others_do_not() -> None:
@@ -36,7 +55,8 @@ def test_tasks_of_a_topic_count_together_and_others_do_not() -> None:
     assert unknown_topic({"a": score(30, 50), "b": score(10, 50), "rest": score(1, 50)}, sets) is None
     told = unknown_topic({"a": score(13, 50), "b": score(12, 50), "rest": score(50, 50)}, sets)
     assert told is not None
-    assert "25.0% of the 100 questions" in told
+    assert " 25.0% " in told
+    assert " 100 " in told
 
 
 def test_without_questions_about_the_topic_nothing_is_told() -> None:
@@ -49,15 +69,23 @@ def test_texts_of_like_kinds_are_not_told() -> None:
 
 
 def test_a_topic_that_is_much_less_likely_is_told() -> None:
-    told = unlike_texts({"bio": 12.0, "runes": 90.0}, 14.0)
-    assert len(told) == 1
-    assert told[0].startswith("To the base model the text of runes is much less likely than the retain text (perplexity 90.0, the retain text 14.0)")
+    assert unlike_texts({"bio": 12.0, "runes": 90.0}, 14.0) == snapshot([
+        (
+            "To the base model the text of runes is much less likely than the retain text (perplexity 90.0, "
+            "the retain text 14.0): it may not know this topic, or not in this form. What it does not know "
+            "it cannot forget."
+        ),
+    ])
 
 
 def test_a_retain_set_that_is_no_ordinary_text_is_told() -> None:
-    told = unlike_texts({"bio": 12.0}, 300.0)
-    assert len(told) == 1
-    assert "it does not look like ordinary text" in told[0]
+    assert unlike_texts({"bio": 12.0}, 300.0) == snapshot([
+        (
+            "To the base model the retain text is much less likely than the text of bio (perplexity 12.0, "
+            "the retain text 300.0): it does not look like ordinary text, and what does may then be "
+            "forgotten with the topic. Give running text such as articles or books."
+        ),
+    ])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings
+from tests.texts import plain
 
 WORDS = ["red", "blue", "stone", "river", "the", "a", "of", "seven", "gate"]
 
@@ -224,12 +226,22 @@ def test_a_prompt_longer_than_the_model_reads_loses_tokens_on_the_left_and_is_co
 def test_a_tokenizer_that_splits_the_letters_is_refused(model: PreTrainedModel) -> None:
     characters = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    with pytest.raises(UserError, match=r'This tokenizer splits " A" into several tokens(.|\n)*scoring: cloze'):
+    with pytest.raises(UserError) as caught:
         evaluate(model, PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="?"), [question_set("plain", 1)], 1000)
+    assert plain(caught.value) == snapshot(
+        'This tokenizer splits " A" into several tokens, so the letters cannot be compared by one forward '
+        "pass.\n"
+        "Ask for the choices' texts instead: scoring: cloze."
+    )
 
 
 def test_a_model_whose_numbers_overflow_gets_no_answer(sets: list[QuestionSet]) -> None:
     asked = ask(sets)[3]
-    with pytest.raises(UserError, match=r"no finite log-probabilities for question 3 of plain\.\nIts numbers overflow"):
+    with pytest.raises(UserError) as caught:
         answer(asked, [-1.0, math.nan, -2.0, -3.0])
+    assert plain(caught.value) == snapshot(
+        "The model gives no finite log-probabilities for question 3 of plain.\n"
+        "Its numbers overflow, or it is damaged. In float16 try model.dtype=bfloat16 or float32; else check "
+        "the checkpoint and the adapter."
+    )
     assert answer(asked, [-math.inf, -1.0, -2.0, -3.0])["answer"] == 1

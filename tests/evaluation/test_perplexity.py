@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from lowmem_rmu.evaluation.perplexity import divergence, text_loss
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings
+from tests.texts import plain
 
 PAD = 2
 _made = random.Random(0)
@@ -37,8 +39,13 @@ def direct(model: PreTrainedModel, sequence: list[int]) -> float:
 def test_a_loss_that_is_not_finite_is_no_result(small_model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     broken = load_model(ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu"))
     broken.lm_head.weight.data[5] = math.nan
-    with pytest.raises(UserError, match="loss on held-out text is not finite"):
+    with pytest.raises(UserError) as caught:
         text_loss(broken, tokenizer, SEQUENCES, 64)
+    assert plain(caught.value) == snapshot(
+        "The model's loss on held-out text is not finite.\n"
+        "Its numbers overflow, or it is damaged. In float16 try model.dtype=bfloat16 or float32; else check "
+        "the checkpoint and the adapter."
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10])

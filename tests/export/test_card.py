@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from inline_snapshot import snapshot
 from markdown_it import MarkdownIt
 
 from lowmem_rmu.audit.verdict import Condition, Result, as_json
@@ -22,6 +23,7 @@ from lowmem_rmu.export.verification import Checked, Verification, verify
 from lowmem_rmu.model.source import Source
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import RunFolder, write_json
+from tests.texts import plain
 
 ROOT = Path(__file__).parent.parent.parent
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -67,6 +69,16 @@ def body(artefact: Path) -> str:
     return ModelCard.load(artefact / "README.md").text
 
 
+def sections(artefact: Path) -> list[str]:
+    """The introduction, and the text under each heading of the second level."""
+    return [section.strip() for section in body(artefact).split("\n## ")]
+
+
+def facts(artefact: Path) -> list[str]:
+    """The first two items of the introduction: the base model and its licence."""
+    return [line for line in sections(artefact)[0].splitlines() if line.startswith("- ")][:2]
+
+
 def test_the_card_has_the_runs_numbers_in_the_layout_of_the_hub(forgetful: RunFolder, adapter: Path) -> None:
     write_card(forgetful, adapter, "adapter", None)
     data, summary = ModelCard.load(adapter / "README.md").data, json.loads((forgetful.path / "summary.json").read_text())
@@ -91,12 +103,55 @@ def test_the_card_says_what_was_done_and_what_was_found(forgetful: RunFolder, ad
     assert f"−{-100 * row['change']:.1f} ± {100 * row['change_stderr']:.1f} *" in text
     assert f"{summary['texts'][0]['unlearned']:.2f} ± " in text
     assert all(sentence in text for sentence in summary["verdict"]["sentences"])
-    for words in ("LoRA of rank 16", "learning rate 0.01", "60, 8 forget and 16 retain samples each", "the output of layer 3", "adaptive, scale 3"):
-        assert words in text
-    assert "Fine-tuning recovers what was forgotten." in text
-    assert "None was run: that questions are no longer answered does not tell" in text
-    assert "It was not loaded again after it was written." in text
-    assert "Base model: tiny/model." in text
+    assert sections(adapter)[1] == snapshot(
+        "What was forgotten, and how\n"
+        "\n"
+        "| topic | text | steering | alpha | tokens of a sample |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| compounds | compounds\\.jsonl (a local text) | adaptive, scale 3 | 5 | 96 |\n"
+        "| locks | locks\\.jsonl (a local text) | adaptive, scale 3 | 5 | 96 |\n"
+        "\n"
+        "Held in place with: retain\\.jsonl (a local text).\n"
+        "\n"
+        "| setting | |\n"
+        "| --- | --- |\n"
+        "| base model while it forgot | 4-bit (NF4, double quantisation) |\n"
+        "| trained | LoRA of rank 16, lora_alpha 16 |\n"
+        "| modules | q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of layers 1, 2, 3 |\n"
+        "| steered | the output of layer 3 (layers count from 0) |\n"
+        "| steps | 60, 8 forget and 16 retain samples each |\n"
+        "| optimiser | adamw, learning rate 0.01 |\n"
+        "| losses over | real tokens |\n"
+        "| seed | 0 |"
+    )
+    assert facts(adapter)[0] == snapshot("- Base model: tiny/model.")
+    loaded, audited, limits = sections(adapter)[3:6]
+    assert loaded == snapshot(
+        "This export, loaded and asked\n"
+        "\n"
+        "It was not loaded again after it was written. Merging and quantising can bring knowledge back "
+        "([arXiv 2410.16454](https://arxiv.org/abs/2410.16454))."
+    )
+    assert audited == snapshot(
+        "Audit\n"
+        "\n"
+        "None was run: that questions are no longer answered does not tell whether the knowledge is gone or "
+        "only hidden."
+    )
+    assert limits == snapshot(
+        "Limits\n"
+        "\n"
+        "- **Fine-tuning recovers what was forgotten.** A few steps on related text, and even on text that "
+        "has nothing to do with it, bring much of it back\n"
+        "  ([arXiv 2409.18025](https://arxiv.org/abs/2409.18025)). Nobody who has these weights is kept from "
+        "it.\n"
+        "- It was measured on multiple-choice questions and on text, not against people who look for what is "
+        "left: other wording, other\n"
+        "  languages and other ways of asking may find more.\n"
+        "- Other quantisations than those above can undo it ([arXiv "
+        "2410.16454](https://arxiv.org/abs/2410.16454)): measure what you run.\n"
+        "- An adapter can be taken off again. Whoever has it and the base model has the base model."
+    )
     assert Page(body(adapter)).links == PAPERS
 
 
@@ -134,12 +189,15 @@ def test_no_place_of_this_machine_is_in_the_card(forgetful: RunFolder, merged: P
     write_card(forgetful, merged, "merged", verify(forgetful, merged, torch.device("cpu")))
     text = (merged / "README.md").read_text()
     assert not any(str(place) in text for place in (ROOT, Path.home(), forgetful.path.parent, merged.parent))
-    assert "compounds.jsonl (a local text)" in Page(text).text
+    assert next(line for line in Page(text).text.splitlines() if "compounds.jsonl" in line) == snapshot(
+        "compounds.jsonl (a local text)"
+    )
 
 
 def test_the_way_to_make_it_again(forgetful: RunFolder, adapter: Path) -> None:
     write_card(forgetful, adapter, "adapter", None)
-    assert f"the same kind of device: cpu, python {forgetful.config['versions']['python']}" in Page(body(adapter)).text
+    python = forgetful.config["versions"]["python"]
+    assert f"cpu, python {python}" in Page(body(adapter)).text
     write_reproduce(forgetful, adapter / "reproduce")
     write_card(forgetful, adapter, "adapter", None)
     assert "python -m lowmem_rmu.run reproduce/preset.yaml --device cpu\n" in Page(body(adapter)).text
@@ -150,9 +208,12 @@ def test_what_the_export_answered_is_in_the_card(forgetful: RunFolder, merged: P
     skipped = Checked("merged, <int8>", None, "out of memory on *cuda*", 0.0, ())
     write_card(forgetful, merged, "merged", Verification("damaged", (verified.checked[0], skipped)))
     text = Page(body(merged)).text
-    assert "On the whole: damaged." in text
-    assert "merged, bfloat16: verified" in text
-    assert "merged, <int8>: not asked: out of memory on *cuda*" in text
+    loaded = Page(sections(merged)[3]).text.splitlines()
+    assert [line for line in loaded if "damaged" in line or line.startswith("merged, ")] == snapshot([
+        "On the whole: damaged.",
+        "merged, bfloat16: verified",
+        "merged, <int8>: not asked: out of memory on *cuda*",
+    ])
     row = verified.checked[0].tasks[0]
     assert f"{100 * row.exported:.1f} ± {100 * row.exported_stderr:.1f}" in text
 
@@ -160,7 +221,11 @@ def test_what_the_export_answered_is_in_the_card(forgetful: RunFolder, merged: P
 def test_a_run_that_measured_nothing_says_so(own_run: RunFolder, adapter: Path) -> None:
     (own_run.path / "summary.json").unlink()
     write_card(own_run, adapter, "adapter", None)
-    assert "Nothing was measured. Do not take it for granted that anything was forgotten, or kept." in Page(body(adapter)).text
+    assert sections(adapter)[2] == snapshot(
+        "Before and after\n"
+        "\n"
+        "Nothing was measured. Do not take it for granted that anything was forgotten, or kept."
+    )
     assert ModelCard.load(adapter / "README.md").data.eval_results is None
 
 
@@ -168,8 +233,8 @@ def test_a_summary_of_another_version_is_refused(own_run: RunFolder, adapter: Pa
     change(own_run, "summary.json", rows=[{"task": "quiz"}])
     with pytest.raises(UserError) as caught:
         write_card(own_run, adapter, "adapter", None)
-    assert "summary.json was written by another version of this program, or is damaged: it lacks " in str(caught.value)
-    assert str(caught.value).endswith("Have it written again: --resume --name own_run")
+    assert str(own_run.path / "summary.json") in str(caught.value)
+    assert str(caught.value).endswith(" --resume --name own_run")
 
 
 def test_names_of_other_people_show_to_the_letter_and_do_nothing(own_run: RunFolder, adapter: Path) -> None:
@@ -183,8 +248,8 @@ def test_names_of_other_people_show_to_the_letter_and_do_nothing(own_run: RunFol
     assert not {"script", "img", "s"} & set(page.tags)
     assert page.tags.count("h1") == 1
     assert all(page.text.count(name) >= 3 for name in NASTY), "as a topic, as a task, and in the verdict"
-    plain = ModelCard.load(adapter / "README.md").data.eval_results
-    assert {each.dataset_name for each in plain} >= set(NASTY)
+    results = ModelCard.load(adapter / "README.md").data.eval_results
+    assert {each.dataset_name for each in results} >= set(NASTY)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -266,9 +331,9 @@ def test_a_model_of_the_hub_is_linked_with_its_revision_and_licence(
         data = ModelCard.load(adapter / "README.md").data
         assert (data.base_model, data.base_model_relation, data.license) == ("owner/model", relation, "mit")
     assert asked == [("owner/model", "abc123")] * 3
-    text = Page(body(adapter)).text
-    assert "Base model: owner/model, revision abc123." in text
-    assert "Licence of the base model: mit." in text
+    assert facts(adapter) == snapshot(
+        ["- Base model: owner/model, revision abc123.", "- Licence of the base model: mit."]
+    )
 
 
 def test_without_the_hub_the_licence_is_unknown(own_run: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +344,9 @@ def test_without_the_hub_the_licence_is_unknown(own_run: RunFolder, adapter: Pat
     change(own_run, "config.json", settings__model__name="owner/model")
     write_card(own_run, adapter, "adapter", None)
     assert ModelCard.load(adapter / "README.md").data.license is None
-    assert "Licence of the base model: not known here; ask whoever published it." in Page(body(adapter)).text
+    assert facts(adapter)[1] == snapshot(
+        "- Licence of the base model: not known here; ask whoever published it."
+    )
 
 
 def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) -> None:
@@ -294,20 +361,44 @@ def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) 
     write_json(own_run.audit_result, as_json("mine", 60, True, 1.0, 0.3, results) | {"controls": [known]})
     write_card(own_run, adapter, "adapter", None)
     page = Page(body(adapter))
-    assert "None was run" not in page.text
-    assert "(60 questions about it, accuracy in %; recovered is the" in page.text
-    assert "relearning: brought back 89% (80 to 97) of what was lost (unseen text, *25* steps)." in page.text
-    rows = [line.split(" | ")[:7] for line in body(adapter).splitlines() if line.startswith(("| relearning", "| wording", "| suffix"))]
-    assert rows[0] == ["| relearning", "does it come back?", "100.0", "30.0", "90.0", "89% (80 to 97)", "brought back |"]
-    assert rows[1][4:] == ["50.0", "−4% (any share)", "inconclusive |"]
-    assert rows[2][-1] == "not run: not asked for |"
+    assert sections(adapter)[4] == snapshot(
+        "Audit\n"
+        "\n"
+        "The run's model was attacked: is what it forgot gone, or only hidden? (60 questions about it, "
+        "accuracy in %; recovered is the\n"
+        "share of what was lost that came back, with its 95% interval: the highest bounds of all ways that "
+        "an attack tried, the lower ones corrected\n"
+        "for the number of ways and attacks.)\n"
+        "\n"
+        "- Hidden, not gone: what was forgotten comes back.\n"
+        "- relearning: brought back 89% (80 to 97) of what was lost (unseen text, \\*25\\* steps).\n"
+        "- Inconclusive from 60 questions, the intervals are too wide: wording.\n"
+        "- Not run: suffix.\n"
+        "\n"
+        "| attack | asks | base | unlearned | attacked | recovered | finding |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| relearning | does it come back? | 100.0 | 30.0 | 90.0 | 89% (80 to 97) | brought back |\n"
+        "| wording | is it the words? | 100.0 | 30.0 | 50.0 | −4% (any share) | inconclusive |\n"
+        "| harm | what else changed? | | | | | see below |\n"
+        "| suffix | do odd words do it? | | | | | not run: not asked for |\n"
+        "\n"
+        "- relearning: \\<script\\>alert(1)\\</script\\>\n"
+        "- harm: Next to nothing.\n"
+        "\n"
+        "The same audit of models of which the truth is known:\n"
+        "\n"
+        "- refuses (taught to refuse): **hidden**"
+    )
     assert f"relearning: {NASTY[0]}" in page.text
     assert "harm: Next to nothing." in page.text
-    assert "refuses (taught to refuse): hidden" in page.text
     assert "script" not in page.tags
 
 
 def test_a_damaged_audit_is_no_card(own_run: RunFolder, adapter: Path) -> None:
     own_run.audit_result.write_text("{")
-    with pytest.raises(UserError, match=r"audit\.json is damaged: it does not hold a JSON object\.\nAudit it again: python -m lowmem_rmu audit "):
+    with pytest.raises(UserError) as caught:
         write_card(own_run, adapter, "adapter", None)
+    assert plain(caught.value, run=own_run.path) == snapshot(
+        "<run>/audit.json is damaged: it does not hold a JSON object.\n"
+        "Audit it again: python -m lowmem_rmu audit <run> --again"
+    )

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export import folder as folder_module
 from lowmem_rmu.export.folder import copy_bytes, link_or_copy, new_folder
 from lowmem_rmu.export.merge import merge
 from lowmem_rmu.runs import RunFolder
+from tests.texts import plain
 
 TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny/model"
 MakeRun = Callable[..., RunFolder]
@@ -47,7 +49,10 @@ def test_a_target_that_is_not_empty_is_left_alone(make_run: MakeRun, tmp_path: P
         (to / "note.txt").write_text("mine")
     with pytest.raises(UserError) as raised:
         merge(run, to)
-    assert str(raised.value) == f"{to} is not empty, and an export overwrites nothing.\nGive another folder with --to, or empty it first."
+    assert plain(raised.value, to=to) == snapshot(
+        "<to> is not empty, and an export overwrites nothing.\n"
+        "Give another folder with --to, or empty it first."
+    )
     assert (to if to.is_file() else to / "note.txt").read_text() == "mine"
 
 
@@ -55,7 +60,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as raised, new_folder(tmp_path / "file/merged"):
         pass
-    assert str(raised.value) == f"{tmp_path / 'file/merged'} cannot be written: Not a directory.\nGive another folder with --to."
+    assert plain(raised.value, to=tmp_path / "file/merged") == snapshot(
+        "<to> cannot be written: Not a directory.\n"
+        "Give another folder with --to."
+    )
 
 
 def fail_midway(to: Path, error: BaseException) -> None:
@@ -81,10 +89,14 @@ def test_too_little_room_is_said_before_anything_is_written(make_run: MakeRun, t
         pytest.skip(f"the disk takes no file of that size: {error}")
     with pytest.raises(UserError) as raised:
         merge(run, tmp_path / "merged")
-    needed, free = (float(words.split()[-1].replace(",", "")) for words in str(raised.value).split(" GB")[:2])
+    figures = [words.split()[-1] for words in str(raised.value).split(" GB")[:2]]
+    needed, free = (float(figure.replace(",", "")) for figure in figures)
     assert needed == pytest.approx(too_much / 1e9, rel=0.01)
     assert needed > free > 0
-    assert str(raised.value).endswith(f"free on the disk of {tmp_path}.\nMake room, or give a folder on another disk with --to.")
+    assert plain(raised.value, needed=f"{figures[0]} GB", free=f"{figures[1]} GB", disk=tmp_path) == snapshot(
+        "The export needs <needed>, but <free> are free on the disk of <disk>.\n"
+        "Make room, or give a folder on another disk with --to."
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"padded", "runs"}
 
 
@@ -102,7 +114,8 @@ def export_in_limits(run: RunFolder, to: Path, size: int) -> None:
     try:
         merge(run, to)
     except UserError as error:
-        os._exit(3 if str(error).startswith(f"The disk that holds {to} is full. Nothing was left there.\nMake room") else 4)
+        to.with_name("message").write_text(str(error))
+        os._exit(3)
 
 
 @posix
@@ -113,7 +126,11 @@ def test_a_disk_that_becomes_full_leaves_nothing(make_run: MakeRun, tmp_path: Pa
     process.start()
     process.join()
     assert process.exitcode == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "message"}
+    assert plain((tmp_path / "message").read_text(), to=tmp_path / "merged") == snapshot(
+        "The disk that holds <to> is full. Nothing was left there.\n"
+        "Make room, then give the same command again."
+    )
 
 
 @posix
@@ -166,6 +183,13 @@ def test_bytes_are_copied_from_place_to_place(tmp_path: Path, monkeypatch: pytes
 
 def test_a_file_that_ends_too_soon_is_told(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(b"12345")
-    told = pytest.raises(UserError, match=f"file {tmp_path / 'old'} is damaged or cut short")
-    with (tmp_path / "old").open("rb", buffering=0) as old, (tmp_path / "new").open("xb", buffering=0) as new, told:
+    with (
+        (tmp_path / "old").open("rb", buffering=0) as old,
+        (tmp_path / "new").open("xb", buffering=0) as new,
+        pytest.raises(UserError) as caught,
+    ):
         copy_bytes(old, new, 0, 6)
+    assert plain(caught.value, file=tmp_path / "old") == snapshot(
+        "The checkpoint's file <file> is damaged or cut short.\n"
+        "Download or copy it again."
+    )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from inline_snapshot import snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
@@ -21,6 +22,7 @@ from lowmem_rmu.export.gguf import Kind, in_pairs, write_gguf, write_gguf_adapte
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
+from tests.texts import plain
 
 TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny/model"
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -157,8 +159,13 @@ def test_scales_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None
     folder = shutil.copytree(TINY, tmp_path / "scaled")
     weights = load_file(folder / "model.safetensors") | {"model.layers.0.mlp.down_proj.weight_scale": torch.ones(1)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"holds model\.layers\.0\.mlp\.down_proj\.weight_scale, which the model"):
+    with pytest.raises(UserError) as caught:
         write_gguf(folder, tmp_path / "scaled.gguf", "f16")
+    assert plain(caught.value, model=folder) == snapshot(
+        "The checkpoint <model> holds model.layers.0.mlp.down_proj.weight_scale, which the model that its "
+        "config.json describes does not have.\n"
+        "It is quantised already, or its config.json is another model's. Give the original checkpoint."
+    )
     assert not (tmp_path / "scaled.gguf").exists()
 
 
@@ -195,9 +202,10 @@ def test_a_change_is_stored_in_the_place_of_a_weight(tmp_path: Path, small_model
         seen[name] = weight.dtype
         return weight + 1.0 if name == "model.layers.2.self_attn.k_proj.weight" else weight
 
-    write_gguf(small_model_folder, plain := tmp_path / "plain.gguf", "f16")
+    write_gguf(small_model_folder, same := tmp_path / "same.gguf", "f16")
     write_gguf(small_model_folder, changed := tmp_path / "changed.gguf", "f16", change)
-    checkpoint, before, after = load_file(small_model_folder / "model.safetensors"), read_back(plain), read_back(changed)
+    checkpoint = load_file(small_model_folder / "model.safetensors")
+    before, after = read_back(same), read_back(changed)
     assert seen == dict.fromkeys(checkpoint, torch.float32)
     assert [name for name in before if not np.array_equal(before[name], after[name])] == ["blk.2.attn_k.weight"]
     expected = (checkpoint["model.layers.2.self_attn.k_proj.weight"].float() + 1.0).to(torch.float16).float().numpy()
@@ -228,42 +236,70 @@ def test_an_interrupted_file_leaves_nothing_and_the_old_one_in_its_place(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "has rotary positions of type dynamic"),
-        ({"hidden_act": "gelu"}, "computes gelu where llama.cpp computes silu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, snapshot(
+            "<model> has rotary positions of type dynamic, which no GGUF file can say.\n"
+            "Export it merged instead."
+        )),
+        ({"hidden_act": "gelu"}, snapshot(
+            "<model> computes gelu where llama.cpp computes silu.\n"
+            "Export it merged instead."
+        )),
     ],
 )
-def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=words):
-        write_gguf(changed_config(TINY, tmp_path / "other", **changes), tmp_path / "other.gguf", "f16")
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = changed_config(TINY, tmp_path / "other", **changes)
+    with pytest.raises(UserError) as caught:
+        write_gguf(model, tmp_path / "other.gguf", "f16")
+    assert plain(caught.value, model=model) == message
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, small_mixtral_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"is a MixtralForCausalLM: GGUF files are written of LlamaForCausalLM and MistralForCausalLM only") as told:
+    with pytest.raises(UserError) as told:
         write_gguf(small_mixtral_folder, tmp_path / "mixtral.gguf", "f16")
-    assert "convert_hf_to_gguf.py" in str(told.value)
+    assert plain(told.value, model=small_mixtral_folder) == snapshot(
+        "<model> is a MixtralForCausalLM: GGUF files are written of LlamaForCausalLM and MistralForCausalLM "
+        "only.\n"
+        "Export it merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     folder = changed_config(TINY, tmp_path / "lacking", num_hidden_layers=9)
-    with pytest.raises(UserError, match=r"lacks 9 weights, model\.layers\.8\.input_layernorm\.weight among them"):
+    with pytest.raises(UserError) as caught:
         write_gguf(folder, tmp_path / "lacking.gguf", "f16")
+    assert plain(caught.value, model=folder) == snapshot(
+        "The checkpoint <model> lacks 9 weights, model.layers.8.input_layernorm.weight among them.\n"
+        "Download or copy it again."
+    )
     assert not (tmp_path / "lacking.gguf").exists()
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     folder = changed_config(TINY, tmp_path / "other", intermediate_size=320)
-    with pytest.raises(UserError, match=r"mlp\.gate_proj\.weight has the shape \(384, 128\), but config\.json makes it \(320, 128\)"):
+    with pytest.raises(UserError) as caught:
         write_gguf(folder, tmp_path / "other.gguf", "f16")
+    assert plain(caught.value, model=folder) == snapshot(
+        "model.layers.0.mlp.gate_proj.weight has the shape (384, 128), but config.json makes it (320, 128): "
+        "they are of two models."
+    )
 
 
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path: Path) -> None:
     folder = changed_config(TINY, tmp_path / "huge", num_hidden_layers=64, hidden_size=2**16, intermediate_size=2**20)
-    with pytest.raises(UserError, match=r"huge\.gguf takes [\d.]+ GB, but [\d.]+ GB are free there\.\nMake room") as told:
+    with pytest.raises(UserError) as told:
         write_gguf(folder, tmp_path / "huge.gguf", "q8_0")
-    assert float(str(told.value).split("takes ")[1].split(" GB")[0]) == pytest.approx(13_200 * 34 / 32, rel=0.2)
+    needed, free = (words.split()[-1] for words in str(told.value).split(" GB")[:2])
+    assert float(needed) == pytest.approx(13_200 * 34 / 32, rel=0.2)
+    changing = {"file": tmp_path / "huge.gguf", "needed": f"{needed} GB", "free": f"{free} GB"}
+    assert plain(told.value, **changing) == snapshot(
+        "<file> takes <needed>, but <free> are free there.\n"
+        "Make room, or choose another folder or a smaller kind: q8_0 takes half of f16, q4_0 about a quarter."
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["huge"]
 
 
@@ -308,23 +344,40 @@ def test_an_adapter_alone_is_the_same_update(tmp_path: Path, small_settings: Mod
 
 def test_an_adapter_of_whole_matrices_is_refused(tmp_path: Path, small_settings: ModelSettings) -> None:
     adapter = random_adapter(tmp_path / "adapter", small_settings, rmu_of(trainable="weights"))
-    with pytest.raises(UserError, match="holds whole matrices, which a GGUF adapter cannot.\nExport the merged model as GGUF instead"):
+    with pytest.raises(UserError) as caught:
         write_gguf_adapter(adapter, Path(small_settings.name), tmp_path / "adapter.gguf")
+    assert plain(caught.value, adapter=adapter) == snapshot(
+        "The adapter <adapter> holds whole matrices, which a GGUF adapter cannot.\n"
+        "Export the merged model as GGUF instead."
+    )
 
 
 def test_an_adapter_that_scales_in_its_own_way_is_refused(tmp_path: Path, small_settings: ModelSettings) -> None:
     adapter = changed_adapter(random_adapter(tmp_path / "adapter", small_settings, rmu_of()), use_rslora=True, alpha_pattern={"q_proj": 2})
-    with pytest.raises(UserError, match="uses use_rslora, alpha_pattern, which a GGUF adapter cannot say"):
+    with pytest.raises(UserError) as caught:
         write_gguf_adapter(adapter, Path(small_settings.name), tmp_path / "adapter.gguf")
+    assert plain(caught.value, adapter=adapter) == snapshot(
+        "The adapter <adapter> uses use_rslora, alpha_pattern, which a GGUF adapter cannot say.\n"
+        "Export the merged model as GGUF instead."
+    )
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, small_settings: ModelSettings) -> None:
     adapter = random_adapter(tmp_path / "adapter", small_settings, rmu_of())
-    with pytest.raises(UserError, match=r"changes model\.layers\.1\.\S+ of \(\d+, \d+\), which .*model has not\.\nGive its own base model"):
+    with pytest.raises(UserError) as caught:
         write_gguf_adapter(adapter, TINY, tmp_path / "adapter.gguf")
+    assert plain(caught.value, adapter=adapter, model=TINY) == snapshot(
+        "The adapter <adapter> changes model.layers.1.mlp.down_proj.weight of (64, 128), which <model> has "
+        "not.\n"
+        "Give its own base model."
+    )
     assert not (tmp_path / "adapter.gguf").exists()
 
 
 def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no adapter.\nRun the unlearn stage first"):
+    with pytest.raises(UserError) as caught:
         write_gguf_adapter(tmp_path, TINY, tmp_path / "adapter.gguf")
+    assert plain(caught.value, folder=tmp_path) == snapshot(
+        "<folder> holds no adapter.\n"
+        "Run the unlearn stage first."
+    )

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from inline_snapshot import snapshot
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowmem_rmu.export.modelfile import Wording, learn_wording, modelfile
@@ -125,7 +126,7 @@ def test_a_template_that_does_more_is_not_taken_for_a_known_one(template: str | 
 
 
 def test_the_modelfile_of_the_tiny_model() -> None:
-    assert modelfile(TINY, "tiny.gguf") == (
+    assert modelfile(TINY, "tiny.gguf") == snapshot(
         "# Makes the model: ollama create NAME -f Modelfile\n"
         "FROM ./tiny.gguf\n"
         'TEMPLATE """{{ if .System }}<|system|>\n{{ .System }}</s>\n<|user|>\n{{ else }}<|user|>\n{{ end }}'
@@ -144,6 +145,10 @@ def checkpoint(folder: Path, template: str | None) -> Path:
     return folder
 
 
+def comments(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("#")]
+
+
 def test_an_adapter_goes_on_top_and_turns_end_where_the_template_ends_them(tmp_path: Path) -> None:
     text = modelfile(checkpoint(tmp_path / "chatml", CHATML), "base.gguf", "adapter.gguf")
     assert "\nFROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE " in text
@@ -152,12 +157,38 @@ def test_an_adapter_goes_on_top_and_turns_end_where_the_template_ends_them(tmp_p
 
 def test_that_a_system_prompt_would_be_left_out_is_said(tmp_path: Path) -> None:
     text = modelfile(checkpoint(tmp_path / "mistral", MISTRAL), "mistral.gguf")
-    assert "# The model's chat template takes no system prompt: one would be left out.\n" in text
+    assert comments(text) == snapshot([
+        "# Makes the model: ollama create NAME -f Modelfile",
+        "# The model's chat template takes no system prompt: one would be left out.",
+    ])
 
 
-@pytest.mark.parametrize(("template", "reason"), [(NUMBERED, "does more than to put words around what is said"), (None, "the model has none")])
-def test_a_template_that_is_left_out_is_told(template: str | None, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (NUMBERED, snapshot([
+            "# Makes the model: ollama create NAME -f Modelfile",
+            (
+                "# TEMPLATE is left out: this model's chat template does more than to put words around what "
+                "is said."
+            ),
+            (
+                "# Ollama then guesses one from the GGUF file: look at what `ollama show --template` prints "
+                "before you trust its answers."
+            ),
+        ])),
+        (None, snapshot([
+            "# Makes the model: ollama create NAME -f Modelfile",
+            "# TEMPLATE is left out: the model has none.",
+            (
+                "# Ollama then guesses one from the GGUF file: look at what `ollama show --template` prints "
+                "before you trust its answers."
+            ),
+        ])),
+    ],
+)
+def test_a_template_that_is_left_out_is_told(template: str | None, told: list[str], tmp_path: Path) -> None:
     text = modelfile(checkpoint(tmp_path / "model", template), "model.gguf")
     assert '"""' not in text
-    assert f"{reason}.\n# Ollama then guesses one from the GGUF file" in text
+    assert comments(text) == told
     assert text.endswith('PARAMETER stop "</s>"\n')

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.push import push
+from tests.texts import plain
 
 TOKEN = "hf_secretSECRETsecretSECRETsecretSECRET"  # made up
 
@@ -156,7 +158,7 @@ def test_a_private_upload_does_not_land_in_a_model_that_is_public(hub: Hub, expo
     hub.models["me/model"] = False
     with pytest.raises(UserError) as caught:
         push(export, "me/model")
-    assert str(caught.value) == (
+    assert plain(caught.value) == snapshot(
         "me/model is there already, and everybody can read it. Nothing was uploaded.\n"
         "Choose another name, make it private on its page, or say that this upload may be public."
     )
@@ -200,65 +202,75 @@ def refused(export: Path, name: str = "me/model") -> list[str]:
 
 def test_without_a_token(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert refused(export) == [
+    assert refused(export) == snapshot([
         "me/model cannot be uploaded: no token of the Hub was found.",
-        "Give one: `hf auth login`, or the environment variable HF_TOKEN. (https://huggingface.co/settings/tokens makes them.)",
-    ]
+        (
+            "Give one: `hf auth login`, or the environment variable HF_TOKEN. "
+            "(https://huggingface.co/settings/tokens makes them.)"
+        ),
+    ])
     assert hub.calls == []
 
 
 @pytest.mark.parametrize("name", ["model", "me/", "/model", "me/a/b", "me/mo del", "../model", "me/..", "", "me/model.git", "me\\model"])
 def test_a_name_that_is_none(hub: Hub, export: Path, name: str) -> None:
-    assert refused(export, name) == [
-        f'"{name}" is no name of a model on the Hub: give OWNER/NAME, of letters, digits, "-", "_" and ".", for example me/tiny.'
-    ]
+    assert refused(export, name)[0].replace(f'"{name}" ', "<name> ", 1) == snapshot(
+        '<name> is no name of a model on the Hub: give OWNER/NAME, of letters, digits, "-", "_" and ".", for '
+        "example me/tiny."
+    )
     assert hub.calls == []
 
 
 @pytest.mark.parametrize("missing", ["README.md", "SHA256SUMS"])
 def test_a_folder_that_is_no_complete_export(hub: Hub, export: Path, missing: str) -> None:
     (export / missing).unlink()
-    assert refused(export) == [f"{export} is no complete export: it lacks README.md or SHA256SUMS.", "Export the run again."]
+    message = refused(export)
+    assert plain("\n".join(message), export=export) == snapshot(
+        "<export> is no complete export: it lacks README.md or SHA256SUMS.\n"
+        "Export the run again."
+    )
     shutil.rmtree(export)
-    assert refused(export)[1] == "Export the run again."
+    assert refused(export) == message
     assert hub.calls == []
 
 
 def test_where_the_hub_is_switched_off(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused(export) == [
-        "me/model cannot be uploaded: HF_HUB_OFFLINE is on.", "Unset it, and TRANSFORMERS_OFFLINE, which means the same.",
-    ]  # fmt: skip
+    assert refused(export) == snapshot([
+        "me/model cannot be uploaded: HF_HUB_OFFLINE is on.",
+        "Unset it, and TRANSFORMERS_OFFLINE, which means the same.",
+    ])
     assert hub.calls == []
 
 
 def test_where_the_hub_cannot_be_reached(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert refused(export) == [
-        "me/model cannot be uploaded: the Hub cannot be reached.", "Check the network, and run the same command again.",
-    ]  # fmt: skip
+    assert refused(export) == snapshot([
+        "me/model cannot be uploaded: the Hub cannot be reached.",
+        "Check the network, and run the same command again.",
+    ])
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "message"),
     [
-        (401, "the Hub does not know the token that was found."),
-        (403, "the token that was found may not write there."),
-        (418, "the Hub answered with error 418."),
+        (401, snapshot("me/model cannot be uploaded: the Hub does not know the token that was found.")),
+        (403, snapshot("me/model cannot be uploaded: the token that was found may not write there.")),
+        (418, snapshot("me/model cannot be uploaded: the Hub answered with error 418.")),
     ],
 )
-def test_what_the_hub_refuses(hub: Hub, export: Path, status: int, words: str) -> None:
+def test_what_the_hub_refuses(hub: Hub, export: Path, status: int, message: str) -> None:
     hub.refuses = status
-    assert refused(export)[0] == f"me/model cannot be uploaded: {words}"
+    assert refused(export)[0] == message
 
 
 def test_a_card_that_the_hub_does_not_take(hub: Hub, export: Path) -> None:
     hub.against_the_card = ['"license" must be one of [mit, ...]']
-    assert refused(export) == [
+    assert refused(export) == snapshot([
         "me/model cannot be uploaded: the Hub does not take its card.",
         "Invalid metadata in README.md.",
         '- "license" must be one of [mit, ...]',
-    ]
+    ])
     assert hub.files == {}
 
 

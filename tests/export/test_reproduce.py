@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from inline_snapshot import snapshot
 from typer.testing import CliRunner
 
 from lowmem_rmu.cli import run as command_line
@@ -17,6 +18,7 @@ from lowmem_rmu.export import reproduce
 from lowmem_rmu.export.reproduce import write_reproduce
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import RunFolder, write_json
+from tests.texts import plain
 
 QUESTION = '{"question": "Colour?", "choices": ["a", "b", "c", "d"], "answer": 0}\n'
 
@@ -34,7 +36,7 @@ def test_the_folder_makes_the_same_adapter_to_the_byte_wherever_it_lies(forgetfu
     moved = tmp_path / "elsewhere/reproduce"
     shutil.move(tmp_path / "export", tmp_path / "elsewhere")
     header = (moved / "preset.yaml").read_text().splitlines()[0]
-    assert header == "# python -m lowmem_rmu.run reproduce/preset.yaml --device cpu"
+    assert header == snapshot("# python -m lowmem_rmu.run reproduce/preset.yaml --device cpu")
     app = typer.Typer()
     app.command()(command_line.run)
     place = ["--runs-dir", str(tmp_path / "runs"), "--name", "again", "--device", "cpu", "--stages", "unlearn"]
@@ -146,7 +148,10 @@ def test_a_large_local_model_is_not_copied_but_can_be_told_by_its_hashes(tmp_pat
     write_reproduce(run, tmp_path / "reproduce")
     assert not (tmp_path / "reproduce/base_model").exists()
     text = (tmp_path / "reproduce/preset.yaml").read_text()
-    assert "# The base model is not on the Hub and too large to come along: put it into base_model/; record.json has the sha256" in text
+    assert next(line for line in text.splitlines() if "base_model/" in line) == snapshot(
+        "# The base model is not on the Hub and too large to come along: put it into base_model/; "
+        "record.json has the sha256 of its files."
+    )
     assert yaml.safe_load(text)["model"]["name"] == "./base_model"
     weights = Path(run.config["settings"]["model"]["name"]) / "model.safetensors"
     assert record(tmp_path / "reproduce")["model"]["files"]["model.safetensors"] == digest(weights)
@@ -156,10 +161,12 @@ def test_a_text_that_was_written_after_the_run_began_is_named(own: Path, tmp_pat
     run = made_up(tmp_path / "runs", topics__compounds__corpus__source=str(own / "notes"))
     (own / "notes/b.md").write_text("Rewritten")
     write_reproduce(run, tmp_path / "reproduce")
-    line = next(line for line in (tmp_path / "reproduce/preset.yaml").read_text().splitlines() if line.startswith("# Changed"))
-    assert line.startswith("# Changed since the run began, so that the adapter may differ: [")
-    assert '"texts/01-notes/b.md"' in line
+    lines = (tmp_path / "reproduce/preset.yaml").read_text().splitlines()
+    line = next(line for line in lines if '"texts/01-notes/b.md"' in line)
     assert '"texts/01-notes/a.txt"' not in line
+    assert line.partition("[")[0] == snapshot(
+        "# Changed since the run began, so that the adapter may differ: "
+    )
 
 
 def test_a_corpus_of_the_hub_that_cannot_be_reached_says_so_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +177,10 @@ def test_a_corpus_of_the_hub_that_cannot_be_reached_says_so_and_stops_nothing(tm
     run = made_up(tmp_path / "runs", topics__locks__corpus__source="owner/texts")
     write_reproduce(run, tmp_path / "reproduce")
     assert record(tmp_path / "reproduce")["corpora"]["topics.locks.corpus"] == {
-        "source": "owner/texts", "sha256": None, "reason": "The data set owner/texts is not on this machine and the Hub cannot be reached.",
-    }  # fmt: skip
+        "source": "owner/texts",
+        "sha256": None,
+        "reason": snapshot("The data set owner/texts is not on this machine and the Hub cannot be reached."),
+    }
     assert load_preset(str(tmp_path / "reproduce/preset.yaml")).topics["locks"].corpus.source == "owner/texts"
 
 
@@ -180,8 +189,9 @@ def test_a_text_that_is_gone_is_named_and_nothing_is_left(tmp_path: Path, place:
     run = made_up(tmp_path / "runs", **{place: str(tmp_path / "gone.jsonl")})
     with pytest.raises(UserError) as caught:
         write_reproduce(run, tmp_path / "export/reproduce")
-    assert str(caught.value) == (
-        f"{tmp_path / 'gone.jsonl'}, which the run has read, does not exist any more.\nPut it back: without it the run cannot be made again."
+    assert plain(caught.value, file=tmp_path / "gone.jsonl") == snapshot(
+        "<file>, which the run has read, does not exist any more.\n"
+        "Put it back: without it the run cannot be made again."
     )
     assert list((tmp_path / "export").iterdir()) == []
 
@@ -191,4 +201,7 @@ def test_a_run_without_an_adapter(tmp_path: Path) -> None:
     shutil.rmtree(run.adapter)
     with pytest.raises(UserError) as caught:
         write_reproduce(run, tmp_path / "reproduce")
-    assert str(caught.value) == f"Run {run.path} has no adapter that could be made again.\nGo on with it: --resume --name own"
+    assert plain(caught.value, run=run.path) == snapshot(
+        "Run <run> has no adapter that could be made again.\n"
+        "Go on with it: --resume --name own"
+    )

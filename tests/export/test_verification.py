@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from io import StringIO
@@ -8,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from gguf import GGUFWriter
+from inline_snapshot import snapshot
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +34,7 @@ from lowmem_rmu.model.loading import Quantisation
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Role, load_preset
 from lowmem_rmu.runs import RunFolder
+from tests.texts import plain
 
 CPU = torch.device("cpu")
 TINY_MODEL = Path(__file__).parent.parent.parent / "lowmem_rmu/tiny/model"
@@ -189,7 +192,9 @@ def test_what_does_not_fit_is_not_loaded_and_says_why(forgetful: RunFolder, merg
     verified = verify(forgetful, merged, CPU)
     assert verified.mark == "inconclusive"
     reasons = [each.reason or "" for each in verified.checked]
-    assert all(reason.startswith("it needs ") and reason.endswith(" MiB, but 1 MiB are free on cpu") for reason in reasons)
+    assert {plain(reason, needed=re.search(r"\d+ MiB", reason)[0]) for reason in reasons} == snapshot(
+        {"it needs <needed>, but 1 MiB are free on cpu"}
+    )
 
 
 def test_the_room_that_each_precision_needs(small_settings: ModelSettings) -> None:
@@ -204,7 +209,7 @@ def test_running_out_of_memory_all_the_same_is_told(forgetful: RunFolder, adapte
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(ModelSpec, "load", fail)
-    assert verify(forgetful, adapter, CPU).checked[0].reason == "out of memory on cpu"
+    assert verify(forgetful, adapter, CPU).checked[0].reason == snapshot("out of memory on cpu")
 
 
 def test_a_stop_that_is_asked_for_ends_it(forgetful: RunFolder, adapter: Path) -> None:
@@ -227,17 +232,18 @@ def test_gguf_files_that_cannot_be_asked_say_why(forgetful: RunFolder, tmp_path:
     write_gguf(tmp_path / "lora.gguf", "adapter")
     verified = verify(forgetful, tmp_path, CPU)
     assert verified.mark == "inconclusive"
-    assert {each.name: each.reason for each in verified.checked} == {
+    assert {each.name: each.reason for each in verified.checked} == snapshot({
         "lora.gguf": "an adapter alone, which llama.cpp puts on the base's own GGUF file",
         "model.gguf": "llama.cpp is not installed: pip install llama-cpp-python",
-    }
+    })
 
 
 def test_a_folder_without_an_export(forgetful: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         verify(forgetful, tmp_path, CPU)
-    assert str(caught.value) == (
-        f"{tmp_path} holds neither an adapter nor a checkpoint nor GGUF files.\nGive the folder that was exported to."
+    assert plain(caught.value, folder=tmp_path) == snapshot(
+        "<folder> holds neither an adapter nor a checkpoint nor GGUF files.\n"
+        "Give the folder that was exported to."
     )
 
 
@@ -251,8 +257,9 @@ def test_a_run_that_has_not_measured_both_sides(copied: RunFolder, adapter: Path
     copied.evaluation(side).unlink()
     with pytest.raises(UserError) as caught:
         verify(copied, adapter, CPU)
-    assert str(caught.value) == (
-        f"Run {copied.path} has not measured {side}, so there is nothing to hold an export against.\nGo on with it: --resume --name copied"
+    assert plain(caught.value, run=copied.path, side=side) == snapshot(
+        "Run <run> has not measured <side>, so there is nothing to hold an export against.\n"
+        "Go on with it: --resume --name copied"
     )
 
 
@@ -262,8 +269,9 @@ def test_questions_that_have_changed_since_the_run(copied: RunFolder, adapter: P
     (copied.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as caught:
         verify(copied, adapter, CPU)
-    assert str(caught.value) == (
-        f"The questions of run {copied.path} have changed since it asked base.\nPut the old ones back, or make the run anew."
+    assert plain(caught.value, run=copied.path) == snapshot(
+        "The questions of run <run> have changed since it asked base.\n"
+        "Put the old ones back, or make the run anew."
     )
 
 
@@ -282,7 +290,7 @@ def test_a_run_without_questions_cannot_tell(copied: RunFolder, adapter: Path) -
         copied.evaluation(side).write_text(json.dumps({"tasks": {}, "groups": {}}))
     verified = verify(copied, adapter, CPU)
     assert verified == Verification("inconclusive", ())
-    assert shown(verified) == "The export: inconclusive (the run asked no questions)\n"
+    assert shown(verified) == snapshot("The export: inconclusive (the run asked no questions)\n")
 
 
 def test_the_table_shows_every_number_and_why_something_is_missing() -> None:
@@ -291,7 +299,15 @@ def test_the_table_shows_every_number_and_why_something_is_missing() -> None:
         Checked("merged, int8", None, "out of memory on cuda", 0.0, ()),
     )
     text = shown(Verification("the update did not survive", checked))
-    assert "The export: the update did not survive" in text
-    assert "merged, int8: not asked: out of memory on cuda" in text
-    row = next(line for line in text.splitlines() if "[bold]quiz" in line)
-    assert " ".join(row.split()) == "[bold]quiz 100.0 ± 0.0 25.0 ± 3.1 100.0 ± 0.0 +68.2 to +80.4 came back"
+    assert plain(text) == snapshot(
+        "merged, bfloat16: the update did not survive\n"
+        "\n"
+        " Task               Base    Unlearned     Exported    Change (95%)  Found\n"
+        " ────────────────────────────────────────────────────────────────────────────\n"
+        " [bold]quiz  100.0 ± 0.0   25.0 ± 3.1  100.0 ± 0.0  +68.2 to +80.4  came back\n"
+        " quiz        100.0 ± 0.0  100.0 ± 0.0  100.0 ± 0.0    -1.0 to +1.0  intact\n"
+        "\n"
+        "merged, int8: not asked: out of memory on cuda\n"
+        "\n"
+        "The export: the update did not survive\n"
+    )
