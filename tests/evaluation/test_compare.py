@@ -204,8 +204,7 @@ def test_averages_add_nothing_to_the_verdict() -> None:
     fell = answers(bio="1000" * 25, cyber="0001" * 25)
     result = verdict(compare_tasks(sets, right(sets), fell), [])
     named = [sentence.partition(":")[0] for sentence in result["sentences"]]
-    assert named[:2] == ["bio", "cyber"]
-    assert "wmdp" not in named
+    assert set(named) == {"bio", "cyber"}
 
 
 def test_samples_are_told_with_what_they_are_of_and_summed_up() -> None:
