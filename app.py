@@ -23,7 +23,9 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_auth(text: str | None, host: str, share: bool) -> tuple[str, str] | None:
-    """User and password. Raises UserError where they are malformed, or missing though others can reach the page."""
+    """User and password. Raises UserError where they are malformed, or missing though others can reach the
+    page.
+    """
     from lowmem_rmu.errors import UserError
 
     if not text:
@@ -40,7 +42,7 @@ def parse_auth(text: str | None, host: str, share: bool) -> tuple[str, str] | No
 
 
 def read_auth(path: Path) -> str:
-    """The first line of a file that holds user:password. Raises UserError where it cannot be read."""
+    """Return the first line of a file that holds user:password. Raises UserError where it cannot be read."""
     from lowmem_rmu.errors import UserError
 
     try:
@@ -61,22 +63,32 @@ def main(
     runs_dir: Annotated[Path, typer.Option(help="Where run folders are kept.")] = Path("runs"),
     auth: Annotated[
         str | None,
-        typer.Option(envvar=AUTH, metavar="USER:PASSWORD", help="Who may use it. Other users of this machine can read it here."),
+        typer.Option(
+            envvar=AUTH,
+            metavar="USER:PASSWORD",
+            help="Who may use it. Other users of this machine can read it here.",
+        ),
     ] = None,
     auth_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file with USER:PASSWORD in its first line, instead of --auth.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A file with USER:PASSWORD in its first line, instead of --auth."),
     ] = None,
     token: Annotated[
         bool, typer.Option("--token", help="Put a secret into the address, for a machine with several users.")
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[:PORT]", help="Another name that the page is reached as, behind a proxy or tunnel. Repeatable."),
+        typer.Option(
+            metavar="NAME[:PORT]",
+            help="Another name that the page is reached as, behind a proxy or tunnel. Repeatable.",
+        ),
     ] = None,
-    share: Annotated[bool, typer.Option("--share", help="Make a public link through Gradio's server. Needs a password.")] = False,
+    share: Annotated[
+        bool, typer.Option("--share", help="Make a public link through Gradio's server. Needs a password.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Opens the app on http://127.0.0.1:7860."""
+    """Open the app on http://127.0.0.1:7860."""
     from lowmem_rmu.cli.errors import friendly_exit
     from lowmem_rmu.cli.startup import quiet_libraries
     from lowmem_rmu.errors import UserError
@@ -85,22 +97,36 @@ def main(
 
     quiet_libraries()
     with friendly_exit():
-        is_typed = auth is not None and getattr(context.get_parameter_source("auth"), "name", "") == "COMMANDLINE"
+        is_typed = (
+            auth is not None and getattr(context.get_parameter_source("auth"), "name", "") == "COMMANDLINE"
+        )
         if is_typed and auth_file:
             raise UserError("--auth and --auth-file both name a password: give one of them.")
         login = parse_auth(read_auth(auth_file) if auth_file else auth, host, share)
-        access = Access(Sites.bound(host, port, allowed_host or []), Token.drawn(port) if token else None, share)
+        access = Access(
+            Sites.bound(host, port, allowed_host or []), Token.drawn(port) if token else None, share
+        )
         if is_typed:
-            print(f"Other users of this machine can read --auth. Use --auth-file FILE or {AUTH} instead.", file=sys.stderr)
+            print(
+                f"Other users of this machine can read --auth. Use --auth-file FILE or {AUTH} instead.",
+                file=sys.stderr,
+            )
         runs_dir = runs_dir.resolve()
         make_private(runs_dir / ".page", exist_ok=True)
-        # What is uploaded and downloaded passes through here, and not through a folder that all programs share.
+        # What is uploaded and downloaded passes through here, and not through a folder that all programs
+        # share.
         os.environ |= {"GRADIO_TEMP_DIR": str(runs_dir / ".page"), "GRADIO_ANALYTICS_ENABLED": "False"}
         launch(host, port, runs_dir, login, share, device, access)
 
 
 def launch(
-    host: str, port: int, runs_dir: Path, login: tuple[str, str] | None, share: bool, device: str, access: "Access"
+    host: str,
+    port: int,
+    runs_dir: Path,
+    login: tuple[str, str] | None,
+    share: bool,
+    device: str,
+    access: "Access",
 ) -> None:
     """Serve the page until it is ended. Raises UserError where it cannot listen."""
     import gradio as gr
@@ -115,14 +141,31 @@ def launch(
     page = build_page(runs_dir, on, model)
     try:
         with room_made(model, runs_dir, on):
+            # Fmt: skip.
             page.launch(
-                server_name=f"[{host}]" if ":" in host else host, server_port=port, share=share,
-                auth=Login(*login) if login else None, auth_message=SLOWED if login else None,
-                app_kwargs={"lifespan": access.lifespan()}, num_workers=0, strict_cors=True, allowed_paths=[],
-                theme=gr.themes.Base(**FONTS), css=style(), i18n=gr.I18n(en=TRANSLATIONS), footer_links=[],
-                max_file_size="50mb", run_history=False, enable_monitoring=False, ssr_mode=False,
-                pwa=False, mcp_server=False, show_error=False, quiet=True, prevent_thread_lock=True,
-            )  # fmt: skip
+                server_name=f"[{host}]" if ":" in host else host,
+                server_port=port,
+                share=share,
+                auth=Login(*login) if login else None,
+                auth_message=SLOWED if login else None,
+                app_kwargs={"lifespan": access.lifespan()},
+                num_workers=0,
+                strict_cors=True,
+                allowed_paths=[],
+                theme=gr.themes.Base(**FONTS),
+                css=style(),
+                i18n=gr.I18n(en=TRANSLATIONS),
+                footer_links=[],
+                max_file_size="50mb",
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                show_error=False,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
             if page.share_url:
                 access.sites.allow(page.share_url)
             secret = f"?token={access.token.secret}" if access.token else ""

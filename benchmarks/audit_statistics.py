@@ -38,7 +38,8 @@ Judged = tuple[Finding, tuple[float, float] | None]
 @dataclass(frozen=True)
 class Changes:
     """A task whose answers change with these probabilities: of all questions, right as base, and of these and
-    of the others, lost and gained."""
+    of the others, lost and gained.
+    """
 
     questions: int
     base: float
@@ -52,9 +53,21 @@ class Changes:
         gained = int(random.binomial(self.questions - known, self.gain))
         base, unlearned = known / self.questions, (known - lost + gained) / self.questions
         return Row(
-            "task", None, False, role, self.questions, base, 0.0, unlearned, 0.0, unlearned - base, 0.0,
-            lost=lost, gained=gained, p_value=mcnemar(lost, gained),
-        )  # fmt: skip
+            "task",
+            None,
+            False,
+            role,
+            self.questions,
+            base,
+            0.0,
+            unlearned,
+            0.0,
+            unlearned - base,
+            0.0,
+            lost=lost,
+            gained=gained,
+            p_value=mcnemar(lost, gained),
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,10 @@ class Audited:
         """Answers of base, of unlearned, and of the ways of each attack."""
         answers = [draw(random, share, self.questions) for share in (self.base, self.unlearned)]
         shares = np.linspace(self.attacked, self.attacked - self.spread, self.ways)
-        attacks = [{str(way): draw(random, share, self.questions) for way, share in enumerate(shares)} for _ in range(ATTACKS)]
+        attacks = [
+            {str(way): draw(random, share, self.questions) for way, share in enumerate(shares)}
+            for _ in range(ATTACKS)
+        ]
         return answers[0], answers[1], attacks
 
 
@@ -93,7 +109,7 @@ def kept_before(row: Row) -> bool:
 
 
 def forgotten_before(row: Row) -> bool:
-    """Base is above guessing, unlearned not significantly."""
+    """Return whether base is above guessing and unlearned is not, significantly."""
     guessing = by_luck(CHANCE, row.questions)
     return row.base > guessing and (row.unlearned or 0.0) <= guessing
 
@@ -135,7 +151,7 @@ class Rates:
 
 
 def audit_rates(audited: Audited, judge: Judge, draws: int, seed: int = 0) -> Rates:
-    """What a rule says of audits that are drawn again and again."""
+    """Simulate what a rule says of audits that are drawn again and again."""
     random = np.random.default_rng(seed)
     marks: list[Mark] = []
     below = above = 0
@@ -156,18 +172,30 @@ def task_rate(changes: Changes, role: Role, rule: Rule, draws: int, seed: int = 
 
 
 def task_lines(draws: int) -> Iterator[str]:
-    """A table of verdicts on one task."""
+    """Make the table of verdicts on one task."""
     yield "| the truth | questions | verdict | before | now |"
     yield "| --- | ---: | --- | ---: | ---: |"
     kept = [
         ("10 points lost: wrong if kept", [Changes(n, 1.0, 0.10, 0.0) for n in (30, 100, 300)]),
-        ("10 points lost, 15 changed: wrong if kept", [Changes(n, 0.6, 0.125 / 0.6, 0.025 / 0.4) for n in (30, 100, 300)]),
-        ("5 points lost, what is tolerated: wrong if kept", [Changes(n, 1.0, 0.05, 0.0) for n in (30, 100, 300, 1000)]),
-        ("nothing lost, 4 points changed: right if kept", [Changes(n, 0.6, 0.02 / 0.6, 0.02 / 0.4) for n in (30, 100, 300, 600, 1000)]),
+        (
+            "10 points lost, 15 changed: wrong if kept",
+            [Changes(n, 0.6, 0.125 / 0.6, 0.025 / 0.4) for n in (30, 100, 300)],
+        ),
+        (
+            "5 points lost, what is tolerated: wrong if kept",
+            [Changes(n, 1.0, 0.05, 0.0) for n in (30, 100, 300, 1000)],
+        ),
+        (
+            "nothing lost, 4 points changed: right if kept",
+            [Changes(n, 0.6, 0.02 / 0.6, 0.02 / 0.4) for n in (30, 100, 300, 600, 1000)],
+        ),
     ]
     forgotten = [
         ("50% fell to 40%: wrong if forgotten", [Changes(n, 0.5, 0.2, 0.0) for n in (20, 100, 300)]),
-        ("100% fell to 37.5%, the limit: wrong if forgotten", [Changes(n, 1.0, 0.625, 0.0) for n in (20, 100, 300)]),
+        (
+            "100% fell to 37.5%, the limit: wrong if forgotten",
+            [Changes(n, 1.0, 0.625, 0.0) for n in (20, 100, 300)],
+        ),
         ("100% fell to 25%: right if forgotten", [Changes(n, 1.0, 0.75, 0.0) for n in (20, 100, 264)]),
         ("60% fell to 25%: right if forgotten", [Changes(n, 0.6, 0.75, 0.25) for n in (100, 300, 1000)]),
     ]
@@ -183,8 +211,11 @@ def task_lines(draws: int) -> Iterator[str]:
 
 
 def audit_lines(draws: int) -> Iterator[str]:
-    """A table of audits of six attacks in ten ways each."""
-    yield f"| the truth, of {ATTACKS} attacks in {WAYS} ways each | questions | share of audits | before | now |"
+    """Make the table of audits of six attacks in ten ways each."""
+    yield (
+        f"| the truth, of {ATTACKS} attacks in {WAYS} ways each | questions | share of audits | before | "
+        "now |"
+    )
     yield "| --- | ---: | --- | ---: | ---: |"
     limit_65, limit_45 = (0.28 + TOLERATED * (base - 0.28) for base in (0.65, 0.45))
     at_limit, one_way = "each recovers exactly the limit", " (one way each)"
@@ -210,7 +241,12 @@ def audit_lines(draws: int) -> Iterator[str]:
         (f"{fewer}, 100% / 27%", Audited(200, 1.0, 0.27, 0.635, 30, 0.15), "below"),
         ("half comes back in ten ways alike, 65% / 28%", Audited(200, 0.65, 0.28, 0.465), "above"),
     ]
-    words = {"below": "interval below the truth", "above": "interval above the truth", "hidden": "hidden", "gone": "gone"}
+    words = {
+        "below": "interval below the truth",
+        "above": "interval above the truth",
+        "hidden": "hidden",
+        "gone": "gone",
+    }
     for truth, audited, what in cases:
         count = 4 * draws if audited.ways == 1 else draws
         before, after = (
@@ -220,16 +256,26 @@ def audit_lines(draws: int) -> Iterator[str]:
 
 
 def power_lines() -> Iterator[str]:
-    """What `audit --plan` says of some models."""
+    """Make the table of what `audit --plan` says of some models."""
     yield "| base / unlearned | questions for 80% | power with 100 | with 200 | with 600 | with 2,000 |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
-    for base, unlearned in ((1.0, 0.27), (0.9, 0.30), (0.65, 0.28), (0.65, 0.25), (0.65, 0.10), (0.45, 0.28), (0.45, 0.25)):
+    for base, unlearned in (
+        (1.0, 0.27),
+        (0.9, 0.30),
+        (0.65, 0.28),
+        (0.65, 0.25),
+        (0.65, 0.10),
+        (0.45, 0.28),
+        (0.45, 0.25),
+    ):
         powers = " | ".join(f"{power_of_gone(base, unlearned, count):.0%}" for count in (100, 200, 600, 2000))
         yield f"| {base:.0%} / {unlearned:.0%} | {questions_for_gone(base, unlearned):,} | {powers} |"
 
 
 def main(
-    draws: Annotated[int, typer.Option(min=1, help="Audits per row; four times as many where each attack has one way.")] = 100,
+    draws: Annotated[
+        int, typer.Option(min=1, help="Audits per row; four times as many where each attack has one way.")
+    ] = 100,
     task_draws: Annotated[int, typer.Option(min=1, help="Tasks per row.")] = 4000,
 ) -> None:
     for lines in (task_lines(task_draws), audit_lines(draws), power_lines()):

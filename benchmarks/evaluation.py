@@ -1,11 +1,14 @@
-"""Questions of MMLU asked by this package and by lm-evaluation-harness: seconds, peak memory, and how far their answers differ.
+r"""Questions of MMLU asked by this package and by lm-evaluation-harness: seconds, peak memory, and how far
+their answers differ.
 
-    python benchmarks/evaluation.py --model ./SmolLM2-135M-Instruct --data ./mmlu                       # 0-shot, every subject
-    python benchmarks/evaluation.py --model ./SmolLM2-135M-Instruct --data ./mmlu --num-fewshot 5 --subjects astronomy,anatomy --limit 50
+    python benchmarks/evaluation.py --model ./SmolLM2-135M-Instruct --data ./mmlu  # 0-shot, every subject
+    python benchmarks/evaluation.py --model ./SmolLM2-135M-Instruct --data ./mmlu --num-fewshot 5 \
+        --subjects astronomy,anatomy --limit 50
 
-Each side runs in a process of its own, one after the other. What is timed begins with the questions in memory and ends with the averages:
-prompts, tokens, the model, the sums. Loading the model, reading the files, one small batch before, and finding the batch size are not. The
-harness gets the fastest of a few batch sizes, and its own definitions of tasks, prompts and groups (`pip install -r requirements-dev.txt`).
+Each side runs in a process of its own, one after the other. What is timed begins with the questions in memory
+and ends with the averages: prompts, tokens, the model, the sums. Loading the model, reading the files, one
+small batch before, and finding the batch size are not. The harness gets the fastest of a few batch sizes, and
+its own definitions of tasks, prompts and groups (`pip install -r requirements-dev.txt`).
 """
 
 import math
@@ -45,9 +48,12 @@ T = TypeVar("T")
 BATCH_SIZES = (1, 4, 8, 16)  # of the harness, tried out on about so many questions, so often:
 TRIAL, PASSES = 16, 2
 
+
 @dataclass(frozen=True)
 class Setup:
-    """What is asked of which model: the first `limit` questions of each subject, each after `num_fewshot` examples."""
+    """What is asked of which model: the first `limit` questions of each subject, each after `num_fewshot`
+    examples.
+    """
 
     model: str
     data: Path
@@ -60,7 +66,9 @@ class Setup:
 
 @dataclass(frozen=True)
 class Found:
-    """By task, prompts and the log-probabilities of the four letters, a question each; by task and group, accuracy and its standard error."""
+    """By task, prompts and the log-probabilities of the four letters, a question each; by task and group,
+    accuracy and its standard error.
+    """
 
     prompts: dict[str, list[str]]
     logprobs: dict[str, list[list[float]]]
@@ -69,7 +77,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Measured:
-    """`loaded`: bytes in memory before the first question, model included; `above`: at the peak beyond them."""
+    """`loaded`: bytes in memory before the first question, model included; `above`: at the peak beyond
+    them.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -82,7 +92,9 @@ class Ours:
     name, batch_unit = "lowmem-rmu", "tokens"
 
     def __init__(self, setup: Setup) -> None:
-        settings = ModelSettings.model_validate({"name": setup.model, "quantisation": "none", "dtype": setup.dtype})
+        settings = ModelSettings.model_validate(
+            {"name": setup.model, "quantisation": "none", "dtype": setup.dtype}
+        )
         spec = ModelSpec(settings)
         self.model, self.tokenizer = spec.load(torch.device(setup.device)), spec.tokenizer
 
@@ -90,16 +102,29 @@ class Ours:
         return find_batch_tokens(self.model, self.tokenizer.pad_token_id)
 
     def read(self, setup: Setup) -> list[QuestionSet]:
-        given = {"source": str(setup.data.resolve()), "subjects": list(setup.subjects), "num_fewshot": setup.num_fewshot}
+        given = {
+            "source": str(setup.data.resolve()),
+            "subjects": list(setup.subjects),
+            "num_fewshot": setup.num_fewshot,
+        }
         sets = load_task("mmlu", Task.model_validate(known_tasks()["mmlu"] | given))
         return [replace(each, questions=each.questions[: setup.limit]) for each in sets]
 
     def score(self, sets: list[QuestionSet], setup: Setup, batch: int) -> Found:
         evaluated = evaluate(self.model, self.tokenizer, sets, batch)
-        tasks = {each.name: [row["logprobs"] for row in evaluated.answers if row["task"] == each.name] for each in sets}
-        prompts = {name: [each.prompt.context for each in ask(sets) if each.asked.name == name] for name in tasks}
+        tasks = {
+            each.name: [row["logprobs"] for row in evaluated.answers if row["task"] == each.name]
+            for each in sets
+        }
+        prompts = {
+            name: [each.prompt.context for each in ask(sets) if each.asked.name == name] for name in tasks
+        }
         summaries = evaluated.scores["tasks"] | evaluated.scores["groups"]
-        return Found(prompts, tasks, {name: (summary["accuracy"], summary["stderr"]) for name, summary in summaries.items()})
+        return Found(
+            prompts,
+            tasks,
+            {name: (summary["accuracy"], summary["stderr"]) for name, summary in summaries.items()},
+        )
 
 
 class Harness:
@@ -114,7 +139,9 @@ class Harness:
         return min((timed(self, few, size)[0], size) for _ in range(PASSES) for size in BATCH_SIZES)[1]
 
     def read(self, setup: Setup) -> Any:
-        return TaskManager(include_defaults=False).load(mmlu(setup.data, list(setup.subjects), setup.num_fewshot))
+        return TaskManager(include_defaults=False).load(
+            mmlu(setup.data, list(setup.subjects), setup.num_fewshot)
+        )
 
     def score(self, tasks: Any, setup: Setup, batch: int) -> Found:
         self.model.batch_size_per_gpu = batch
@@ -122,7 +149,10 @@ class Harness:
         samples = results["samples"]
         return Found(
             {name: [each["arguments"][0][0] for each in rows] for name, rows in samples.items()},
-            {name: [[logprob for logprob, _ in each["filtered_resps"]] for each in rows] for name, rows in samples.items()},
+            {
+                name: [[logprob for logprob, _ in each["filtered_resps"]] for each in rows]
+                for name, rows in samples.items()
+            },
             {name: (row["acc,none"], row["acc_stderr,none"]) for name, row in results["results"].items()},
         )
 
@@ -158,23 +188,52 @@ def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def print_costs(setup: Setup, batches: dict[Side, int], rounds: dict[Side, list[Measured]]) -> None:
-    """The fastest round of each side; memory is that of the most."""
+    """Return the fastest round of each side; memory is that of the round that took most."""
     best = {side: min(measured, key=lambda each: each.seconds) for side, measured in rounds.items()}
     asked, yardstick = sum(map(len, best[Ours].found.prompts.values())), best[Harness]
-    title = f"{setup.model}, {setup.dtype} on {setup.device}: {asked} questions of {len(setup.subjects)} subjects, {setup.num_fewshot}-shot"
+    title = (
+        f"{setup.model}, {setup.dtype} on {setup.device}: {asked} questions of {len(setup.subjects)} "
+        f"subjects, {setup.num_fewshot}-shot"
+    )
     table = Table(title=title, title_justify="left")
-    for column in ("", "batch", "seconds", "questions/s", "speed", "CPU seconds", "CPU speed", "memory above the model", "share", "in all"):
+    for column in (
+        "",
+        "batch",
+        "seconds",
+        "questions/s",
+        "speed",
+        "CPU seconds",
+        "CPU speed",
+        "memory above the model",
+        "share",
+        "in all",
+    ):
         table.add_column(column, justify="right" if column else "left")
     above = {side: max(each.above for each in measured) for side, measured in rounds.items()}
     for side, each in best.items():
-        speeds = (f"{yardstick.seconds / each.seconds:.1f}x", f"{yardstick.cpu_seconds / each.cpu_seconds:.1f}x")
-        cost = (f"{each.seconds:.1f}", f"{asked / each.seconds:.2f}", speeds[0], f"{each.cpu_seconds:.1f}", speeds[1])
-        memory = (gib(above[side]), f"1/{above[Harness] / above[side]:.1f}", gib(max(each.loaded + each.above for each in rounds[side])))
+        speeds = (
+            f"{yardstick.seconds / each.seconds:.1f}x",
+            f"{yardstick.cpu_seconds / each.cpu_seconds:.1f}x",
+        )
+        cost = (
+            f"{each.seconds:.1f}",
+            f"{asked / each.seconds:.2f}",
+            speeds[0],
+            f"{each.cpu_seconds:.1f}",
+            speeds[1],
+        )
+        memory = (
+            gib(above[side]),
+            f"1/{above[Harness] / above[side]:.1f}",
+            gib(max(each.loaded + each.above for each in rounds[side])),
+        )
         table.add_row(side.name, f"{batches[side]} {side.batch_unit}", *cost, *memory)
     console = Console(width=150)
     console.print(table)
     for side, measured in rounds.items():
-        console.print(f"{side.name}: {', '.join(f'{each.seconds:.1f}' for each in measured)} s", highlight=False)
+        console.print(
+            f"{side.name}: {', '.join(f'{each.seconds:.1f}' for each in measured)} s", highlight=False
+        )
 
 
 def answers(found: Found, task: str) -> list[int]:
@@ -189,7 +248,17 @@ def largest_difference(ours: Found, harness: Found, task: str) -> float:
 def print_parity(ours: Found, harness: Found) -> None:
     """Tasks, then groups, which have no questions of their own."""
     table = Table(title="Harness and lowmem-rmu on the same questions", title_justify="left")
-    for column in ("", "questions", "harness", "stderr", "ours", "stderr", "equal prompts", "equal answers", "log-probabilities differ by"):
+    for column in (
+        "",
+        "questions",
+        "harness",
+        "stderr",
+        "ours",
+        "stderr",
+        "equal prompts",
+        "equal answers",
+        "log-probabilities differ by",
+    ):
         table.add_column(column, justify="right" if column else "left")
     counts = [0, 0, 0]
     for name in [*ours.prompts, *(ours.figures.keys() - ours.prompts.keys())]:
@@ -197,13 +266,26 @@ def print_parity(ours: Found, harness: Found) -> None:
         if name not in ours.prompts:
             table.add_row(name, "", *figures)
             continue
-        prompts = sum(one == other for one, other in zip(ours.prompts[name], harness.prompts[name], strict=True))
-        same = sum(one == other for one, other in zip(answers(ours, name), answers(harness, name), strict=True))
+        prompts = sum(
+            one == other for one, other in zip(ours.prompts[name], harness.prompts[name], strict=True)
+        )
+        same = sum(
+            one == other for one, other in zip(answers(ours, name), answers(harness, name), strict=True)
+        )
         asked = len(ours.prompts[name])
         counts = [count + more for count, more in zip(counts, (asked, prompts, same), strict=True)]
-        table.add_row(name, str(asked), *figures, str(prompts), str(same), f"{largest_difference(ours, harness, name):.1e}")
+        table.add_row(
+            name,
+            str(asked),
+            *figures,
+            str(prompts),
+            str(same),
+            f"{largest_difference(ours, harness, name):.1e}",
+        )
     largest = max(largest_difference(ours, harness, name) for name in ours.prompts)
-    table.add_row("together", str(counts[0]), "", "", "", "", str(counts[1]), str(counts[2]), f"{largest:.1e}")
+    table.add_row(
+        "together", str(counts[0]), "", "", "", "", str(counts[1]), str(counts[2]), f"{largest:.1e}"
+    )
     Console(width=150).print(table)
 
 
@@ -224,19 +306,35 @@ def choose_subjects(data: Path, names: str | None) -> tuple[str, ...]:
 
 def main(
     model: Annotated[str, typer.Option(help="A local folder with the model.")],
-    data: Annotated[Path, typer.Option(help="MMLU's CSV files: test/<subject>_test.csv and dev/<subject>_dev.csv.")],
+    data: Annotated[
+        Path, typer.Option(help="MMLU's CSV files: test/<subject>_test.csv and dev/<subject>_dev.csv.")
+    ],
     num_fewshot: Annotated[int, typer.Option(min=0, max=5)] = 0,
-    subjects: Annotated[str | None, typer.Option(help="Which subjects, with commas between them; all if left out.")] = None,
+    subjects: Annotated[
+        str | None, typer.Option(help="Which subjects, with commas between them; all if left out.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Questions a subject: the first ones.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Both sides so often, in turns; the fastest of each counts.")] = 1,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Both sides so often, in turns; the fastest of each counts.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, on both sides.")] = "float32",
-    harness_batch: Annotated[int | None, typer.Option(min=1, help="Questions; the fastest of a few if left out.")] = None,
+    harness_batch: Annotated[
+        int | None, typer.Option(min=1, help="Questions; the fastest of a few if left out.")
+    ] = None,
 ) -> None:
-    """Finds each side's batch size, measures both, and prints what they cost and how far they differ."""
+    """Find each side's batch size, measure both, and print what they cost and how far they differ."""
     quiet_libraries()
     with friendly_exit():
-        setup = Setup(model, data, choose_subjects(data, subjects), num_fewshot, limit, str(resolve_device(device)), dtype)
+        setup = Setup(
+            model,
+            data,
+            choose_subjects(data, subjects),
+            num_fewshot,
+            limit,
+            str(resolve_device(device)),
+            dtype,
+        )
         batches: dict[Side, int] = {Ours: in_new_process(find_batch, Ours, setup)}
         batches[Harness] = harness_batch or in_new_process(find_batch, Harness, setup)
         measured: dict[Side, list[Measured]] = {Harness: [], Ours: []}

@@ -1,11 +1,13 @@
-"""Merging beside plain copying of the same files: seconds, and peak memory, on a sharded checkpoint with random weights and a random adapter.
+"""Merging beside plain copying of the same files: seconds, and peak memory, on a sharded checkpoint with
+random weights and a random adapter.
 
-    python benchmarks/export.py                              # 4.4 GB: nine layers of Zephyr-7B's shape, bfloat16, shards of 1 GB
+    python benchmarks/export.py  # 4.4 GB: nine layers of Zephyr-7B's shape, bfloat16, shards of 1 GB
     python benchmarks/export.py --sync --repeats 3           # all bytes on the disk before the clock stops
     python benchmarks/export.py --layers 32 --in /mnt/disk   # the whole 7B; takes twice its 14.5 GB there
 
-Each side runs in a process of its own, in turns; what was written is deleted after each. Timed is the work without
-the start of Python and its imports. Copying is `shutil.copytree`. The merge includes checking the adapted matrices' hashes.
+Each side runs in a process of its own, in turns; what was written is deleted after each. Timed is the work
+without the start of Python and its imports. Copying is `shutil.copytree`. The merge includes checking the
+adapted matrices' hashes.
 """
 
 import json
@@ -46,14 +48,20 @@ from lowmem_rmu.pipeline import run_config
 from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import RunFolder, write_json
 
-KINDS = {"copy": "shutil.copytree", "copies": "merge, everything copied", "links": "merge, unchanged files linked"}
+KINDS = {
+    "copy": "shutil.copytree",
+    "copies": "merge, everything copied",
+    "links": "merge, unchanged files linked",
+}
 TINY = Path(__file__).resolve().parent.parent / "lowmem_rmu/tiny/model"
 WORK = Path(__file__).with_name("export_work.py")
 
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds, and those of them in which a processor worked; bytes in memory with nothing but the libraries, and at the peak."""
+    """Seconds, and those of them in which a processor worked; bytes in memory with nothing but the libraries,
+    and at the peak.
+    """
 
     seconds: float
     processor: float
@@ -86,18 +94,22 @@ def shards_of(config: PretrainedConfig, size: int) -> Iterator[dict[str, Tensor]
 
 
 def make_run(preset: Preset, folder: Path) -> RunFolder:
-    """A run on the checkpoint, with a random adapter on the preset's layers and modules."""
+    """Make a run on the checkpoint, with a random adapter on the preset's layers and modules."""
     run, rmu = RunFolder(folder), preset.rmu
     run.adapter.mkdir(parents=True)
     write_json(run.path / "config.json", run_config("benchmark", preset, torch.device("cpu")))
-    LoraConfig(r=rmu.rank, lora_alpha=rmu.rank, target_modules=rmu.modules, task_type="CAUSAL_LM").save_pretrained(str(run.adapter))
+    LoraConfig(
+        r=rmu.rank, lora_alpha=rmu.rank, target_modules=rmu.modules, task_type="CAUSAL_LM"
+    ).save_pretrained(str(run.adapter))
     generator, factors = torch.Generator().manual_seed(0), dict[str, Tensor]()
     adapted = [f"layers.{layer}." for layer in rmu.adapter_layers]
     for name, tensor in checkpoint_tensors(preset.model).items():
         module = name.removesuffix(".weight")
         if any(layer in name for layer in adapted) and module.rpartition(".")[2] in rmu.modules:
             factors[BEFORE + module + FIRST_FACTOR] = torch.randn(rmu.rank, tensor.width, generator=generator)
-            factors[BEFORE + module + SECOND_FACTOR] = 1e-3 * torch.randn(tensor.height, rmu.rank, generator=generator)
+            factors[BEFORE + module + SECOND_FACTOR] = 1e-3 * torch.randn(
+                tensor.height, rmu.rank, generator=generator
+            )
     save_file(factors, run.adapter / WEIGHTS, metadata={"format": "pt"})
     write_json(run.matrices, adapted_digests(run.adapter, ModelSpec.of_preset(preset), rmu.target_layer + 1))
     return run
@@ -111,7 +123,9 @@ def measure(kind: str, run: RunFolder, model: Path, to: Path, sync: bool) -> Too
     return Took(**json.loads(done.stdout))
 
 
-def measure_all(run: RunFolder, model: Path, to: Path, sync: bool, repeats: int, warm_up: int) -> dict[str, list[Took]]:
+def measure_all(
+    run: RunFolder, model: Path, to: Path, sync: bool, repeats: int, warm_up: int
+) -> dict[str, list[Took]]:
     """Each kind so many times, after rounds that do not count."""
     took: dict[str, list[Took]] = {kind: [] for kind in KINDS}
     for number in range(warm_up + repeats):
@@ -124,14 +138,27 @@ def measure_all(run: RunFolder, model: Path, to: Path, sync: bool, repeats: int,
 
 def print_table(title: str, took: dict[str, list[Took]]) -> None:
     table = Table(title=title, title_justify="left")
-    for column in ("", "s, median", "shortest to longest", "of copying", "s of processor", "peak memory", "above the libraries"):
+    for column in (
+        "",
+        "s, median",
+        "shortest to longest",
+        "of copying",
+        "s of processor",
+        "peak memory",
+        "above the libraries",
+    ):
         table.add_column(column, justify="right" if column else "left")
     copying = median(one.seconds for one in took["copy"])
     for kind, all_of_it in took.items():
         seconds, peak = [one.seconds for one in all_of_it], max(one.peak for one in all_of_it)
         above = max(one.peak - one.libraries for one in all_of_it)
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        times = [f"{median(seconds):.2f}", spread, f"{median(seconds) / copying:.2f}x", f"{median(one.processor for one in all_of_it):.2f}"]
+        times = [
+            f"{median(seconds):.2f}",
+            spread,
+            f"{median(seconds) / copying:.2f}x",
+            f"{median(one.processor for one in all_of_it):.2f}",
+        ]
         table.add_row(KINDS[kind], *times, megabytes(peak), megabytes(above))
     Console(width=140).print(table)
 
@@ -141,27 +168,41 @@ def megabytes(size: int) -> str:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="The preset whose model's shape, layers, modules and rank are taken.")] = "zephyr-7b",
+    shape: Annotated[
+        str, typer.Option(help="The preset whose model's shape, layers, modules and rank are taken.")
+    ] = "zephyr-7b",
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 9,
     shard_size: Annotated[float, typer.Option(help="GB of a shard, at most.")] = 1.0,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Rounds before that do not count.")] = 1,
-    sync: Annotated[bool, typer.Option("--sync", help="Both sides wait until all is on the disk itself.")] = False,
-    place: Annotated[Path | None, typer.Option("--in", help="Where the files go; the system's place for such files if left out.")] = None,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="Both sides wait until all is on the disk itself.")
+    ] = False,
+    place: Annotated[
+        Path | None,
+        typer.Option("--in", help="Where the files go; the system's place for such files if left out."),
+    ] = None,
 ) -> None:
-    """Makes a checkpoint, merges and copies it, and prints both beside each other."""
+    """Make a checkpoint, merge and copy it, and print both next to each other."""
     quiet_libraries()
     with friendly_exit(), TemporaryDirectory(dir=place) as folder:
         model, preset = Path(folder) / "model", load_preset(shape)
         config = deepcopy(ModelSpec.of_preset(preset).shape)
         config.num_hidden_layers = layers
         make_checkpoint(config, model, int(shard_size * 1e9))
-        preset = preset.model_copy(update={"model": preset.model.model_copy(update={"name": str(model), "revision": None})})
-        took = measure_all(make_run(preset, Path(folder) / "run"), model, Path(folder) / "to", sync, repeats, warm_up)
+        preset = preset.model_copy(
+            update={"model": preset.model.model_copy(update={"name": str(model), "revision": None})}
+        )
+        took = measure_all(
+            make_run(preset, Path(folder) / "run"), model, Path(folder) / "to", sync, repeats, warm_up
+        )
         tensors, files = checkpoint_tensors(preset.model), len(list(model.glob("*.safetensors")))
         largest = max(tensor.size for tensor in tensors.values())
         weights = sum(prod(tensor.shape) for tensor in tensors.values())
-        title = f"{2 * weights / 1e9:.2f} GB in {files} shards, largest tensor {megabytes(largest)}, {'synced' if sync else 'not synced'}"
+        title = (
+            f"{2 * weights / 1000000000.0:.2f} GB in {files} shards, largest tensor {megabytes(largest)}, "
+            f"{'synced' if sync else 'not synced'}"
+        )
         print_table(title, took)
 
 

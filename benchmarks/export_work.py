@@ -1,4 +1,6 @@
-"""One export, or one plain copy of the same files, in a process of its own that loads nothing else; prints what it took as JSON."""
+"""One export, or one plain copy of the same files, in a process of its own that loads nothing else; prints
+what it took as JSON.
+"""
 
 import json
 import os
@@ -12,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 
 def work_of(kind: str, run: Path, model: Path, to: Path) -> Callable[[], object]:
-    """What is timed, with its libraries imported."""
+    """Do the work that is timed, with its libraries imported."""
     if kind == "copy":
         return lambda: shutil.copytree(model, to)
     from lowmem_rmu.export.merge import merge
@@ -22,7 +24,7 @@ def work_of(kind: str, run: Path, model: Path, to: Path) -> Callable[[], object]
 
 
 def to_the_disk(folder: Path) -> None:
-    """Waits until every file is on the disk itself."""
+    """Wait until every file is on the disk itself."""
     for file in folder.iterdir():
         with file.open("rb") as content:
             os.fsync(content.fileno())

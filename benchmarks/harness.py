@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on local files: its own tasks, prompts and groups, with nothing but the data set replaced."""
+"""lm-evaluation-harness on local files: its own tasks, prompts and groups, with nothing but the data set
+replaced.
+"""
 
 import csv
 import logging
@@ -18,7 +20,9 @@ Form = Literal["default", "continuation"]
 
 
 def mmlu(data: Path, subjects: list[str], num_fewshot: int, form: Form = "default") -> Group:
-    """MMLU with its groups, cut to some subjects: questions from `test/<subject>_test.csv`, examples from `dev/<subject>_dev.csv`."""
+    """MMLU with its groups, cut to some subjects: questions from `test/<subject>_test.csv`, examples from
+    `dev/<subject>_dev.csv`.
+    """
     folder = TASKS / "mmlu" / form
     whole = load_yaml(folder / "_mmlu.yaml")
     group = Group.from_config(whole)
@@ -28,31 +32,49 @@ def mmlu(data: Path, subjects: list[str], num_fewshot: int, form: Form = "defaul
         for subject in subjects:
             path = folder / f"mmlu_{subject}.yaml"
             if load_yaml(path)["tag"] in definition["task"]:
-                member.add(task(path, {split: data / split / f"{subject}_{split}.csv" for split in ("dev", "test")}, num_fewshot))
+                member.add(
+                    task(
+                        path,
+                        {split: data / split / f"{subject}_{split}.csv" for split in ("dev", "test")},
+                        num_fewshot,
+                    )
+                )
         if len(member):
             group.add(member)
     return group
 
 
 def task(definition: Path, files: dict[str, Path], num_fewshot: int = 0) -> ConfigurableTask:
-    """A task of the harness whose splits are CSV files in MMLU's form."""
+    """Return a task of the harness whose splits are CSV files in MMLU's form."""
     config = load_yaml(definition)
     config.pop("tag", None)  # as the harness does it
-    config |= {"custom_dataset": lambda **_: {split: read(path) for split, path in files.items()}, "num_fewshot": num_fewshot}
+    config |= {
+        "custom_dataset": lambda **_: {split: read(path) for split, path in files.items()},
+        "num_fewshot": num_fewshot,
+    }
     return ConfigurableTask(config=config)
 
 
 def read(path: Path) -> Dataset:
-    """The file's rows in the form of `cais/mmlu`. (Read as a table, a choice "None" would become a missing value.)"""
+    """Return the file's rows in the form of `cais/mmlu`. Read as a table, a choice "None" would become a
+    missing value.
+    """
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return Dataset.from_list(
-        [{"question": row["question"], "choices": [row[f"choice{index}"] for index in range(4)], "answer": int(row["answer"])} for row in rows]
+        [
+            {
+                "question": row["question"],
+                "choices": [row[f"choice{index}"] for index in range(4)],
+                "answer": int(row["answer"]),
+            }
+            for row in rows
+        ]
     )
 
 
 def quiet_harness() -> None:
-    """Keeps its notes back, which are a line or more a task."""
+    """Keep back the harness's notes, which are a line or more per task."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 

@@ -1,12 +1,14 @@
-"""The memory plan against what is measured: a run's stages, and for each the peak that was foretold and the peak that was reached.
+"""The memory plan against what is measured: a run's stages, and for each the peak that was foretold and the
+peak that was reached.
 
     python benchmarks/memory_plan.py --preset tiny
     python benchmarks/memory_plan.py --preset smollm2-135m --quantisation none --dtype bfloat16
-    python benchmarks/memory_plan.py --preset zephyr-7b --made-up-layers 4      # random weights in the model's shape, made-up texts
+    python benchmarks/memory_plan.py --preset zephyr-7b --made-up-layers 4  # random weights, made-up texts
 
-On a GPU the measure is what its allocator held. On a CPU it is the process's resident memory above what it was once every library had
-been used: libraries load code and make buffers on first use, so that a short run of the tiny model goes before.
-The hidden-state cache is off, for how much of it fills depends on the texts; `--set rmu.cache_gib=1` turns it on.
+On a GPU the measure is what its allocator held. On a CPU it is the process's resident memory above what it
+was once every library had been used: libraries load code and make buffers on first use, so that a short run
+of the tiny model goes before. The hidden-state cache is off, for how much of it fills depends on the texts;
+`--set rmu.cache_gib=1` turns it on.
 """
 
 import gc
@@ -80,13 +82,19 @@ def measure(preset: Preset, device: torch.device, stages: list[str]) -> dict[str
     with TemporaryDirectory() as runs:
         folder = RunFolder.create(Path(runs), "measured")
         write_json(folder.path / "config.json", run_config("measured", preset, device))
-        run_stages(RunContext(preset, spec, folder, inputs, device, stages, StatusWriter(folder.path / "status.json", meter)))
+        run_stages(
+            RunContext(
+                preset, spec, folder, inputs, device, stages, StatusWriter(folder.path / "status.json", meter)
+            )
+        )
         meter.note()
     return meter.peaks
 
 
 def return_freed_memory() -> None:
-    """glibc keeps freed blocks of up to 32 MiB for later, which is as much again as a small model needs; now it gives them back."""
+    """Glibc keeps freed blocks of up to 32 MiB for later, which is as much again as a small model needs; now
+    it gives them back.
+    """
     shards.LARGEST_KEPT = 2**15
     shards.set_largest_kept(shards.LARGEST_KEPT)
 
@@ -95,26 +103,43 @@ def use_every_library(preset: Preset, device: torch.device) -> None:
     short = ["rmu.steps=2", "evaluation.limit=1", "evaluation.max_new_tokens=2", "evaluation.prompts=[Hello]"]
     tiny = load_preset("tiny", short)
     precision = {"quantisation": preset.model.quantisation, "dtype": preset.model.dtype}
-    measure(tiny.model_copy(update={"model": tiny.model.model_copy(update=precision)}), device, list(STAGES[:3]))
+    measure(
+        tiny.model_copy(update={"model": tiny.model.model_copy(update=precision)}), device, list(STAGES[:3])
+    )
 
 
 def made_up(preset: Preset, layers: int, folder: Path) -> Preset:
-    """The preset with a checkpoint of random weights in its model's shape, cut to `layers`, and with texts that fill every sample."""
+    """Return the preset with a checkpoint of random weights in its model's shape, cut to `layers`, and with
+    texts that fill every sample.
+    """
     config = deepcopy(ModelSpec.of_preset(preset).shape)
     keep_layers(config, layers)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    config.update({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    config.update(
+        {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "text.txt").write_text((TINY / "data/retain.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "text.txt").write_text(
+        (TINY / "data/retain.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     corpus = Corpus(source=str(folder / "text.txt"))
-    rmu = {"target_layer": layers - 1, "adapter_layers": list(range(layers))[-len(preset.rmu.adapter_layers) :]}
+    rmu = {
+        "target_layer": layers - 1,
+        "adapter_layers": list(range(layers))[-len(preset.rmu.adapter_layers) :],
+    }
     tasks = {"questions": Task(source=str(TINY / "data/questions/compounds.jsonl"), role="kept")}
     return preset.model_copy(
         update={
             "model": preset.model.model_copy(update={"name": str(folder)}),
             "rmu": preset.rmu.model_copy(update=rmu),
-            "topics": {name: topic.model_copy(update={"corpus": corpus}) for name, topic in preset.topics.items()},
+            "topics": {
+                name: topic.model_copy(update={"corpus": corpus}) for name, topic in preset.topics.items()
+            },
             "retain": preset.retain.model_copy(update={"corpora": [corpus]}),
             "evaluation": preset.evaluation.model_copy(update={"tasks": tasks}),
         }
@@ -126,28 +151,46 @@ def print_table(title: str, needs: list[StageNeed], peaks: dict[str, int]) -> No
     for column in ("Stage", "Planned", "Measured", "Planned / measured"):
         table.add_column(column, justify="left" if column == "Stage" else "right")
     for need in needs:
-        table.add_row(need.stage, gib(need.total), gib(peaks[need.stage]), f"{need.total / peaks[need.stage]:.2f}")
+        table.add_row(
+            need.stage, gib(need.total), gib(peaks[need.stage]), f"{need.total / peaks[need.stage]:.2f}"
+        )
     Console(width=120).print(table)
 
 
 def main(
     preset: Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file.")] = "tiny",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting; may be given again.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting; may be given again."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quantisation: Annotated[str | None, typer.Option(help="nf4 or none; the preset's if left out.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; the preset's if left out.")] = None,
-    stages: Annotated[str, typer.Option(help="Which stages, with commas between them.")] = ",".join(STAGES[:3]),
-    made_up_layers: Annotated[int | None, typer.Option(min=1, help="Random weights in the model's shape, so many layers of them.")] = None,
-    exact: Annotated[bool, typer.Option(help="On a CPU: do not count freed memory that the C library keeps for later (takes longer).")] = True,
+    stages: Annotated[str, typer.Option(help="Which stages, with commas between them.")] = ",".join(
+        STAGES[:3]
+    ),
+    made_up_layers: Annotated[
+        int | None, typer.Option(min=1, help="Random weights in the model's shape, so many layers of them.")
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            help="On a CPU: do not count freed memory that the C library keeps for later (takes longer)."
+        ),
+    ] = True,
 ) -> None:
-    """Runs the stages and prints plan and measurement."""
+    """Run the stages and print plan and measurement."""
     quiet_libraries()
     logging.set_verbosity_error()
     if exact and sys.platform == "linux":
         return_freed_memory()
     with friendly_exit(), TemporaryDirectory() as folder:
         given = {"model.quantisation": quantisation, "model.dtype": dtype}
-        changes = ["rmu.cache_gib=0", *(set_ or []), *(f"{key}={value}" for key, value in given.items() if value)]
+        changes = [
+            "rmu.cache_gib=0",
+            *(set_ or []),
+            *(f"{key}={value}" for key, value in given.items() if value),
+        ]
         chosen, on, wanted = load_preset(preset, changes), resolve_device(device), parse_stages(stages)
         if made_up_layers:
             chosen = made_up(chosen, made_up_layers, Path(folder))

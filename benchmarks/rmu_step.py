@@ -1,8 +1,9 @@
-"""Yardstick and engine side by side, in one process: seconds a step, peak memory, and how far their losses differ.
+"""Yardstick and engine side by side, in one process: seconds a step, peak memory, and how far their losses
+differ.
 
-    python benchmarks/rmu_step.py --shape smollm2-135m --model ./SmolLM2-135M-Instruct --quantisation none   # float32 on a CPU
-    python benchmarks/rmu_step.py --shape zephyr-7b --random-weights                                # also yi-34b, mixtral-8x7b
-    python benchmarks/rmu_step.py ... --sinks                                                       # the cost of masking attention sinks
+python benchmarks/rmu_step.py --shape smollm2-135m --model ./SmolLM2-135M-Instruct --quantisation none #
+float32 on a CPU python benchmarks/rmu_step.py --shape zephyr-7b --random-weights # also yi-34b, mixtral-8x7b
+python benchmarks/rmu_step.py ... --sinks # the cost of masking attention sinks
 """
 
 import gc
@@ -47,7 +48,8 @@ TOPICS, COEFFICIENT, ALPHA, RATE = ("bio", "cyber"), 6.5, 100.0, 5e-5
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: `preset` gives model and layers; two topics take turns over `rounds` batches of `batch` x `tokens` tokens each.
+    """What is measured: `preset` gives model and layers; two topics take turns over `rounds` batches of
+    `batch` x `tokens` tokens each.
 
     As in the paper, both topics of a round share its retain batch.
     """
@@ -73,13 +75,20 @@ class Setup:
 
     def sequences(self, seed: int) -> list[list[int]]:
         """Random token ids: what a step costs does not depend on what they say."""
-        ids = torch.randint(3, self.config.vocab_size, (self.rounds * self.batch, self.tokens), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(
+            3,
+            self.config.vocab_size,
+            (self.rounds * self.batch, self.tokens),
+            generator=torch.Generator().manual_seed(seed),
+        )
         return ids.tolist()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean seconds a step, in the first epoch and with a warm cache; bytes at the peak, above what was there before; losses a step."""
+    """Mean seconds a step, in the first epoch and with a warm cache; bytes at the peak, above what was there
+    before; losses a step.
+    """
 
     name: str
     first: float
@@ -91,7 +100,9 @@ class Measured:
 
 
 class PeakMemory:
-    """Bytes above the state at the start: the allocator's peak on a GPU, else the highest resident memory (Linux)."""
+    """Bytes above the state at the start: the allocator's peak on a GPU, else the highest resident memory
+    (Linux).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -101,7 +112,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            CDLL("libc.so.6").malloc_trim(0)  # what an earlier measurement gave back is not to be counted as there
+            # What an earlier measurement gave back is not to be counted as there.
+            CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
             self.before = psutil.Process().memory_info().rss
 
@@ -121,7 +133,9 @@ def timed(device: torch.device, work: Callable[[], tuple[float, float]]) -> tupl
 
 
 def measure_engine(setup: Setup, trainable: str) -> Measured:
-    """Two epochs over the same batches in the paper's order: the second finds the hidden-state cache filled."""
+    """Two epochs over the same batches in the paper's order: the second finds the hidden-state cache
+    filled.
+    """
     peak = PeakMemory(setup.device)
     unlearning = build_engine(setup, trainable)
 
@@ -129,13 +143,28 @@ def measure_engine(setup: Setup, trainable: str) -> Measured:
     first = [timed(setup.device, step) for _ in range(len(TOPICS) * setup.rounds)]
     updates = engine_updates(unlearning)
     again = [timed(setup.device, step) for _ in first]
-    return Measured(f"engine, {trainable}", mean_seconds(first), mean_seconds(again), peak.read(), [losses for _, losses in first], updates)
+    return Measured(
+        f"engine, {trainable}",
+        mean_seconds(first),
+        mean_seconds(again),
+        peak.read(),
+        [losses for _, losses in first],
+        updates,
+    )
 
 
 def engine_updates(unlearning: Trainer) -> dict[str, Tensor]:
-    wrappers = {name: module for name, module in unlearning.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    wrappers = {
+        name: module
+        for name, module in unlearning.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
     return {
-        f"{name.removeprefix('base_model.model.')}.weight": (each.modules_to_save["default"].weight - each.original_module.weight).detach().cpu()
+        f"{name.removeprefix('base_model.model.')}.weight": (
+            each.modules_to_save["default"].weight - each.original_module.weight
+        )
+        .detach()
+        .cpu()
         for name, each in wrappers.items()
     }
 
@@ -147,11 +176,14 @@ def mean_seconds(timings: list[tuple[float, tuple[float, float]]]) -> float:
 def measure_sinks(setup: Setup) -> tuple[float, float]:
     """Return the median seconds of a LoRA step with attention sinks counted and with sinks masked.
 
-    The two engines take turns, so that both meet the same noise. No batch comes twice: each step runs the frozen layers.
+    The two engines take turns, so that both meet the same noise. No batch comes twice: each step runs the
+    frozen layers.
     """
     engines = []
     for sinks in ("counted", "masked"):
-        engine = build_engine(setup, "lora", {"padding": "masked", "sinks": sinks, "shuffle": True, "cache_gib": 0.0})
+        engine = build_engine(
+            setup, "lora", {"padding": "masked", "sinks": sinks, "shuffle": True, "cache_gib": 0.0}
+        )
         engine.step()  # the first step allocates
         engines.append(engine)
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -171,12 +203,29 @@ def step_loss(unlearning: Trainer) -> tuple[float, float]:
 def build_engine(setup: Setup, trainable: str, more: dict[str, Any] | None = None) -> Trainer:
     """Build the engine with the paper's order and losses, but for the settings in `more`."""
     preset = setup.preset
-    changes = {"trainable": trainable, "modules": ["down_proj"], "steps": 2 * len(TOPICS) * setup.rounds, "cache_gib": 8.0}
+    changes = {
+        "trainable": trainable,
+        "modules": ["down_proj"],
+        "steps": 2 * len(TOPICS) * setup.rounds,
+        "cache_gib": 8.0,
+    }
     as_the_paper = {"shuffle": False, "padding": "paper", "max_grad_norm": None, "learning_rate": RATE}
-    rmu = preset.rmu.model_copy(update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None} | (more or {}))
-    topic = Topic(corpus=Corpus(source="./none"), alpha=ALPHA, steering="random", steering_coefficient=setup.coefficient, max_tokens=setup.tokens)
+    rmu = preset.rmu.model_copy(
+        update=changes | as_the_paper | {"batch_size": setup.batch, "retain_batch_size": None} | (more or {})
+    )
+    topic = Topic(
+        corpus=Corpus(source="./none"),
+        alpha=ALPHA,
+        steering="random",
+        steering_coefficient=setup.coefficient,
+        max_tokens=setup.tokens,
+    )
     model = cut_model(setup, rmu)
-    data = TrainingData({name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)}, setup.sequences(0), pad_id=0)
+    data = TrainingData(
+        {name: setup.sequences(seed) for seed, name in enumerate(TOPICS, start=1)},
+        setup.sequences(0),
+        pad_id=0,
+    )
     return Trainer(add_adapter(model, rmu, preset.model), rmu, dict.fromkeys(TOPICS, topic), data)
 
 
@@ -185,29 +234,43 @@ def cut_model(setup: Setup, rmu: Rmu) -> PreTrainedModel:
     if not setup.random_weights:
         return ModelSpec(setup.preset.model, rmu).load(setup.device, layers)
     unquantised = trained_modules(skeleton(setup.config), rmu)
-    return random_model(setup.config, setup.device, layers, setup.preset.model.quantisation, setup.dtype, unquantised)
+    return random_model(
+        setup.config, setup.device, layers, setup.preset.model.quantisation, setup.dtype, unquantised
+    )
 
 
 def full_model(setup: Setup) -> PreTrainedModel:
     if setup.random_weights:
         return random_model(setup.config, setup.device, None, "none", setup.dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(setup.preset.model.name, dtype=setup.dtype, device_map={"": setup.device})
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        setup.preset.model.name, dtype=setup.dtype, device_map={"": setup.device}
+    )
     return model
 
 
 def measure_yardstick(setup: Setup) -> Measured:
     peak, rmu = PeakMemory(setup.device), setup.preset.rmu
     yardstick = Yardstick(full_model(setup), full_model(setup), rmu.adapter_layers, rmu.target_layer, RATE)
-    batches = [[unpadded(ids) for ids in torch.tensor(setup.sequences(seed), device=setup.device).split(setup.batch)] for seed in range(3)]
+    batches = [
+        [unpadded(ids) for ids in torch.tensor(setup.sequences(seed), device=setup.device).split(setup.batch)]
+        for seed in range(3)
+    ]
     timings = []
     for number in range(setup.rounds):
         for seed, name in enumerate(TOPICS, start=1):
-            vector = (setup.coefficient * unit_vector(setup.config.hidden_size, f"{rmu.seed} {name}")).to(setup.device, setup.dtype)
+            vector = (setup.coefficient * unit_vector(setup.config.hidden_size, f"{rmu.seed} {name}")).to(
+                setup.device, setup.dtype
+            )
             step = partial(yardstick.step, batches[seed][number], batches[0][number], vector, ALPHA)
             timings.append(timed(setup.device, step))
     size = peak.read()
-    updates = {name: (matrix - yardstick.frozen.get_parameter(name)).detach().cpu() for name, matrix in yardstick.matrices.items()}
-    return Measured("yardstick", mean_seconds(timings), None, size, [losses for _, losses in timings], updates)
+    updates = {
+        name: (matrix - yardstick.frozen.get_parameter(name)).detach().cpu()
+        for name, matrix in yardstick.matrices.items()
+    }
+    return Measured(
+        "yardstick", mean_seconds(timings), None, size, [losses for _, losses in timings], updates
+    )
 
 
 def unpadded(ids: Tensor) -> Padded:
@@ -215,15 +278,17 @@ def unpadded(ids: Tensor) -> Padded:
 
 
 def floor_operations(setup: Setup, warm: bool) -> float:
-    """Floating-point operations of a LoRA step that no ordering of the work can avoid: 2 a weight and token, a pass.
+    """Floating-point operations of a LoRA step that no ordering of the work can avoid: 2 a weight and token,
+    a pass.
 
-    Frozen and updated path part at the first adapted `down_proj`; all before it runs once (for a retain batch once in both topics'
-    turns), and not at all with a warm cache. The backward pass carries gradients through the updated layers above the first.
-    Adapters and element-wise work are left out.
+    Frozen and updated path part at the first adapted `down_proj`; all before it runs once (for a retain batch
+    once in both topics' turns), and not at all with a warm cache. The backward pass carries gradients through
+    the updated layers above the first. Adapters and element-wise work are left out.
     """
     rmu, tokens = setup.preset.rmu, setup.batch * setup.tokens
     weights = setup.spec.weights(rmu.modules).by_layer[0].linear
-    attention = 2 * tokens * setup.tokens * setup.config.hidden_size  # causal: half of 2 products of 2 operations
+    # Causal: half of 2 products of 2 operations.
+    attention = 2 * tokens * setup.tokens * setup.config.hidden_size
     layer = 2 * tokens * weights + attention
     first, above = min(rmu.adapter_layers), rmu.target_layer - min(rmu.adapter_layers)
     updated = 2 * above * (layer + layer + attention)  # forget and retain, there and back
@@ -232,29 +297,57 @@ def floor_operations(setup: Setup, warm: bool) -> float:
 
 def matrix_rate(setup: Setup) -> float:
     """Operations a second of the MLP's own matrix product, the best of ten."""
-    left = torch.randn(setup.batch * setup.tokens, setup.config.hidden_size, device=setup.device, dtype=setup.dtype)
-    right = torch.randn(setup.config.hidden_size, setup.config.intermediate_size, device=setup.device, dtype=setup.dtype)
+    left = torch.randn(
+        setup.batch * setup.tokens, setup.config.hidden_size, device=setup.device, dtype=setup.dtype
+    )
+    right = torch.randn(
+        setup.config.hidden_size, setup.config.intermediate_size, device=setup.device, dtype=setup.dtype
+    )
     best = min(timed(setup.device, lambda: ((left @ right)[0, 0].item(), 0.0))[0] for _ in range(10))
     return 2 * left.numel() * right.shape[1] / best
 
 
 def largest_difference(engine: Measured, yardstick: Measured, steps: int | None) -> float:
-    """Of the losses, relative to the yardstick's, over the steps that both made; a retain loss of 0 in both is no difference."""
-    pairs = [pair for one, other in list(zip(engine.losses, yardstick.losses, strict=False))[:steps] for pair in zip(one, other, strict=True)]
+    """Of the losses, relative to the yardstick's, over the steps that both made; a retain loss of 0 in both
+    is no difference.
+    """
+    pairs = [
+        pair
+        for one, other in list(zip(engine.losses, yardstick.losses, strict=False))[:steps]
+        for pair in zip(one, other, strict=True)
+    ]
     return max(abs(one - other) / abs(other) if other else abs(one) for one, other in pairs)
 
 
 def print_update_difference(engine: Measured, yardstick: Measured) -> None:
-    worst = max(((engine.updates[name] - update).norm() / update.norm()).item() for name, update in yardstick.updates.items())
-    print(f"After {len(yardstick.losses)} steps the updates of the matrices differ by {worst:.0e} of their own size ({engine.name}).")
+    worst = max(
+        ((engine.updates[name] - update).norm() / update.norm()).item()
+        for name, update in yardstick.updates.items()
+    )
+    print(
+        f"After {len(yardstick.losses)} steps the updates of the matrices differ by {worst:.0e} of "
+        f"their own size ({engine.name})."
+    )
 
 
 def print_table(setup: Setup, engines: list[Measured], yardstick: Measured | None) -> None:
     precision = "NF4" if setup.preset.model.quantisation == "nf4" else "not quantised"
     weights = "random weights" if setup.random_weights else setup.preset.model.name
-    title = f"{weights}, {precision}, {str(setup.dtype).removeprefix('torch.')} on {setup.device}: batches of {setup.batch} x {setup.tokens} tokens"
+    title = (
+        f"{weights}, {precision}, {str(setup.dtype).removeprefix('torch.')} on {setup.device}: batches of "
+        f"{setup.batch} x {setup.tokens} tokens"
+    )
     table = Table(title=title, title_justify="left")
-    for column in ("", "s a step", "speed", "warm cache", "speed", "peak memory", "share", "losses differ by"):
+    for column in (
+        "",
+        "s a step",
+        "speed",
+        "warm cache",
+        "speed",
+        "peak memory",
+        "share",
+        "losses differ by",
+    ):
         table.add_column(column, justify="right" if column else "left")
     if yardstick:
         table.add_row(yardstick.name, f"{yardstick.first:.2f}", "1.0x", "", "", gib(yardstick.peak), "1", "")
@@ -262,17 +355,37 @@ def print_table(setup: Setup, engines: list[Measured], yardstick: Measured | Non
         ratios = ["", "", "", ""]
         if yardstick:
             steps = None if "weights" in each.name else 1  # LoRA takes another path from the second step on
-            differ = f"{largest_difference(each, yardstick, steps):.0e} in {steps or len(yardstick.losses)} steps"
+            differ = (
+                f"{largest_difference(each, yardstick, steps):.0e} in {steps or len(yardstick.losses)} steps"
+            )
             speeds = [f"{yardstick.first / seconds:.1f}x" for seconds in (each.first, each.warm or math.nan)]
             ratios = [*speeds, f"1/{yardstick.peak / each.peak:.1f}", differ]
-        table.add_row(each.name, f"{each.first:.2f}", ratios[0], f"{each.warm:.2f}", ratios[1], gib(each.peak), ratios[2], ratios[3])
+        table.add_row(
+            each.name,
+            f"{each.first:.2f}",
+            ratios[0],
+            f"{each.warm:.2f}",
+            ratios[1],
+            gib(each.peak),
+            ratios[2],
+            ratios[3],
+        )
     console = Console(width=150)
     console.print(table)
     rate, lora = matrix_rate(setup), engines[-1]
     for label, seconds, warm in (("first epoch", lora.first, False), ("warm cache", lora.warm or 1, True)):
         floor = floor_operations(setup, warm) / rate
-        work = f"{floor_operations(setup, warm) / 1e9:.0f} GFLOP that cannot be avoided, at {rate / 1e9:.0f} GFLOP/s: {floor:.2f} s"
-        console.print(f"Limit, {label}: {work}; the LoRA engine takes {seconds:.2f} s ({floor / seconds:.0%} of it is that).", highlight=False)
+        work = (
+            f"{floor_operations(setup, warm) / 1000000000.0:.0f} GFLOP that cannot be avoided, at "
+            f"{rate / 1000000000.0:.0f} GFLOP/s: {floor:.2f} s"
+        )
+        console.print(
+            (
+                f"Limit, {label}: {work}; the LoRA engine takes {seconds:.2f} s ({floor / seconds:.0%} of "
+                "it is that)."
+            ),
+            highlight=False,
+        )
 
 
 def yardstick_fits(setup: Setup) -> bool:
@@ -281,36 +394,62 @@ def yardstick_fits(setup: Setup) -> bool:
     needed = 2 * weights * torch.empty((), dtype=setup.dtype).element_size() * 1.2
     if fits := needed < memory_available(setup.device):
         return fits
-    print(f"The yardstick is left out: its two full models take {gib(int(needed))}, {gib(memory_available(setup.device))} are free.")
+    print(
+        f"The yardstick is left out: its two full models take {gib(int(needed))}, "
+        f"{gib(memory_available(setup.device))} are free."
+    )
     return False
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="The preset whose model, layers and modules are measured.")] = "smollm2-135m",
+    shape: Annotated[
+        str, typer.Option(help="The preset whose model, layers and modules are measured.")
+    ] = "smollm2-135m",
     model: Annotated[str | None, typer.Option(help="A local folder with the model's weights.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="Make weights up: nothing is loaded.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Make weights up: nothing is loaded.")
+    ] = False,
     quantisation: Annotated[str | None, typer.Option(help="nf4 or none; the preset's if left out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int, typer.Option(min=1)] = 4,
     tokens: Annotated[int, typer.Option(min=2)] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="Distinct batches a topic: the engine goes through them twice.")] = 2,
-    coefficient: Annotated[float, typer.Option(min=0.1, help="Length of the control vector: longer for large activations.")] = COEFFICIENT,
-    sinks: Annotated[bool, typer.Option("--sinks", help="Only compare steps with sinks masked and counted.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Distinct batches a topic: the engine goes through them twice.")
+    ] = 2,
+    coefficient: Annotated[
+        float, typer.Option(min=0.1, help="Length of the control vector: longer for large activations.")
+    ] = COEFFICIENT,
+    sinks: Annotated[
+        bool, typer.Option("--sinks", help="Only compare steps with sinks masked and counted.")
+    ] = False,
 ) -> None:
     """Measures the engine with whole matrices and with LoRA, then the yardstick where it fits."""
     quiet_libraries()
     logging.set_verbosity_error()
     with friendly_exit():
-        changes = [f"model.name={model}"] * bool(model) + [f"model.quantisation={quantisation}"] * bool(quantisation)
+        changes = [f"model.name={model}"] * bool(model) + [f"model.quantisation={quantisation}"] * bool(
+            quantisation
+        )
         preset = load_preset(shape, changes)
         spec = ModelSpec.of_preset(preset)
-        setup = Setup(preset, spec, resolve_device(device), random_weights, batch, tokens, rounds, coefficient)
+        setup = Setup(
+            preset, spec, resolve_device(device), random_weights, batch, tokens, rounds, coefficient
+        )
         if sinks:
             counted, masked = measure_sinks(setup)
-            print(f"Seconds per step: sinks counted {counted:.2f}, masked {masked:.2f}; ratio {masked / counted:.3f}.")
+            print(
+                f"Seconds per step: sinks counted {counted:.2f}, masked {masked:.2f}; ratio "
+                f"{masked / counted:.3f}."
+            )
             return
-        dense = bool(trained_modules(skeleton(setup.config), preset.rmu.model_copy(update={"trainable": "weights"})))
-        engines = [measure_engine(setup, trainable) for trainable in ("weights", "lora") if dense or trainable == "lora"]
+        dense = bool(
+            trained_modules(skeleton(setup.config), preset.rmu.model_copy(update={"trainable": "weights"}))
+        )
+        engines = [
+            measure_engine(setup, trainable)
+            for trainable in ("weights", "lora")
+            if dense or trainable == "lora"
+        ]
         yardstick = measure_yardstick(setup) if dense and yardstick_fits(setup) else None
         print_table(setup, engines, yardstick)
         if yardstick:

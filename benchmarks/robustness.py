@@ -1,12 +1,14 @@
-"""How long unlearning holds against fine-tuning: variants of a preset, and what is known again after so many steps on unseen text of the topic.
+"""How long unlearning holds against fine-tuning: variants of a preset, and what is known again after so many
+steps on unseen text of the topic.
 
-    python benchmarks/robustness.py --seeds 0,1                                 # the tiny model, steered at layer 0 and as it is
+    python benchmarks/robustness.py --seeds 0,1  # the tiny model, steered at layer 0 and as it is
     python benchmarks/robustness.py --variant "" --variant "rmu.rank=64" --learning-rate 3e-3
 
-Each variant is unlearned by the pipeline's own stage and relearned by the audit's own attack (`lowmem_rmu/audit/relearning.py`: a fresh
-LoRA of rank 16 in every linear module of every layer, AdamW, batches of 8, the learning rate given). Only questions are asked that the
-text does not tell about: what comes back was there. A preset without questions is measured on held-out text, in nats a token; what base
-gains by the same steps is no part of what makes half.
+Each variant is unlearned by the pipeline's own stage and relearned by the audit's own attack
+(`lowmem_rmu/audit/relearning.py`: a fresh LoRA of rank 16 in every linear module of every layer, AdamW,
+batches of 8, the learning rate given). Only questions are asked that the text does not tell about: what comes
+back was there. A preset without questions is measured on held-out text, in nats a token; what base gains by
+the same steps is no part of what makes half.
 """
 
 import sys
@@ -39,17 +41,21 @@ from lowmem_rmu.presets import Preset, load_preset
 from lowmem_rmu.runs import RunFolder, write_json
 from lowmem_rmu.status import Silent, StatusWriter
 
-LOWEST_LAYER = " ".join([
-    "rmu.target_layer=0 rmu.adapter_layers=[0] rmu.steps=1000 rmu.learning_rate=4e-3",
-    "rmu.batch_size=8 rmu.retain_batch_size=16",
-    *(f"topics.{name}.alpha=100 topics.{name}.adaptive_scale=3" for name in ("compounds", "locks")),
-])
+LOWEST_LAYER = " ".join(
+    [
+        "rmu.target_layer=0 rmu.adapter_layers=[0] rmu.steps=1000 rmu.learning_rate=4e-3",
+        "rmu.batch_size=8 rmu.retain_batch_size=16",
+        *(f"topics.{name}.alpha=100 topics.{name}.adaptive_scale=3" for name in ("compounds", "locks")),
+    ]
+)
 """What `tiny` did before: it holds longer, and is not where the paper steers."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """In % of the questions, or in nats a token: what is known before and after unlearning, and by relearning steps."""
+    """In % of the questions, or in nats a token: what is known before and after unlearning, and by relearning
+    steps.
+    """
 
     base: float
     unlearned: float
@@ -71,7 +77,7 @@ def in_digits(figure: float | None) -> str:
 
 
 def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
-    """The adapter that a run makes."""
+    """Return the adapter that a run makes."""
     folder = RunFolder.create(runs, "measured")
     write_json(folder.path / "config.json", run_config("measured", preset, device))
     stages, spec = ["unlearn"], ModelSpec.of_preset(preset)
@@ -82,11 +88,15 @@ def unlearn(preset: Preset, device: torch.device, runs: Path) -> Path:
 
 
 def questions_of(audited: Audited, sets: list[QuestionSet], limit: int) -> Questions:
-    return Questions(evenly(ask(sets), limit), audited.tokenizer, audited.preset.evaluation.planned_batch_tokens)
+    return Questions(
+        evenly(ask(sets), limit), audited.tokenizer, audited.preset.evaluation.planned_batch_tokens
+    )
 
 
 def what_stays(audited: Audited, limit: int) -> Knowledge:
-    """At most `limit` questions of the tasks to keep, or where there are none the retain set's held-out text."""
+    """At most `limit` questions of the tasks to keep, or where there are none the retain set's held-out
+    text.
+    """
     if audited.kept:
         return questions_of(audited, audited.kept, limit)
     preset = audited.preset
@@ -103,27 +113,50 @@ def figure(knowledge: Knowledge, values: list[float]) -> float:
 def measure(preset: Preset, device: torch.device, limit: int, steps: tuple[int, ...]) -> Held:
     forgotten = [name for name, task in preset.evaluation.tasks.items() if task.role == "forgotten"]
     with TemporaryDirectory() as runs:
-        audited = prepare("measured", preset, unlearn(preset, device, Path(runs)), device, forgotten, limit, 0)
-        known, stays, others = audited.knowledge, what_stays(audited, limit), questions_of(audited, audited.measured, limit)
+        audited = prepare(
+            "measured", preset, unlearn(preset, device, Path(runs)), device, forgotten, limit, 0
+        )
+        known, stays, others = (
+            audited.knowledge,
+            what_stays(audited, limit),
+            questions_of(audited, audited.measured, limit),
+        )
         plain = {side: audited.measure(side) for side in SIDES}
         with audited.side("unlearned") as model:
-            kept, measured = figure(stays, stays.of(model)), figure(others, others.of(model)) if others.asked else None
+            kept, measured = (
+                figure(stays, stays.of(model)),
+                figure(others, others.of(model)) if others.asked else None,
+            )
         text = audited.relearning[: relearning.TOPIC_SAMPLES]
         points = relearning.curve(audited, "unlearned", text, steps)
         twin = None if known.are_questions else relearning.curve(audited, "base", text, steps)
         audited.free()
     base, unlearned = (figure(known, plain[side]) for side in SIDES)
     after = {step: figure(known, values) for step, values in points.items()}
-    return Held(base, unlearned, kept, measured, after, relearning.steps_to_half(audited, plain, points, twin))
+    return Held(
+        base, unlearned, kept, measured, after, relearning.steps_to_half(audited, plain, points, twin)
+    )
 
 
 def main(
     preset: Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file.")] = "tiny",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting of all variants.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting of all variants."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Of unlearning, with commas between them.")] = "0",
-    limit: Annotated[int, typer.Option(min=1, help="Questions of each forgotten task, of all that is kept, and of all that is measured.")] = 100,
-    steps: Annotated[str, typer.Option(help="Of relearning, after which to measure.")] = ",".join(map(str, relearning.STEPS)),
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Questions of each forgotten task, of all that is kept, and of all that is measured."
+        ),
+    ] = 100,
+    steps: Annotated[str, typer.Option(help="Of relearning, after which to measure.")] = ",".join(
+        map(str, relearning.STEPS)
+    ),
     learning_rate: Annotated[float, typer.Option(help="Of relearning.")] = relearning.LEARNING_RATE,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -133,13 +166,25 @@ def main(
     measured_after = tuple(sorted(map(int, steps.split(","))))
     table = Table(title=f"{preset}, relearned at {learning_rate:g}", title_justify="left")
     table.add_column("Variant", overflow="fold")
-    for column in ("Seed", "Base", "Unlearned", "Kept", "Measured", *(f"{step} steps" for step in measured_after), "Half"):
+    for column in (
+        "Seed",
+        "Base",
+        "Unlearned",
+        "Kept",
+        "Measured",
+        *(f"{step} steps" for step in measured_after),
+        "Half",
+    ):
         table.add_column(column, justify="right")
     with friendly_exit():
         for each in variant or [LOWEST_LAYER, ""]:
             for seed in seeds.split(","):
                 chosen = load_preset(preset, [*(set_ or []), *each.split(), f"rmu.seed={seed}"])
-                table.add_row(each or "as it is", seed, *measure(chosen, resolve_device(device), limit, measured_after).row())
+                table.add_row(
+                    each or "as it is",
+                    seed,
+                    *measure(chosen, resolve_device(device), limit, measured_after).row(),
+                )
     Console(width=150).print(table)
 
 

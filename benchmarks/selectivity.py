@@ -1,13 +1,16 @@
-"""Does a real model forget a real topic and keep the rest? Variants of the default settings, each a whole run of the pipeline.
+r"""Does a real model forget a real topic and keep the rest? Variants of the default settings, each a whole
+run of the pipeline.
 
     python benchmarks/selectivity.py --model ./Qwen2.5-Coder-1.5B-Instruct --data ./data --runs ./runs
     python benchmarks/selectivity.py ... --topic psychology --seeds 0,1,2
-    python benchmarks/selectivity.py ... --variant "" --variant "rmu.sinks=counted" --variant "retain.questions=0 retain.chat=0"
+    python benchmarks/selectivity.py ... --variant "" --variant "rmu.sinks=counted" \
+        --variant "retain.questions=0 retain.chat=0"
 
-`--data` holds `openstax/economics.jsonl` and `psychology.jsonl` (running text, a section a line), `wikitext-2/test.txt` and
-`mmlu/test`. A topic is forgotten from its textbook; the other textbook, WikiText and passages that the base model writes about
-subjects next to the topic are the retain set. Questions about the subject of the retain textbook are not asked. The settings of
-both topics are the same, whatever the topic.
+`--data` holds `openstax/economics.jsonl` and `psychology.jsonl` (running text, a section a line),
+`wikitext-2/test.txt` and `mmlu/test`. A topic is forgotten from its textbook; the other textbook, WikiText
+and passages that the base model writes about subjects next to the topic are the retain set. Questions about
+the subject of the retain textbook are not asked. The settings of both topics are the same, whatever the
+topic.
 """
 
 import sys
@@ -59,9 +62,24 @@ class Subjects:
 
 
 KEPT = [
-    "anatomy", "astronomy", "college_biology", "college_physics", "computer_security", "elementary_mathematics", "global_facts",
-    "high_school_chemistry", "high_school_geography", "international_law", "logical_fallacies", "machine_learning", "nutrition",
-    "philosophy", "prehistory", "virology", "world_religions", "clinical_knowledge",
+    "anatomy",
+    "astronomy",
+    "college_biology",
+    "college_physics",
+    "computer_security",
+    "elementary_mathematics",
+    "global_facts",
+    "high_school_chemistry",
+    "high_school_geography",
+    "international_law",
+    "logical_fallacies",
+    "machine_learning",
+    "nutrition",
+    "philosophy",
+    "prehistory",
+    "virology",
+    "world_religions",
+    "clinical_knowledge",
 ]
 TOPICS = {
     "economics": Subjects(
@@ -90,8 +108,10 @@ class GroupResult:
 
     pairs: Pairs
     balanced: float
-    """Of the unlearned model, the mean over the letters A to D of the share that is answered right where that letter is right:
-    25 for a model that answers one letter to everything, whatever the share of that letter among the right answers."""
+    """Of the unlearned model, the mean over the letters A to D of the share that is answered right where that
+    letter is right: 25 for a model that answers one letter to everything, whatever the share of that letter
+    among the right answers.
+    """
     letters: str
 
     @property
@@ -126,9 +146,11 @@ class Measured:
 
 
 def preset_of(topic: str, model: Path, data: Path, limit: int, neighbors: Path | None) -> dict[str, Any]:
-    """Return the raw preset that forgets a topic, as YAML would hold it; layers and alpha are chosen as for any preset without them.
+    """Return the raw preset that forgets a topic, as YAML would hold it; layers and alpha are chosen as for
+    any preset without them.
 
-    `neighbors` is the file with the passages about neighboring subjects; None leaves them out of the retain set.
+    `neighbors` is the file with the passages about neighboring subjects; None leaves them out of the retain
+    set.
     """
     questions = str((data / "mmlu/test").resolve())
     books = {name: str((data / f"openstax/{name}.jsonl").resolve()) for name in (topic, OTHER[topic])}
@@ -147,13 +169,18 @@ def preset_of(topic: str, model: Path, data: Path, limit: int, neighbors: Path |
         "evaluation": {
             "limit": limit,
             "batch_tokens": 2048,
-            "tasks": {role: {"source": questions, "subjects": each, "role": role} for role, each in TOPICS[topic].tasks.items()},
+            "tasks": {
+                role: {"source": questions, "subjects": each, "role": role}
+                for role, each in TOPICS[topic].tasks.items()
+            },
         },
     }
 
 
 def written_neighbors(topic: str, model: Path, folder: Path) -> Path:
-    """Return the file of passages about the topic's neighbors, which base writes where it is not there yet."""
+    """Return the file of passages about the topic's neighbors, which base writes where it is not there
+    yet.
+    """
     file = folder / f"neighbors-{topic}.jsonl"
     if not file.exists():
         # Not quantized: on a CPU, generation in 4-bit takes several times as long.
@@ -184,7 +211,9 @@ def read_measured(folder: RunFolder) -> Measured:
     before, after = folder.read_answers("base"), folder.read_answers("unlearned")
     groups = {}
     for group in ("forgotten", "adjacent", "kept"):
-        sides = [[row for row in answers if str(row["task"]).startswith(group)] for answers in (before, after)]
+        sides = [
+            [row for row in answers if str(row["task"]).startswith(group)] for answers in (before, after)
+        ]
         groups[group] = group_result(*sides)
     metrics = folder.read_metrics()
     checks = [row for row in metrics if row.get("retain_kl") is not None]
@@ -210,19 +239,36 @@ def group_result(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> G
 
 
 def kept_check(rows: list[dict[str, Any]], limit: float) -> dict[str, Any]:
-    """Return the row of the check whose weights are kept: the guard's best, else the last one; empty without a guard."""
-    checks = [Check(row["step"], row["retain_kl"], row["question_kl"], row["topic_kl"], row["topic_question_kl"]) for row in rows]
+    """Return the row of the check whose weights are kept: the guard's best, else the last one; empty without
+    a guard.
+    """
+    checks = [
+        Check(row["step"], row["retain_kl"], row["question_kl"], row["topic_kl"], row["topic_question_kl"])
+        for row in rows
+    ]
     best = best_of(checks, limit)
     return rows[checks.index(best)] if best else rows[-1] if rows else {}
 
 
 COLUMNS = (
-    "Seed", "Forgotten", "Balanced", "Adjacent", "Kept", "Kept step", "Retain KL", "Topic KL", "Letters, forgotten", "Letters, kept", "Seconds",
-)  # fmt: skip
+    "Seed",
+    "Forgotten",
+    "Balanced",
+    "Adjacent",
+    "Kept",
+    "Kept step",
+    "Retain KL",
+    "Topic KL",
+    "Letters, forgotten",
+    "Letters, kept",
+    "Seconds",
+)
 
 
 def row_of(found: Measured) -> list[str]:
-    """Return the cells of a table's row: accuracies with their change in points and its interval, and the rest."""
+    """Return the cells of a table's row: accuracies with their change in points and its interval, and the
+    rest.
+    """
     changes = {
         name: f"{group.unlearned:.1f} ({group.change:+.1f}, {group.bounds[0]:+.1f} to {group.bounds[1]:+.1f})"
         for name, group in found.groups.items()
@@ -230,20 +276,35 @@ def row_of(found: Measured) -> list[str]:
     divergences = [f"{kl:.2f}" if kl is not None else "-" for kl in (found.retain_kl, found.topic_kl)]
     forgotten, kept = found.groups["forgotten"], found.groups["kept"]
     return [
-        changes["forgotten"], f"{forgotten.balanced:.1f}", changes["adjacent"], changes["kept"], f"{found.step} of {found.steps}",
-        *divergences, forgotten.letters, kept.letters, f"{found.seconds:.0f}",
-    ]  # fmt: skip
+        changes["forgotten"],
+        f"{forgotten.balanced:.1f}",
+        changes["adjacent"],
+        changes["kept"],
+        f"{found.step} of {found.steps}",
+        *divergences,
+        forgotten.letters,
+        kept.letters,
+        f"{found.seconds:.0f}",
+    ]
 
 
 def main(
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The folder of a model.")],
-    data: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The folder of texts and questions.")],
-    runs: Annotated[Path, typer.Option(help="Where the runs go; those that are there are not made again.")] = Path("runs"),
+    data: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="The folder of texts and questions.")
+    ],
+    runs: Annotated[
+        Path, typer.Option(help="Where the runs go; those that are there are not made again.")
+    ] = Path("runs"),
     topic: Annotated[str, typer.Option(help="What to forget: economics or psychology.")] = "economics",
-    variant: Annotated[list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Settings with spaces between them; again for each variant.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Of unlearning, with commas between them.")] = "0",
     limit: Annotated[int, typer.Option(min=1, help="Questions of each group at most.")] = 200,
-    neighbors: Annotated[bool, typer.Option(help="Have base write passages about neighboring subjects for the retain set.")] = True,
+    neighbors: Annotated[
+        bool, typer.Option(help="Have base write passages about neighboring subjects for the retain set.")
+    ] = True,
 ) -> None:
     """Run each variant with each seed, and print the table."""
     quiet_libraries()
@@ -257,10 +318,15 @@ def main(
         runs.mkdir(parents=True, exist_ok=True)
         file = runs / f"{topic}.yaml"
         passages = written_neighbors(topic, model, runs) if neighbors else None
-        file.write_text(yaml.safe_dump(preset_of(topic, model, data, limit, passages), sort_keys=False), encoding="utf-8")
+        file.write_text(
+            yaml.safe_dump(preset_of(topic, model, data, limit, passages), sort_keys=False), encoding="utf-8"
+        )
         for each in variant or [""]:
             for seed in seeds.split(","):
-                preset = load_preset(str(file), [change.replace("TOPIC", topic) for change in each.split()] + [f"rmu.seed={seed}"])
+                preset = load_preset(
+                    str(file),
+                    [change.replace("TOPIC", topic) for change in each.split()] + [f"rmu.seed={seed}"],
+                )
                 cells = row_of(measure(preset, run_name(topic, each, seed, limit), runs))
                 table.add_row(each or "as it is", seed, *cells)
                 print("\t".join([each or "as it is", seed, *cells]), flush=True)

@@ -1,8 +1,8 @@
 """A picture of each tab of an app that is open over a finished run; README's were made so.
 
-    python -m lowmem_rmu.run tiny --name tiny --runs-dir runs && python app.py --runs-dir runs &
-    python docs/screenshots.py http://127.0.0.1:7860 --to docs
-    python docs/screenshots.py http://127.0.0.1:7860 --to dark --scheme dark --width 400
+python -m lowmem_rmu.run tiny --name tiny --runs-dir runs && python app.py --runs-dir runs &
+python docs/screenshots.py http://127.0.0.1:7860 --to docs
+python docs/screenshots.py http://127.0.0.1:7860 --to dark --scheme dark --width 400
 """
 
 import shutil
@@ -65,12 +65,16 @@ def main(
     to: Annotated[Path, typer.Option(help="The folder for the pictures.")] = Path("docs"),
     scheme: Annotated[Literal["light", "dark"], typer.Option(help="light or dark.")] = "light",
     width: Annotated[int, typer.Option(min=300, help="Of the window, in pixels.")] = 1280,
-    full: Annotated[bool, typer.Option("--full", help="The whole page, not only what the window shows.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole page, not only what the window shows.")
+    ] = False,
 ) -> None:
     """Takes them with the system's Chromium."""
     to.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
         page = browser.new_page(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
         page.goto(address)
         for tab in ("Unlearn", "Results", "Chat", "Audit", "Export", "Runs"):

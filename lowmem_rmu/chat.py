@@ -1,4 +1,6 @@
-"""The same prompt to base and unlearned, from one model: the adapter off, then on; in conversations, each side with its own answers."""
+"""The same prompt to base and unlearned, from one model: the adapter off, then on; in conversations, each
+side with its own answers.
+"""
 
 import json
 import re
@@ -26,10 +28,16 @@ from lowmem_rmu.model.special_tokens import special_tokens
 from lowmem_rmu.presets import read_preset, short_name
 from lowmem_rmu.runs import RunFolder
 
-SIDES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {"base": base_only, "unlearned": lambda model: nullcontext()}
+SIDES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+    "base": base_only,
+    "unlearned": lambda model: nullcontext(),
+}
 MOST_SEED = 2**63 - 1
 UNLOADED_MEANWHILE = "The chat model was unloaded meanwhile.\nSend the prompt again: that loads it anew."
-NO_SYSTEM_PROMPT = "The chat template of this model takes no system prompt.\nLeave the system prompt empty; say it in the prompt instead."
+NO_SYSTEM_PROMPT = (
+    "The chat template of this model takes no system prompt.\n"
+    "Leave the system prompt empty; say it in the prompt instead."
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,9 @@ class Sampling:
     max_new_tokens: int = 256
     """Its length at most."""
     temperature: float = 0.0
-    """0: always the likeliest token. Above: drawn by their probabilities, the more evenly the higher it is."""
+    """0: always the likeliest token. Above: drawn by their probabilities, the more evenly the higher it
+    is.
+    """
     seed: int = 0
     """Of the draw: the same one gives the same answer."""
     system_prompt: str = ""
@@ -83,7 +93,8 @@ class _WhenAsked(StoppingCriteria):
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
-    """Token ids `(1, sequence)` in the model's chat template; the last message as plain text where the model has none.
+    """Token ids `(1, sequence)` in the model's chat template; the last message as plain text where the model
+    has none.
 
     Raises UserError where the template would leave out or refuses the system prompt.
     """
@@ -95,7 +106,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program: it can fail in any way
-        raise UserError(NO_SYSTEM_PROMPT if system else f"The chat template of this model refuses the conversation: {error}.") from error
+        raise UserError(
+            NO_SYSTEM_PROMPT
+            if system
+            else f"The chat template of this model refuses the conversation: {error}."
+        ) from error
     if system.strip() not in text:
         raise UserError(NO_SYSTEM_PROMPT)
     # A template that writes the tokenizer's prefix itself must not get a second one.
@@ -103,8 +118,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     return torch.tensor([ids if ids[: len(prefix)] == prefix else [*prefix, *ids]])
 
 
-def messages_of(side: str, turns: Sequence[Turn], prompt: str, system_prompt: str = "") -> list[dict[str, str]]:
-    """The conversation as one side knows it: with its own answers."""
+def messages_of(
+    side: str, turns: Sequence[Turn], prompt: str, system_prompt: str = ""
+) -> list[dict[str, str]]:
+    """Return the conversation as one side knows it: with its own answers."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
     before = [message for turn in turns for message in _exchange(turn.prompt, turn.of(side))]
     return [*system, *before, {"role": "user", "content": prompt}]
@@ -123,10 +140,13 @@ def answer(
     write: Callable[[str], None] = lambda text: None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """The model's answer as it stands; `write` gets it piece by piece, and `is_stopped` is asked after every token."""
+    """Return the model's answer as it stands; `write` gets it piece by piece, and `is_stopped` is asked after
+    every token.
+    """
     input_ids = encode_prompt(tokenizer, messages).to(next(model.parameters()).device)
     generate: Any = model.generate
-    # Of the distribution nothing is cut off, whatever the checkpoint's own settings are: the temperature alone decides.
+    # Of the distribution nothing is cut off, whatever the checkpoint's own settings are: the temperature
+    # alone decides.
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with _seeded(sampling.seed):
@@ -144,7 +164,7 @@ def answer(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draws inside follow from the seed, and those outside are as they would have been."""
+    """Draw inside follow from the seed, and those outside are as they would have been."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -159,7 +179,9 @@ def both_sides(
     turns: Sequence[Turn] = (),
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[str, str]]:
-    """`(side, answer)` of base, then of unlearned; `write` gets the side and a piece of its answer. Ends early where it is stopped."""
+    """`(side, answer)` of base, then of unlearned; `write` gets the side and a piece of its answer. Ends
+    early where it is stopped.
+    """
     for side, switched in SIDES.items():
         if is_stopped():
             return
@@ -169,7 +191,9 @@ def both_sides(
 
 
 def load_run(folder: RunFolder, device: torch.device) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A run's model with its adapter, and its tokenizer. Raises UserError where it has no adapter yet."""
+    """Return a run's model with its adapter, and its tokenizer. Raises UserError where it has no adapter
+    yet.
+    """
     check_adapter(folder)
     read_adapter_settings(folder.adapter)
     spec = ModelSpec.of_preset(read_preset(folder))
@@ -180,7 +204,9 @@ def load_run(folder: RunFolder, device: torch.device) -> tuple[PeftModel, PreTra
 class ChatModel:
     """A run's model with its adapter: it answers one prompt at a time, whoever asks."""
 
-    def __init__(self, run: str, model_name: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, run: str, model_name: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self.run, self.model_name = run, model_name
         self._parts: tuple[PeftModel, PreTrainedTokenizerBase] | None = (model, tokenizer)
         self._lock, self._closed = Lock(), Event()
@@ -195,17 +221,21 @@ class ChatModel:
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Stops the answer that is being made, then lets go of the model."""
+        """Stop the answer that is being made, then let go of the model."""
         self._closed.set()
         with self._lock:
             self._parts = None
 
     def check(self, prompt: str, sampling: Sampling, turns: Sequence[Turn] = ()) -> None:
-        """Raises UserError where the prompt cannot be answered: see `check_conversation`."""
+        """Raise UserError where the prompt cannot be answered: see `check_conversation`."""
         check_conversation(*self._opened(), prompt, sampling, turns)
 
-    def stream(self, prompt: str, sampling: Sampling, stop: Event, turns: Sequence[Turn] = ()) -> Generator[tuple[str, str]]:
-        """`(side, its answer so far)`, base first, while it is being made. `stop` ends it; so does whoever closes this generator."""
+    def stream(
+        self, prompt: str, sampling: Sampling, stop: Event, turns: Sequence[Turn] = ()
+    ) -> Generator[tuple[str, str]]:
+        """`(side, its answer so far)`, base first, while it is being made. `stop` ends it; so does whoever
+        closes this generator.
+        """
         self.check(prompt, sampling, turns)
         pieces: SimpleQueue[tuple[str, str] | BaseException | None] = SimpleQueue()
         left = Event()  # nobody listens any more
@@ -213,7 +243,9 @@ class ChatModel:
         def is_stopped() -> bool:
             return stop.is_set() or left.is_set() or self._closed.is_set()
 
-        worker = Thread(target=self._answer_into, args=(pieces, prompt, sampling, turns, is_stopped), daemon=True)
+        worker = Thread(
+            target=self._answer_into, args=(pieces, prompt, sampling, turns, is_stopped), daemon=True
+        )
         worker.start()
         try:
             while (piece := pieces.get()) is not None:
@@ -232,9 +264,16 @@ class ChatModel:
         return answers
 
     def _answer_into(
-        self, pieces: SimpleQueue[Any], prompt: str, sampling: Sampling, turns: Sequence[Turn], is_stopped: Callable[[], bool]
+        self,
+        pieces: SimpleQueue[Any],
+        prompt: str,
+        sampling: Sampling,
+        turns: Sequence[Turn],
+        is_stopped: Callable[[], bool],
     ) -> None:
-        """What the worker thread does: the lock is held for both sides, for the adapter is on or off for everybody."""
+        """Answer in the worker thread. The lock is held for both sides, as the adapter is switched for all
+        users of the model.
+        """
         so_far = dict.fromkeys(SIDES, "")
 
         def write(side: str, piece: str) -> None:
@@ -243,7 +282,9 @@ class ChatModel:
 
         try:
             with _unless_stopped(self._lock, is_stopped), memory_told():
-                for side_and_answer in both_sides(*self._opened(), prompt, sampling, write, turns, is_stopped):
+                for side_and_answer in both_sides(
+                    *self._opened(), prompt, sampling, write, turns, is_stopped
+                ):
                     pieces.put(side_and_answer)
         except _NotAnswered:
             pass
@@ -264,7 +305,7 @@ class _NotAnswered(Exception):
 
 @contextmanager
 def _unless_stopped(lock: Lock, is_stopped: Callable[[], bool]) -> Iterator[None]:
-    """Waits for the lock until it is there, or until nobody wants it any more."""
+    """Wait for the lock until it is there, or until nobody wants it any more."""
     while not lock.acquire(timeout=0.1):
         if is_stopped():
             raise _NotAnswered
@@ -276,7 +317,7 @@ def _unless_stopped(lock: Lock, is_stopped: Callable[[], bool]) -> Iterator[None
 
 @contextmanager
 def memory_told() -> Iterator[None]:
-    """Running out of memory becomes a UserError."""
+    """Translate running out of memory into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -311,7 +352,7 @@ def check_conversation(
     sampling: Sampling,
     turns: Sequence[Turn] = (),
 ) -> None:
-    """Raises UserError where the prompt is empty, or too long for the model with what came before."""
+    """Raise UserError where the prompt is empty, or too long for the model with what came before."""
     check_prompt(prompt)
     check_sampling(sampling, most := getattr(model.config, "max_position_embeddings", None))
     lengths = []
@@ -327,7 +368,9 @@ def check_conversation(
 
 
 def check_sampling(sampling: Sampling, most: int | None = None) -> None:
-    """Raises UserError for settings that no answer can be made with; `most` is what the model reads at most."""
+    """Raise UserError for settings that no answer can be made with; `most` is what the model reads at
+    most.
+    """
     if not 0 <= sampling.temperature < float("inf"):
         raise UserError(
             f"The temperature is {sampling.temperature:g}: give 0 (always the likeliest word) or a number "
@@ -345,30 +388,44 @@ def check_sampling(sampling: Sampling, most: int | None = None) -> None:
 
 
 def parting(base: str, unlearned: str) -> int:
-    """Characters of the common beginning, in whole words: there the two answers part."""
+    """Return characters of the common beginning, in whole words: there the two answers part."""
     words = zip(re.findall(r"\s*\S+", base), re.findall(r"\s*\S+", unlearned), strict=False)
     return sum(len(one) for one, _ in takewhile(lambda pair: pair[0] == pair[1], words))
 
 
 def as_json(turns: Sequence[Turn], run: str, model_name: str) -> str:
-    """The conversation with all that is needed to have it again."""
-    return json.dumps({"run": run, "model": model_name, "turns": [asdict(turn) for turn in turns]}, indent=2, ensure_ascii=False) + "\n"
+    """Return the conversation with all that is needed to have it again."""
+    return (
+        json.dumps(
+            {"run": run, "model": model_name, "turns": [asdict(turn) for turn in turns]},
+            indent=2,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def as_markdown(turns: Sequence[Turn], run: str, model_name: str) -> str:
-    """The same to read. What was said stands in fences: it is shown to the letter and nothing in it is markup."""
+    """Return the same to read. What was said stands in fences: it is shown to the letter and nothing in it is
+    markup.
+    """
     heading = f"# Conversation with base and unlearned\n\n- Run: `{run}`\n- Model: `{model_name}`\n"
     return heading + "".join(_turn_as_markdown(number, turn) for number, turn in enumerate(turns, start=1))
 
 
 def _turn_as_markdown(number: int, turn: Turn) -> str:
     sampling = turn.sampling
-    settings = f"temperature {sampling.temperature:g}, at most {sampling.max_new_tokens} tokens, seed {sampling.seed}"
+    settings = (
+        f"temperature {sampling.temperature:g}, at most {sampling.max_new_tokens} tokens, seed "
+        f"{sampling.seed}"
+    )
     parts = [("Prompt", turn.prompt), ("Base (before)", turn.base), ("Unlearned (after)", turn.unlearned)]
     if sampling.system_prompt.strip():
         parts.insert(0, ("System prompt", sampling.system_prompt))
     stopped = " (stopped early)" if turn.stopped else ""
-    return f"\n## {number}{stopped}\n\nSettings: {settings}\n" + "".join(f"\n**{title}**\n\n{_fenced(text)}\n" for title, text in parts)
+    return f"\n## {number}{stopped}\n\nSettings: {settings}\n" + "".join(
+        f"\n**{title}**\n\n{_fenced(text)}\n" for title, text in parts
+    )
 
 
 def _fenced(text: str) -> str:

@@ -1,4 +1,6 @@
-"""The processes that `accelerate launch` started together, under Accelerate's own names. Without a launcher there is one process."""
+"""The processes that `accelerate launch` started together, under Accelerate's own names. Without a launcher
+there is one process.
+"""
 
 from collections.abc import Sequence
 from datetime import timedelta

@@ -55,12 +55,16 @@ class ChangeSettings:
 
 
 Action = ResumeRun | AuditAgain | ChangeSettings
-"""A step that front ends word in different ways: by an option of the command line, or by a button of the page."""
+"""A step that front ends word in different ways: by an option of the command line, or by a button of the
+page.
+"""
 
 
 @dataclass(frozen=True)
 class Fix:
-    """What to do about an error. `{action}` in the text stands for the action, which each front end words for itself."""
+    """What to do about an error. `{action}` in the text stands for the action, which each front end words for
+    itself.
+    """
 
     text: str
     action: Action
@@ -97,7 +101,8 @@ def _as_options(settings: dict[str, Any]) -> str:
 
 
 class UserError(Exception):
-    """A mistake or a limit that the user can mend. The command line prints it without a traceback and exits with 2.
+    """A mistake or a limit that the user can mend. The command line prints it without a traceback and exits
+    with 2.
 
     The message may quote what somebody typed or a server answered: control characters are shown as escapes,
     and what is too long to be read is shortened.
@@ -106,6 +111,7 @@ class UserError(Exception):
         problem: What is wrong, and where.
         fix: What to do next.
         place: The setting, file or field that it is about, where a front end may want to point at it.
+
     """
 
     def __init__(self, problem: str, fix: str | Fix | None = None, *, place: str | None = None) -> None:
@@ -121,7 +127,9 @@ class UserError(Exception):
 
 
 def error_record(error: UserError) -> dict[str, Any]:
-    """Return the parts of an error as a `status.json` holds them, so that another front end can word its action."""
+    """Return the parts of an error as a `status.json` holds them, so that another front end can word its
+    action.
+    """
     if isinstance(error.fix, Fix):
         action = {"kind": type(error.fix.action).__name__} | asdict(error.fix.action)
         return {"problem": error.problem, "fix": error.fix.text, "action": action}
@@ -148,7 +156,7 @@ def readable(message: str) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST_VALUE) -> str:
-    """The text, or its beginning and its end with the number of characters in between."""
+    """Return the text, or its beginning and its end with the number of characters in between."""
     if len(text) <= longest:
         return text
     end = longest // 4
@@ -156,7 +164,7 @@ def shortened(text: str, longest: int = LONGEST_VALUE) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in a message, as Python writes it, short enough to read."""
+    """Return a value in a message, as Python writes it, short enough to read."""
     try:
         return shortened(repr(value))
     except ValueError:  # Python writes no integer of more than 4,300 digits
@@ -180,27 +188,34 @@ def command_line(*parts: object) -> str:
 
 def is_disk_full(error: BaseException) -> bool:
     """Also where a library says so in words only, as safetensors does."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(
+        error
+    )
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether a request got no answer: refused, timed out, cut off, no such host.
+    """Return whether a request got no answer: refused, timed out, cut off, no such host.
 
-    huggingface_hub speaks through httpx or its successor httpx2, whose errors have the same names and no common base.
+    huggingface_hub speaks through httpx or its successor httpx2, whose errors have the same names and no
+    common base.
     """
     names = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(error).__mro__}
-    return isinstance(error, ConnectionError) or not names.isdisjoint({("httpx", "TransportError"), ("httpx2", "TransportError")})
+    return isinstance(error, ConnectionError) or not names.isdisjoint(
+        {("httpx", "TransportError"), ("httpx2", "TransportError")}
+    )
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and everything it was raised from."""
+    """Yield the error and everything it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def not_reachable(kind: str, name: str) -> UserError:
-    """Make the error for a `kind` ("model" or "data set") that is not in the cache of a machine without a network."""
+    """Make the error for a `kind` ("model" or "data set") that is not in the cache of a machine without a
+    network.
+    """
     return UserError(
         f"The {kind} {name} is not on this machine and the Hub cannot be reached.",
         "Check the network (and HF_HUB_OFFLINE), or give a local path that starts with ./ or /."
@@ -209,13 +224,14 @@ def not_reachable(kind: str, name: str) -> UserError:
 
 
 def _folder_of_this_name(name: str) -> str:
-    """A further sentence where a Hub id is also the path of a folder."""
+    """Return a further sentence where a Hub id is also the path of a folder."""
     return f"\nThere is a folder {name} here: write ./{name} for it." if Path(name).is_dir() else ""
 
 
 @contextmanager
 def hub_errors(kind: str, name: str, instead: str | None = None) -> Iterator[None]:
-    """Tells apart why `name` could not be had from the Hub, or from a local folder: `kind` is "model" or "data set".
+    """Translate failures to load `name` from the Hub or a local folder into UserErrors; `kind` is "model" or
+    "data set".
 
     `instead` is what to do without access where it is gated.
     """
@@ -237,19 +253,35 @@ def _hub_message(kind: str, name: str, chain: list[BaseException], instead: str 
     if any(isinstance(error, GatedRepoError) for error in chain) or "gated dataset" in words:
         token = get_token()
         what_next = (
-            f"1. Ask for access on {page} (a person may have to grant it).\n2. Make a token on https://huggingface.co/settings/tokens."
-            "\n3. Give it: `hf auth login`, or the environment variable HF_TOKEN."
+            f"1. Ask for access on {page} (a person may have to grant it).\n"
+            "2. Make a token on https://huggingface.co/settings/tokens.\n"
+            "3. Give it: `hf auth login`, or the environment variable HF_TOKEN."
         )
         seen = "The token that was found has no access to it." if token else "No token was found."
-        return f"The {kind} {name} is gated: its owners grant access by request. {seen}\n{what_next}" + (f"\n{instead}" if instead else "")
-    if any(isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or is_unreachable(error) for error in chain):
+        return f"The {kind} {name} is gated: its owners grant access by request. {seen}\n{what_next}" + (
+            f"\n{instead}" if instead else ""
+        )
+    if any(
+        isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or is_unreachable(error)
+        for error in chain
+    ):
         return str(not_reachable(kind, name))
     if any(isinstance(error, RevisionNotFoundError) for error in chain):
         return f"The {kind} {name} has no such revision.\nSee {page} for those there are."
-    if any(isinstance(error, RepositoryNotFoundError) for error in chain) or "doesn't exist on the Hub" in words:
+    if (
+        any(isinstance(error, RepositoryNotFoundError) for error in chain)
+        or "doesn't exist on the Hub" in words
+    ):
         folder = _folder_of_this_name(name)
-        return f"There is no {kind} {name} on the Hub, or it is private.\nCheck the name; a local path starts with ./ or /.{folder}"
+        return (
+            f"There is no {kind} {name} on the Hub, or it is private.\n"
+            f"Check the name; a local path starts with ./ or /.{folder}"
+        )
     for error in chain:
         if isinstance(error, HfHubHTTPError):
-            return f"The Hub answered with error {error.response.status_code} when asked for the {kind} {name}.\nTry again in a while."
+            return (
+                f"The Hub answered with error {error.response.status_code} when asked for the {kind} "
+                f"{name}.\n"
+                "Try again in a while."
+            )
     return None

@@ -1,4 +1,6 @@
-"""The inputs of a run: everything that it reads except the model's weights, read before anything is computed."""
+"""The inputs of a run: everything that it reads except the model's weights, read before anything is
+computed.
+"""
 
 from dataclasses import dataclass, field
 
@@ -57,14 +59,18 @@ class Inputs:
             forget={name: samples.train for name, samples in self.forget.items()},
             retain=self.retain.train,
             pad_id=self.tokenizer.pad_token_id,
-            cues={name: encode_texts(self.tokenizer, cues(name, topic)) for name, topic in preset.topics.items()},
+            cues={
+                name: encode_texts(self.tokenizer, cues(name, topic)) for name, topic in preset.topics.items()
+            },
             guard=self.guard_data(),
             is_whole=is_whole,
         )
 
 
 def read_inputs(preset: Preset, spec: ModelSpec, stages: list[str]) -> Inputs:
-    """Check the model's shape, and read every question and corpus. `spec` is the preset's model. Raises UserError."""
+    """Check the model's shape, and read every question and corpus. `spec` is the preset's model. Raises
+    UserError.
+    """
     spec.check_adapter()
     evaluates = any(stage in SIDE_OF for stage in stages)
     spec.check_checkpoint(None if evaluates else preset.rmu.target_layer + 1)
@@ -80,7 +86,9 @@ def read_inputs(preset: Preset, spec: ModelSpec, stages: list[str]) -> Inputs:
 
 
 def needs_text(preset: Preset, stages: list[str]) -> bool:
-    """Return whether the stages read the preset's corpora: to train on them, or to measure what is held out."""
+    """Return whether the stages read the preset's corpora: to train on them, or to measure what is held
+    out.
+    """
     return "unlearn" in stages or any(corpus.held_out for corpus in corpora_of(preset).values())
 
 
@@ -89,13 +97,17 @@ def read_forget_sets(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> dict
     forget = {}
     for name, topic in preset.topics.items():
         shares = FormShares(topic.questions)
-        forget[name] = load_samples(topic.corpus, tokenizer, topic.max_tokens, shares, preset.rmu.guard_every > 0)
+        forget[name] = load_samples(
+            topic.corpus, tokenizer, topic.max_tokens, shares, preset.rmu.guard_every > 0
+        )
         check_fills_batch(f"topics.{name}", forget[name], preset.rmu.batch_size)
     return forget
 
 
 def read_retain_set(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> Samples:
-    """Return the samples of all retain corpora, mixed in their shares. Raises UserError where they are fewer than a batch."""
+    """Return the samples of all retain corpora, mixed in their shares. Raises UserError where they are fewer
+    than a batch.
+    """
     settings = preset.retain
     shares = FormShares(settings.questions, settings.chat)
     parts = [

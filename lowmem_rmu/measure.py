@@ -40,7 +40,16 @@ from lowmem_rmu.presets import (
     short_name,
 )
 from lowmem_rmu.records import AnswerRow, Object, intact_record, read_record
-from lowmem_rmu.runs import RunFolder, Stopped, Watcher, add_lines, make_private, read_lines, write_json, write_lines
+from lowmem_rmu.runs import (
+    RunFolder,
+    Stopped,
+    Watcher,
+    add_lines,
+    make_private,
+    read_lines,
+    write_json,
+    write_lines,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Subject:
         return as_file_name(Path(self.adapter.resolve().parent if self.adapter else self.spec.name).name)
 
     def digest(self, base: str) -> str:
-        """Of the model's digest and the adapter's."""
+        """Combine the model's digest with the adapter's."""
         return f"{base}+{content_digest(self.adapter / WEIGHTS)[:24]}" if self.adapter else base
 
 
@@ -73,11 +82,18 @@ def as_file_name(model: str) -> str:
 
 
 def find_subject(name: str, quantisation: str | None = None, dtype: str | None = None) -> Subject:
-    """A run's folder, an adapter's, a model's, or a Hub id. What is given of the precision overrides what a run says."""
-    path, precision = as_path(name), {key: value for key, value in (("quantisation", quantisation), ("dtype", dtype)) if value}
+    """Return a run's folder, an adapter's, a model's, or a Hub id. What is given of the precision overrides
+    what a run says.
+    """
+    path, precision = (
+        as_path(name),
+        {key: value for key, value in (("quantisation", quantisation), ("dtype", dtype)) if value},
+    )
     if (path / CONFIG).is_file():
         adapted = read_adapter_settings(path)
-        settings = ModelSettings.model_validate({"name": base_of(path, adapted), "revision": adapted.get("revision")} | precision)
+        settings = ModelSettings.model_validate(
+            {"name": base_of(path, adapted), "revision": adapted.get("revision")} | precision
+        )
         return Subject(ModelSpec(settings, trained=adapted.get("modules_to_save") or ()), path)
     if is_run(path):
         folder = RunFolder(path)
@@ -90,7 +106,8 @@ def find_subject(name: str, quantisation: str | None = None, dtype: str | None =
 
 
 def base_of(adapter: Path, settings: dict[str, Any]) -> str:
-    """The model that an adapter names as its base: a folder, from here or from the adapter's own folder, else a Hub id.
+    """Return the model that an adapter names as its base: a folder, from here or from the adapter's own
+    folder, else a Hub id.
 
     Raises UserError where it names none.
     """
@@ -107,14 +124,20 @@ def base_of(adapter: Path, settings: dict[str, Any]) -> str:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, and not a model's: both have a config.json, which may be damaged."""
+    """Return whether a folder is a run's, and not a model's: both have a config.json, which may be
+    damaged.
+    """
     config = path / "config.json"
-    return config.is_file() and ("settings" in (intact_record(config, Object) or {}) or (path / "evaluation").is_dir())
+    return config.is_file() and (
+        "settings" in (intact_record(config, Object) or {}) or (path / "evaluation").is_dir()
+    )
 
 
-def choose_tasks(names: str, num_fewshot: int | None, changes: list[str], limit: int | None, batch_tokens: int | str) -> Evaluation:
-    """What `--tasks` names: tasks of `tasks.yaml`, a group of them (`wmdp`), an average (`mmlu_stem`), a subject (`mmlu_virology`), or the
-    path of own questions.
+def choose_tasks(
+    names: str, num_fewshot: int | None, changes: list[str], limit: int | None, batch_tokens: int | str
+) -> Evaluation:
+    """Resolve `--tasks`: tasks of `tasks.yaml`, a group of them (`wmdp`), an average (`mmlu_stem`), a subject
+    (`mmlu_virology`), or the path of own questions.
 
     `changes` are `TASK.KEY=VALUE`. Raises UserError.
     """
@@ -149,12 +172,15 @@ def choose_tasks(names: str, num_fewshot: int | None, changes: list[str], limit:
     try:
         return Evaluation.model_validate(content)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
         raise UserError("The tasks cannot be asked so:\n" + "\n".join(lines)) from error
 
 
 def _named(name: str) -> list[tuple[str, list[str] | None]]:
-    """The known tasks that a name stands for, each with the subjects that are meant (None: all)."""
+    """Return the known tasks that a name stands for, each with the subjects that are meant (None: all)."""
     meant: dict[str, list[tuple[str, list[str] | None]]] = {}
     for task, settings in known_tasks().items():
         meant[task] = [(task, None)]
@@ -169,11 +195,18 @@ def _named(name: str) -> list[tuple[str, list[str] | None]]:
 
 
 def measure(
-    subject: Subject, evaluation: Evaluation, device: torch.device, to: Path, watcher: Watcher | None, distributed: Distributed
+    subject: Subject,
+    evaluation: Evaluation,
+    device: torch.device,
+    to: Path,
+    watcher: Watcher | None,
+    distributed: Distributed,
 ) -> dict[str, Any]:
-    """Asks all questions, of base and of unlearned where there is an adapter, and leaves the scores in `to`; goes on where it was stopped.
+    """Ask all questions, of base and of unlearned where there is an adapter, and leave the scores in `to`; go
+    on where it was stopped.
 
-    Gives what `summary.json` holds. Of several processes, each asks its share; only the first, which has a watcher, writes.
+    Gives what `summary.json` holds. Of several processes, each asks its share; only the first, which has a
+    watcher, writes.
     """
     spec = subject.spec
     spec.check_checkpoint()
@@ -194,7 +227,16 @@ def measure(
         shared = shared_answers(to.parent, digest) if side == "base" else None
         with base_only(model) if side == "base" else nullcontext(), stopped_in(to):
             hear = followed(watcher, side, questions) if watcher else unheard
-            evaluated = evaluate_and_keep(model, tokenizer, questions, batch_tokens, to / f"answers_{side}.jsonl", shared, hear, distributed)
+            evaluated = evaluate_and_keep(
+                model,
+                tokenizer,
+                questions,
+                batch_tokens,
+                to / f"answers_{side}.jsonl",
+                shared,
+                hear,
+                distributed,
+            )
         if distributed.is_main_process:
             write_scores(to, side, evaluated.scores, questions, subject.name)
     return summary(to, subject.name, questions, evaluation.limit) if distributed.is_main_process else {}
@@ -211,15 +253,24 @@ def check_base(subject: Subject) -> None:
         ) from error
 
 
-def measure_endpoint(endpoint: Endpoint, evaluation: Evaluation, to: Path, watcher: Watcher) -> dict[str, Any]:
-    """The same of a model behind a server."""
-    questions, path, name = load_questions(evaluation), to / "answers_base.jsonl", f"{endpoint.model} at {endpoint.address}"
+def measure_endpoint(
+    endpoint: Endpoint, evaluation: Evaluation, to: Path, watcher: Watcher
+) -> dict[str, Any]:
+    """Return the same of a model behind a server."""
+    questions, path, name = (
+        load_questions(evaluation),
+        to / "answers_base.jsonl",
+        f"{endpoint.model} at {endpoint.address}",
+    )
     claim(to, name, name, evaluation)
     before = read_lines(path, AnswerRow)
-    write_lines(path, before)  # without the line that a kill may have torn, and without damaged ones: they are asked again
+    # Without the line that a kill may have torn, and without damaged ones: they are asked again.
+    write_lines(path, before)
     known = {row["prompt"]: row for row in before}
     with stopped_in(to):
-        evaluated = evaluate_endpoint(endpoint, questions, known, partial(add_lines, path), followed(watcher, "base", questions))
+        evaluated = evaluate_endpoint(
+            endpoint, questions, known, partial(add_lines, path), followed(watcher, "base", questions)
+        )
     write_lines(path, evaluated.answers)
     write_scores(to, "base", evaluated.scores, questions, name)
     return summary(to, name, questions, evaluation.limit)
@@ -235,7 +286,9 @@ class Claimed:
 
 
 def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
-    """Makes the folder, or takes it up again. Raises UserError where it holds another model's results, or those of other questions."""
+    """Make the folder, or take it up again. Raises UserError where it holds another model's results, or those
+    of other questions.
+    """
     mine = {"model": name, "digest": digest, "evaluation": evaluation.model_dump()}
     config = to / "config.json"
     if not config.exists():
@@ -261,8 +314,12 @@ def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
         )
 
 
-def write_scores(to: Path, side: str, scores: dict[str, Any], questions: list[QuestionSet], name: str) -> None:
-    """In our layout, and in that of lm-evaluation-harness for what reads its files."""
+def write_scores(
+    to: Path, side: str, scores: dict[str, Any], questions: list[QuestionSet], name: str
+) -> None:
+    """Write the scores in our layout, and in that of lm-evaluation-harness for programs that read its
+    files.
+    """
     write_json(to / f"{side}.json", scores)
     write_json(to / f"harness_{side}.json", harness_results(scores, questions, name, time.time()))
 
@@ -290,7 +347,7 @@ def stopped_in(to: Path) -> Iterator[None]:
 
 
 def summary(to: Path, name: str, questions: list[QuestionSet], limit: int | None) -> dict[str, Any]:
-    """The table of all sides, as a run's `summary.json` has it."""
+    """Return the table of all sides, as a run's `summary.json` has it."""
     base, unlearned = (read_lines(to / f"answers_{side}.jsonl") or None for side in ("base", "unlearned"))
     rows = rows_as_json(compare_tasks(questions, base or [], unlearned))
     content = {"model": name, "rows": rows, "limit": limit, "unasked": unasked_subjects(questions)}

@@ -1,8 +1,9 @@
 """Passages about subjects next to a topic, written by the base model itself, for the retain set.
 
-A model that forgets economics loses some of marketing too, because nothing in an ordinary retain set resembles a question about
-marketing. Text about marketing in the retain set prevents it (docs/selectivity.md), and the base model can write that text:
-what it knows about the subject is what is to stay.
+A model that forgets economics loses some of marketing too, because nothing in an ordinary retain set
+resembles a question about marketing. Text about marketing in the retain set prevents it
+(docs/selectivity.md), and the base model can write that text: what it knows about the subject is what is to
+stay.
 """
 
 import json
@@ -47,17 +48,26 @@ def write_passages(
 ) -> list[NeighborPassage]:
     """Have the model write `count` passages about each subject, sampled at temperature 1.
 
-    The same seed gives the same passages on the same machine. `on_batch` gets the number of passages so far, and of all, after
-    each batch. Empty answers are left out. Raises UserError where the model writes nothing about a subject.
+    The same seed gives the same passages on the same machine. `on_batch` gets the number of passages so far,
+    and of all, after each batch. Empty answers are left out. Raises UserError where the model writes nothing
+    about a subject.
     """
-    asked = [(subject, REQUESTS[number % len(REQUESTS)].format(subject)) for subject in subjects for number in range(count)]
+    asked = [
+        (subject, REQUESTS[number % len(REQUESTS)].format(subject))
+        for subject in subjects
+        for number in range(count)
+    ]
     passages: list[NeighborPassage] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(asked), BATCH):
             batch = asked[start : start + BATCH]
             texts = _answers(model, tokenizer, [request for _, request in batch], max_new_tokens)
-            passages += [NeighborPassage(subject, text) for (subject, _), text in zip(batch, texts, strict=True) if text]
+            passages += [
+                NeighborPassage(subject, text)
+                for (subject, _), text in zip(batch, texts, strict=True)
+                if text
+            ]
             on_batch(start + len(batch), len(asked))
     written = {passage.subject for passage in passages}
     for subject in subjects:
@@ -70,9 +80,13 @@ def write_passages(
 
 
 @torch.inference_mode()
-def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[str], max_new_tokens: int) -> list[str]:
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[str], max_new_tokens: int
+) -> list[str]:
     """Return a sampled answer to each request of a batch."""
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": request}])[0].tolist() for request in requests]
+    prompts = [
+        encode_prompt(tokenizer, [{"role": "user", "content": request}])[0].tolist() for request in requests
+    ]
     # Left padding, so that every answer begins right after its request.
     batch = pad(prompts, tokenizer.pad_token_id, "left", model.device)
     generate: Any = model.generate

@@ -46,8 +46,8 @@ class _Loader(yaml.SafeLoader):
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """Parse one YAML document; give its content and its tree of nodes with line numbers.
 
-    Of an empty text, both are None. What an alias repeats is copied, so that no two places of the content share
-    an object. Raises ParseError.
+    Of an empty text, both are None. What an alias repeats is copied, so that no two places of the content
+    share an object. Raises ParseError.
     """
     if len(text) > MAX_CHARACTERS:
         raise ParseError(f"longer than {MAX_CHARACTERS:,} characters", is_valid=True)
@@ -94,7 +94,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _beyond(problem: str, mark: Any) -> ParseError:
-    """A text that is valid, but beyond a limit at a mark of PyYAML's."""
+    """Return a text that is valid, but beyond a limit at a mark of PyYAML's."""
     return ParseError(problem, mark.line + 1, is_valid=True)
 
 

@@ -1,7 +1,8 @@
-"""The stages of a run: evaluate base -> unlearn -> evaluate unlearned -> report. The command line and the app both run this.
+"""The stages of a run: evaluate base -> unlearn -> evaluate unlearned -> report. The command line and the app
+both run this.
 
-Each stage is a function over one `RunContext`. A stage is done once the file that marks it exists, which is written last, so that
-a run can be stopped or killed anywhere and resumed.
+Each stage is a function over one `RunContext`. A stage is done once the file that marks it exists, which is
+written last, so that a run can be stopped or killed anywhere and resumed.
 """
 
 import gc
@@ -51,18 +52,31 @@ from lowmem_rmu.status import StatusWriter
 from lowmem_rmu.unlearning.guard import GuardData
 from lowmem_rmu.unlearning.trainer import Trainer
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 NO_TEXT_FOR_THE_GUARD = (
-    "Training went unguarded: a corpus is too short to put text aside for the guard. Nobody looked whether the rest was kept while it trained."
+    "Training went unguarded: a corpus is too short to put text aside for the guard. Nobody looked "
+    "whether the rest was kept while it trained."
 )
 TARGET_LAYER_ALONE = (
-    "The guard measured the output of the target layer, not predictions: nothing is evaluated, so that no layer above it was loaded."
+    "The guard measured the output of the target layer, not predictions: nothing is evaluated, so that no "
+    "layer above it was loaded."
 )
 
 
 @dataclass
 class RunContext:
-    """What the stages of a run share. `model` is loaded by the first stage that needs it, and keeps its adapter once it has one."""
+    """What the stages of a run share. `model` is loaded by the first stage that needs it, and keeps its
+    adapter once it has one.
+    """
 
     preset: Preset
     spec: ModelSpec
@@ -93,8 +107,12 @@ class RunContext:
         self.status.advanced(done, figures)
 
 
-def run_config(name: str, preset: Preset, device: torch.device, sources: Sources | None = None) -> dict[str, Any]:
-    """Return the content of `config.json`: everything that decides the run, where it ran, and the files it read."""
+def run_config(
+    name: str, preset: Preset, device: torch.device, sources: Sources | None = None
+) -> dict[str, Any]:
+    """Return the content of `config.json`: everything that decides the run, where it ran, and the files it
+    read.
+    """
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     else:
@@ -201,7 +219,9 @@ def evaluate_unlearned(context: RunContext) -> None:
         retain = context.inputs.held_out.get("retain")
         if retain is not None:
             batch_tokens = batch_tokens_of(context)
-            scores["texts"]["retain"] |= divergence(context.model, context.inputs.tokenizer, retain.held_out, batch_tokens)
+            scores["texts"]["retain"] |= divergence(
+                context.model, context.inputs.tokenizer, retain.held_out, batch_tokens
+            )
         write_harness_results(context, "unlearned", scores)
     write_json(context.folder.evaluation("unlearned"), scores)
 
@@ -259,7 +279,9 @@ def remove_unfinished(folder: RunFolder) -> None:
 
 
 def load_model_for(context: RunContext) -> None:
-    """Load what the remaining stages need: all layers if one of them evaluates, else only those up to the target layer."""
+    """Load what the remaining stages need: all layers if one of them evaluates, else only those up to the
+    target layer.
+    """
     if context.model is not None:
         return
     remaining = [stage for stage in context.stages if not is_done(context.folder, stage)]
@@ -270,14 +292,18 @@ def load_model_for(context: RunContext) -> None:
 
 
 def batch_tokens_of(context: RunContext) -> int:
-    """Return how many tokens a forward pass of the evaluation takes; with `auto` it is measured once per run."""
+    """Return how many tokens a forward pass of the evaluation takes; with `auto` it is measured once per
+    run.
+    """
     pad_id = context.inputs.tokenizer.pad_token_id
     wanted = context.preset.evaluation.batch_tokens
     return fixed_batch_tokens(wanted, context.model, pad_id, context.folder.path / "evaluation")
 
 
 def evaluate_side(context: RunContext, side: str) -> dict[str, Any]:
-    """Ask all questions, measure all held-out texts and answer the prompts. Returns the content of `evaluation/<side>.json`."""
+    """Ask all questions, measure all held-out texts and answer the prompts. Returns the content of
+    `evaluation/<side>.json`.
+    """
     batch_tokens = batch_tokens_of(context)
     scores = ask_questions(context, side, batch_tokens)
 
@@ -297,7 +323,9 @@ def evaluate_side(context: RunContext, side: str) -> dict[str, Any]:
 
 
 def ask_questions(context: RunContext, side: str, batch_tokens: int) -> dict[str, Any]:
-    """Return the scores of all questions. The answers of the base model are shared with other runs of the same model."""
+    """Return the scores of all questions. The answers of the base model are shared with other runs of the
+    same model.
+    """
     questions, path = context.inputs.questions, context.folder.answers(side)
     if not questions:
         write_lines(path, [])
@@ -315,7 +343,14 @@ def ask_questions(context: RunContext, side: str, batch_tokens: int) -> dict[str
     tokenizer = context.inputs.tokenizer
     try:
         evaluated = evaluate_and_keep(
-            context.model, tokenizer, questions, batch_tokens, path, shared, report_answers, context.distributed
+            context.model,
+            tokenizer,
+            questions,
+            batch_tokens,
+            path,
+            shared,
+            report_answers,
+            context.distributed,
         )
     except Interrupted as stop:
         raise Stopped(context.folder.path) from stop
@@ -325,7 +360,9 @@ def ask_questions(context: RunContext, side: str, batch_tokens: int) -> dict[str
 def write_harness_results(context: RunContext, side: str, scores: dict[str, Any]) -> None:
     """Write the scores in the layout of lm-evaluation-harness too, for programs that read its files."""
     if context.inputs.questions:
-        results = harness_results(scores, context.inputs.questions, short_name(context.preset.model.name), time.time())
+        results = harness_results(
+            scores, context.inputs.questions, short_name(context.preset.model.name), time.time()
+        )
         write_json(context.folder.evaluation(side).with_name(f"harness_{side}.json"), results)
 
 
@@ -360,7 +397,9 @@ def save_trained_adapter(context: RunContext) -> None:
 
 @contextmanager
 def measured_cost(context: RunContext, stage: str) -> Iterator[None]:
-    """Add time and peak memory of a stage to `stages.json`, also where the stage is stopped. A resumed stage counts as a whole."""
+    """Add time and peak memory of a stage to `stages.json`, also where the stage is stopped. A resumed stage
+    counts as a whole.
+    """
     started, context.stage_peak = time.monotonic(), 0
     try:
         yield
@@ -370,7 +409,9 @@ def measured_cost(context: RunContext, stage: str) -> Iterator[None]:
         costs[stage] = {
             "stage": stage,
             "seconds": before["seconds"] + time.monotonic() - started,
-            "peak_memory_bytes": max(before["peak_memory_bytes"], context.stage_peak, memory_in_use(context.device)),
+            "peak_memory_bytes": max(
+                before["peak_memory_bytes"], context.stage_peak, memory_in_use(context.device)
+            ),
         }
         write_json(context.folder.path / "stages.json", list(costs.values()))
 
@@ -397,7 +438,9 @@ def translated_errors(context: RunContext) -> Iterator[None]:
 
 
 def give_up(context: RunContext, error: BaseException) -> None:
-    """Note why the run failed. A run that failed before it measured anything is removed; any other keeps what it has."""
+    """Note why the run failed. A run that failed before it measured anything is removed; any other keeps what
+    it has.
+    """
     context.model = None
     gc.collect()
     folder = context.folder

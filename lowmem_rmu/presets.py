@@ -38,7 +38,8 @@ Regex = Annotated[str, AfterValidator(_regex)]
 class Section(BaseModel):
     """A part of a preset: unknown keys are errors, numbers are finite, and values are fixed once read.
 
-    Every number has a range. Its upper end is far beyond what anybody uses: it keeps out slips (`1e30`) that would train to nothing.
+    Every number has a range. Its upper end is far beyond what anybody uses: it keeps out slips (`1e30`) that
+    would train to nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -54,7 +55,9 @@ class ModelSettings(Section):
     quantisation: Literal["nf4", "none"] = "nf4"
     """`nf4`: 4-bit with double quantisation. `none`: in `dtype`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of everything that is not quantised, and of the arithmetic. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """Of everything that is not quantised, and of the arithmetic. `auto`: bfloat16 on a GPU, float32 on a
+    CPU.
+    """
     device_map: Literal["one", "auto"] = "one"
     """`auto`: spread over all GPUs, and main memory where they do not suffice, for models beyond one GPU."""
     config: dict[str, Any] | None = None
@@ -68,7 +71,9 @@ class Corpus(Section):
     """
 
     source: str
-    """A Hub id, or a local path that starts with `./`, `../`, `/` or `~` (relative paths: from the preset's folder)."""
+    """A Hub id, or a local path that starts with `./`, `../`, `/` or `~` (relative paths: from the preset's
+    folder).
+    """
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
@@ -78,7 +83,9 @@ class Corpus(Section):
     title_excludes: Regex | None = None
     """Only for WikiText: keep the articles whose title does not match."""
     detokenize: bool = True
-    """Give tokenized text, as WikiText is (`film , television`, `co @-@ star`, `<unk>`), its ordinary spelling back."""
+    """Give tokenized text, as WikiText is (`film , television`, `co @-@ star`, `<unk>`), its ordinary
+    spelling back.
+    """
     long_documents: Literal["split", "truncate"] = "split"
     """Text beyond the maximum tokens becomes further samples, or is left out as in the paper."""
     min_characters: int = Field(0, ge=0, le=10**9)
@@ -86,8 +93,9 @@ class Corpus(Section):
     held_out: float = Field(0.0, ge=0.0, lt=1.0)
     """The share of documents that training never sees; their loss is reported before and after."""
     share: float | None = Field(None, gt=0, lt=1)
-    """Only in a retain set: the share of its samples that come from this corpus, which are repeated or left out to reach it.
-    Corpora without a share divide the rest by their size."""
+    """Only in a retain set: the share of its samples that come from this corpus, which are repeated or left
+    out to reach it. Corpora without a share divide the rest by their size.
+    """
     without_access: str | None = None
     """What to do where access to a gated data set is not granted, e.g. another preset."""
 
@@ -97,18 +105,25 @@ class Topic(Section):
 
     corpus: Corpus
     alpha: float = Field(150, ge=0, le=1e9)
-    """Weight of the retain loss in this topic's steps. It is a pure number: both losses are in the units of the target layer's activations
-    (docs/selectivity.md)."""
+    """Weight of the retain loss in this topic's steps. It is a pure number: both losses are in the units of
+    the target layer's activations (docs/selectivity.md).
+    """
     steering: Literal["random", "adaptive", "contrastive"] = "adaptive"
-    """Where forget activations are pushed to. `random`: a control vector of the length `steering_coefficient` (RMU). `adaptive`:
-    one whose length is `adaptive_scale` times the typical activation norm (arXiv 2408.06223). `contrastive`: the frozen activation plus
-    `steering_coefficient` times the direction from an expert in `about` to a novice (CUT, arXiv 2403.03218v1)."""
+    """Where forget activations are pushed to. `random`: a control vector of the length `steering_coefficient`
+    (RMU). `adaptive`: one whose length is `adaptive_scale` times the typical activation norm (arXiv
+    2408.06223). `contrastive`: the frozen activation plus `steering_coefficient` times the direction from an
+    expert in `about` to a novice (CUT, arXiv 2403.03218v1).
+    """
     steering_coefficient: float | None = Field(None, gt=0, le=1e9)
     adaptive_scale: float = Field(1.5, gt=0, le=1000)
-    """The longer the vector, the more of it reaches text that only resembles the topic (docs/selectivity.md). The authors take 5."""
+    """The longer the vector, the more of it reaches text that only resembles the topic (docs/selectivity.md).
+    The authors take 5.
+    """
     contrastive_direction: Literal["unit", "raw"] | None = None
-    """Only for `contrastive`. `unit`: the direction has unit length, as in the authors' code; the default. `raw`: the difference of
-    activations as it is, with the sentences of earlier versions; runs recorded without this key were made so."""
+    """Only for `contrastive`. `unit`: the direction has unit length, as in the authors' code; the default.
+    `raw`: the difference of activations as it is, with the sentences of earlier versions; runs recorded
+    without this key were made so.
+    """
     about: str | None = None
     """What novice and expert are asked about; the topic's name if left out."""
     max_tokens: int = Field(512, ge=2, le=10**6)
@@ -127,13 +142,15 @@ class Topic(Section):
         if self.steering != "adaptive" and self.steering_coefficient is None:
             raise ValueError(f"steering: {self.steering} takes a steering_coefficient")
         if self.steering == "adaptive" and self.steering_coefficient is not None:
-            raise ValueError("steering: adaptive finds its own steering_coefficient: leave it out, or set steering: random")
+            raise ValueError(
+                "steering: adaptive finds its own steering_coefficient: leave it out, or set steering: random"
+            )
         return self
 
     @model_validator(mode="before")
     @classmethod
     def _unit_direction(cls, given: Any) -> Any:
-        """Fills in the contrastive direction, so that every run records the one that it was made with."""
+        """Fill in the contrastive direction, so that every run records the one that it was made with."""
         if not isinstance(given, dict) or given.get("steering") != "contrastive":
             return given
         return given | {"contrastive_direction": given.get("contrastive_direction") or "unit"}
@@ -145,8 +162,9 @@ class Retain(Section):
     corpora: list[Corpus] = Field(min_length=1)
     max_tokens: int = Field(512, ge=2, le=10**6)
     questions: float = Field(0.5, ge=0, le=100)
-    """Multiple-choice questions made of the retain text, per sample of prose. Without any, a model may come to treat
-    every question as part of the topic."""
+    """Multiple-choice questions made of the retain text, per sample of prose. Without any, a model may come
+    to treat every question as part of the topic.
+    """
     chat: float = Field(0.25, ge=0, le=100)
     """Conversations made of the retain text in the model's chat template, per sample of prose."""
 
@@ -156,7 +174,9 @@ class Retain(Section):
         if len(shares) == len(self.corpora):
             raise ValueError("every corpus has a share: leave it out of one at least, which gets the rest")
         if sum(shares) >= 1:
-            raise ValueError(f"the shares of the corpora add up to {sum(shares):g}: together they must stay below 1")
+            raise ValueError(
+                f"the shares of the corpora add up to {sum(shares):g}: together they must stay below 1"
+            )
         return self
 
 
@@ -164,14 +184,18 @@ class Rmu(Section):
     """Representation misdirection for unlearning (arXiv 2403.03218)."""
 
     target_layer: int = Field(ge=0, lt=10_000)
-    """0-based; its output is steered. Nothing above it takes part in training. A preset that names neither this nor `adapter_layers`
-    gets them by the model's depth (`layers_by_depth`), where the number of its layers is known before anything is downloaded."""
+    """0-based; its output is steered. Nothing above it takes part in training. A preset that names neither
+    this nor `adapter_layers` gets them by the model's depth (`layers_by_depth`), where the number of its
+    layers is known before anything is downloaded.
+    """
     adapter_layers: list[int] = Field(min_length=1)
     """The layers that get adapters: at or below the target layer."""
     modules: list[str] = Field(["down_proj"], min_length=1)
     """Names of the linear modules that get adapters, as in PEFT's `target_modules`."""
     trainable: Literal["lora", "weights"] = "lora"
-    """`lora`: low-rank adapters. `weights`: the modules' own matrices, kept in high precision and trained directly, as in the paper."""
+    """`lora`: low-rank adapters. `weights`: the modules' own matrices, kept in high precision and trained
+    directly, as in the paper.
+    """
     rank: int = Field(16, ge=1, le=2**16)
     lora_alpha: int | None = Field(None, gt=0, le=10**6)
     """LoRA's scale is `lora_alpha / rank`; the rank if left out."""
@@ -179,7 +203,9 @@ class Rmu(Section):
     """`adamw8bit` keeps AdamW's two moments in 8 bits (bitsandbytes): a quarter of their memory."""
     learning_rate: float = Field(1e-3, gt=0, le=1)
     schedule: Literal["constant", "linear"] = "constant"
-    """`linear`: the learning rate falls to zero over the steps, so that training comes to rest between topic and retain set."""
+    """`linear`: the learning rate falls to zero over the steps, so that training comes to rest between topic
+    and retain set.
+    """
     steps: int = Field(150, ge=1, le=10**6)
     """Optimiser steps in all; topics take turns."""
     batch_size: int = Field(4, ge=1, le=10**5)
@@ -189,30 +215,38 @@ class Rmu(Section):
     max_grad_norm: float | None = Field(1.0, gt=0, le=1e9)
     """Gradients are clipped to this norm; null: never, as in the paper."""
     shuffle: bool = True
-    """On: batches of samples of like length, in a new order every epoch. Off: samples in the order of the corpus, as in the paper."""
+    """On: batches of samples of like length, in a new order every epoch. Off: samples in the order of the
+    corpus, as in the paper.
+    """
     padding: Literal["masked", "paper"] = "masked"
     """`masked`: losses over real tokens. `paper`: left padding, losses over every position, padding too."""
     sinks: Literal["masked", "counted"] | None = None
-    """Positions whose activation is many times larger than the rest of their sample's (attention sinks, arXiv 2402.17762).
-    `masked`: they are not steered, and what they lose counts relative to their size. `counted`: like any other position,
-    as in the paper. If left out: `counted` with `padding: paper`, else `masked`."""
+    """Positions whose activation is many times larger than the rest of their sample's (attention sinks, arXiv
+    2402.17762). `masked`: they are not steered, and what they lose counts relative to their size. `counted`:
+    like any other position, as in the paper. If left out: `counted` with `padding: paper`, else `masked`.
+    """
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     cache_gib: float = Field(1.0, ge=0, le=10**6)
-    """Gibibytes at most for what the frozen layers give on batches that come again (the hidden-state cache)."""
+    """Gibibytes at most for what the frozen layers give on batches that come again (the hidden-state
+    cache).
+    """
     cache_in: Literal["memory", "disk"] = "memory"
     """Where that is kept: main memory, or the run folder."""
     checkpoint_every: int = Field(50, ge=1, le=10**6)
     """Steps between checkpoints that `--resume` can go on from."""
     guard_every: int = Field(10, ge=0, le=10**6)
-    """Steps between the guard's looks at text and questions that training does not see; 0: never. Training ends early once the
-    topic is far from base with the rest within the limit."""
+    """Steps between the guard's looks at text and questions that training does not see; 0: never. Training
+    ends early once the topic is far from base with the rest within the limit.
+    """
     guard_limit: float = Field(0.3, gt=0, le=100)
-    """Nats per token by which retain text and questions about it may diverge from base. Training ends when two checks in a row
-    exceed it, and the best earlier point is kept."""
+    """Nats per token by which retain text and questions about it may diverge from base. Training ends when
+    two checks in a row exceed it, and the best earlier point is kept.
+    """
     guard_shift_limit: float = Field(0.25, gt=0, le=100)
-    """The same for a run that evaluates nothing and loads no layer above the target layer: how far the target layer's output may
-    move, relative to its size."""
+    """The same for a run that evaluates nothing and loads no layer above the target layer: how far the target
+    layer's output may move, relative to its size.
+    """
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     """What torch takes as a seed."""
 
@@ -224,7 +258,7 @@ class Rmu(Section):
     @model_validator(mode="before")
     @classmethod
     def _sinks_as_padding(cls, given: Any) -> Any:
-        """Fills in what becomes of sinks, so that every run records how it was made."""
+        """Fill in what becomes of sinks, so that every run records how it was made."""
         if not isinstance(given, dict) or given.get("sinks") is not None:
             return given
         return given | {"sinks": "counted" if given.get("padding") == "paper" else "masked"}
@@ -233,7 +267,10 @@ class Rmu(Section):
     def _layers_at_or_below_target(self) -> "Rmu":
         above = [layer for layer in self.adapter_layers if layer > self.target_layer]
         if above:
-            raise ValueError(f"adapter_layers {above} lie above target_layer {self.target_layer} and could not learn anything")
+            raise ValueError(
+                f"adapter_layers {above} lie above target_layer {self.target_layer} and could not "
+                "learn anything"
+            )
         if min(self.adapter_layers) < 0:
             raise ValueError("adapter_layers count from 0")
         if len(set(self.adapter_layers)) < len(self.adapter_layers):
@@ -244,8 +281,8 @@ class Rmu(Section):
 class Task(Section):
     """A-D questions: a Hub data set, a local JSONL or CSV file (`question, choices, answer`), or a folder.
 
-    In a folder, every file is a subject. One whose name ends in a split (`_dev`, `_val`, `_test`, ...) belongs
-    to that split alone.
+    In a folder, every file is a subject. One whose name ends in a split (`_dev`, `_val`, `_test`, ...)
+    belongs to that split alone.
 
     A name of `tasks.yaml` (`wmdp_bio`, `mmlu`, ...) brings its settings along; a preset gives what differs.
     """
@@ -261,7 +298,9 @@ class Task(Section):
     subjects: list[str] | None = Field(None, min_length=1)
     """Only these subjects."""
     scoring: Literal["letters", "cloze"] = "letters"
-    """`letters`: the choice whose letter is the most likely. `cloze`: the choice whose text is, a character; for models too small for letters."""
+    """`letters`: the choice whose letter is the most likely. `cloze`: the choice whose text is, a character;
+    for models too small for letters.
+    """
     num_fewshot: int = Field(0, ge=0, le=10**4)
     """Answered examples in front of every question: the first ones of `examples_split`."""
     examples_split: str | None = None
@@ -277,7 +316,10 @@ class Task(Section):
     @model_validator(mode="after")
     def _examples_where_they_count(self) -> "Task":
         if self.num_fewshot and self.examples_split is None:
-            raise ValueError(f"num_fewshot {self.num_fewshot} takes an examples_split; this task has none, so ask it with 0")
+            raise ValueError(
+                f"num_fewshot {self.num_fewshot} takes an examples_split; this task has none, so ask "
+                "it with 0"
+            )
         return self
 
 
@@ -289,11 +331,13 @@ class Evaluation(Section):
     """Questions per task at most, spread over its subjects in proportion: the same sample every time. Of more
     subjects than questions, the smallest get none, which the results say."""
     limit_by: Literal["largest_remainder", "one_per_subject"] = "largest_remainder"
-    """How `limit` is allocated. `one_per_subject`: in rounded shares, one at least, so that more than `limit` may
-    be asked, as older versions did."""
+    """How `limit` is allocated. `one_per_subject`: in rounded shares, one at least, so that more than `limit`
+    may be asked, as older versions did.
+    """
     batch_tokens: Annotated[int, Field(ge=1, le=10**8)] | Literal["auto"] = 4096
-    """Tokens in one forward pass at most, padding included. `auto`: what is fastest, tried out before the first question;
-    then the memory plan only knows the least that it may be."""
+    """Tokens in one forward pass at most, padding included. `auto`: what is fastest, tried out before the
+    first question; then the memory plan only knows the least that it may be.
+    """
     prompts: list[str] = []
     """Asked of base and unlearned for the report and as suggestions in the chat."""
     max_new_tokens: int = Field(64, ge=1, le=10**6)
@@ -306,11 +350,14 @@ class Evaluation(Section):
     @model_validator(mode="before")
     @classmethod
     def _known_tasks(cls, given: Any) -> Any:
-        """Fills in what a preset leaves out of a task that is known by its name."""
+        """Fill in what a preset leaves out of a task that is known by its name."""
         if not isinstance(given, dict) or not isinstance(given.get("tasks"), dict):
             return given
         known = known_tasks()
-        tasks = {name: {**known.get(name, {}), **task} if isinstance(task, dict) else task for name, task in given["tasks"].items()}
+        tasks = {
+            name: {**known.get(name, {}), **task} if isinstance(task, dict) else task
+            for name, task in given["tasks"].items()
+        }
         return given | {"tasks": tasks}
 
 
@@ -327,7 +374,7 @@ class Preset(Section):
 
 @cache
 def known_tasks() -> dict[str, dict[str, Any]]:
-    """The field's tasks by name, as settings of a `Task`."""
+    """Return the field's tasks by name, as settings of a `Task`."""
     return parse_yaml(TASKS_FILE.read_text(encoding="utf-8"))[0]
 
 
@@ -336,7 +383,7 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name_or_path: str) -> Path:
-    """The YAML file of a shipped preset, or of a path."""
+    """Return the YAML file of a shipped preset, or of a path."""
     if name_or_path in preset_names():
         return PRESETS_FOLDER / f"{name_or_path}.yaml"
     if Path(name_or_path).suffix.lower() in (".yaml", ".yml"):
@@ -359,7 +406,7 @@ def find_preset(name_or_path: str) -> Path:
 def load_preset(
     name_or_path: str, overrides: list[str] | None = None, labels: Mapping[str, str] | None = None
 ) -> Preset:
-    """Reads and checks a preset; `overrides` are `key.path=value` with YAML values.
+    """Read and check a preset; `overrides` are `key.path=value` with YAML values.
 
     `labels` say what a form calls a setting, by its dotted path. Raises UserError with every mistake at once,
     each with the place of its value: a line of the file, the form's field, or the path that followed `--set`.
@@ -385,7 +432,9 @@ def load_preset(
 
 
 def recorded_preset(settings: Any, where: Path) -> Preset:
-    """The settings that a run folder holds. Raises UserError where another version wrote them and this one reads them no more."""
+    """Return the settings that a run folder holds. Raises UserError where another version wrote them and this
+    one reads them no more.
+    """
     try:
         return Preset.model_validate(with_recorded_defaults(settings))
     except ValidationError as error:
@@ -400,7 +449,8 @@ def recorded_preset(settings: Any, where: Path) -> Preset:
 def preset_of_run(config: Mapping[str, Any], where: Path) -> Preset:
     """Return the settings of a run, with a model of the Hub pinned to the commit that the run was made with.
 
-    `config` is the content of the run's `config.json`, `where` its folder. Raises UserError as `recorded_preset` does.
+    `config` is the content of the run's `config.json`, `where` its folder. Raises UserError as
+    `recorded_preset` does.
     """
     preset = recorded_preset(config["settings"], where)
     revision = config.get("model_revision")
@@ -413,21 +463,30 @@ def preset_of_run(config: Mapping[str, Any], where: Path) -> Preset:
 def read_preset(folder: RunFolder, pinned: bool = True) -> Preset:
     """Return the settings of a run as its `config.json` holds them.
 
-    `pinned`: with a model of the Hub at the commit that the run was made with. Raises UserError as `recorded_preset` does.
+    `pinned`: with a model of the Hub at the commit that the run was made with. Raises UserError as
+    `recorded_preset` does.
     """
     config = folder.config
     return preset_of_run(config, folder.path) if pinned else recorded_preset(config["settings"], folder.path)
 
 
-RMU_BEFORE = {"sinks": "counted", "guard_every": 0, "guard_limit": 0.3, "guard_shift_limit": 0.25, "schedule": "constant"}
+RMU_BEFORE = {
+    "sinks": "counted",
+    "guard_every": 0,
+    "guard_limit": 0.3,
+    "guard_shift_limit": 0.25,
+    "schedule": "constant",
+}
 """What earlier versions did in place of settings of `rmu` that they did not know."""
 
 
 def with_recorded_defaults(settings: Any) -> Any:
-    """Recorded settings of a preset, or of a checkpoint, with what earlier versions did where they had no key for it.
+    """Return recorded settings of a preset, or of a checkpoint, with what earlier versions did where they had
+    no key.
 
-    A contrastive topic without `contrastive_direction` was steered along the raw difference; a limit was allocated
-    otherwise; attention sinks counted like any other position; there were no samples in other forms than prose, and no guard.
+    A contrastive topic without `contrastive_direction` was steered along the raw difference; a limit was
+    allocated otherwise; attention sinks counted like any other position; there were no samples in other forms
+    than prose, and no guard.
     """
     if isinstance(settings, dict) and "evaluation" in settings:
         settings = settings | {"evaluation": recorded_evaluation(settings["evaluation"])}
@@ -442,19 +501,25 @@ def with_recorded_defaults(settings: Any) -> Any:
 
 
 def recorded_retain(retain: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a retain set as they were meant: older versions made no samples in other forms than prose."""
+    """Return settings of a retain set as they were meant: older versions made no samples in other forms than
+    prose.
+    """
     corpora = retain.get("corpora")
     found = {"corpora": [recorded_corpus(corpus) for corpus in corpora]} if isinstance(corpora, list) else {}
     return {"questions": 0, "chat": 0} | retain | found
 
 
 def recorded_corpus(corpus: Any) -> Any:
-    """Settings of a corpus as they were meant: older versions left tokenized text as it was, and knew no shares."""
+    """Return settings of a corpus as they were meant: older versions left tokenized text as it was, and knew
+    no shares.
+    """
     return {"detokenize": False, "share": None} | corpus if isinstance(corpus, dict) else corpus
 
 
 def recorded_topic(topic: Any) -> Any:
-    """Settings of a topic as they were meant: older versions made no questions, and knew one contrastive direction."""
+    """Return settings of a topic as they were meant: older versions made no questions, and knew one
+    contrastive direction.
+    """
     if not isinstance(topic, dict):
         return topic
     direction = {"contrastive_direction": "raw"} if topic.get("steering") == "contrastive" else {}
@@ -463,7 +528,7 @@ def recorded_topic(topic: Any) -> Any:
 
 
 def recorded_evaluation(settings: Any) -> Any:
-    """Settings of an evaluation as they were meant: older versions allocated a limit otherwise."""
+    """Return settings of an evaluation as they were meant: older versions allocated a limit otherwise."""
     if not isinstance(settings, dict) or "limit_by" in settings:
         return settings
     has_limit = settings.get("limit") is not None
@@ -471,20 +536,30 @@ def recorded_evaluation(settings: Any) -> Any:
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[str]:
-    """The paths at which two settings differ."""
+    """Return the paths at which two settings differ."""
     if isinstance(first, dict) and isinstance(second, dict):
         keys = first.keys() | second.keys()
-        return [path for key in keys for path in differences(first.get(key), second.get(key), f"{where}.{key}" if where else key)]
+        return [
+            path
+            for key in keys
+            for path in differences(first.get(key), second.get(key), f"{where}.{key}" if where else key)
+        ]
     return [] if first == second else [where]
 
 
 def is_local(source: str) -> bool:
-    """Whether a model or data source is a path and not a Hub id."""
-    return source.startswith(("./", "../", "/", "~", ".\\", "..\\")) or source in (".", "..") or Path(source).is_absolute()
+    """Return whether a model or data source is a path and not a Hub id."""
+    return (
+        source.startswith(("./", "../", "/", "~", ".\\", "..\\"))
+        or source in (".", "..")
+        or Path(source).is_absolute()
+    )
 
 
 def as_path(name: str) -> Path:
-    """A path with `~` spelled out. Raises UserError for what can be no path: too long, with a NUL, in the home of nobody."""
+    """Return a path with `~` spelled out. Raises UserError for what can be no path: too long, with a NUL, in
+    the home of nobody.
+    """
     try:
         path = Path(name).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -496,17 +571,21 @@ def as_path(name: str) -> Path:
 
 
 def is_folder(start: Path, name: str) -> bool:
-    """Whether a model's name, such as `models/llama`, is a folder that lies in `start`: it is then that folder, and no Hub id."""
+    """Return whether a model's name, such as `models/llama`, is a folder that lies in `start`: it is then
+    that folder, and no Hub id.
+    """
     return bool(name.strip()) and "://" not in name and (start / as_path(name)).is_dir()
 
 
 def short_name(model: str) -> str:
-    """A Hub id as it is; of a local path the last two parts, for reports are shared."""
+    """Return a Hub id as it is; of a local path the last two parts, for reports are shared."""
     return "/".join(Path(model).parts[-2:]) if is_local(model) else model
 
 
 def without_places(settings: Any, where: str = "") -> Any:
-    """The same settings with every path of this machine cut to its last two parts: for what is shared."""
+    """Return the same settings with every path of this machine cut to its last two parts: for what is
+    shared.
+    """
     if isinstance(settings, dict):
         return {key: without_places(value, str(key)) for key, value in settings.items()}
     if isinstance(settings, list):
@@ -515,9 +594,13 @@ def without_places(settings: Any, where: str = "") -> Any:
 
 
 def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str = "") -> Any:
-    """Makes local `source` and `model.name` absolute: from the preset's folder, or from here where `--set` gave them."""
+    """Make local `source` and `model.name` absolute: from the preset's folder, or from here where `--set`
+    gave them.
+    """
     if isinstance(content, list):
-        return [resolve_paths(item, folder, overridden, f"{where}.{index}") for index, item in enumerate(content)]
+        return [
+            resolve_paths(item, folder, overridden, f"{where}.{index}") for index, item in enumerate(content)
+        ]
     if not isinstance(content, dict):
         is_source = where.rpartition(".")[2] == "source" or where == "model.name"
         given_here = any(where == key or where.startswith(f"{key}.") for key in overridden)
@@ -529,7 +612,10 @@ def resolve_paths(content: Any, folder: Path, overridden: set[str], where: str =
             except UserError as error:
                 raise UserError(f"{shortened(where)}: {error}") from error
         return content
-    return {key: resolve_paths(value, folder, overridden, f"{where}.{key}" if where else str(key)) for key, value in content.items()}
+    return {
+        key: resolve_paths(value, folder, overridden, f"{where}.{key}" if where else str(key))
+        for key, value in content.items()
+    }
 
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -537,10 +623,12 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def layers_by_depth(content: Any) -> Any:
-    """Return a preset's content with `rmu.target_layer` and `rmu.adapter_layers` by the model's depth, where it leaves both out.
+    """Return a preset's content with `rmu.target_layer` and `rmu.adapter_layers` by the model's depth, where
+    it leaves both out.
 
-    The target layer lies a quarter of the way up, as in the WMDP paper, and the adapters on it and on the two layers below it. A target layer
-    at a quarter and at 40% did equally well (docs/selectivity.md). Content that does not hold what is needed is returned as it is.
+    The target layer lies a quarter of the way up, as in the WMDP paper, and the adapters on it and on the two
+    layers below it. A target layer at a quarter and at 40% did equally well (docs/selectivity.md). Content
+    that does not hold what is needed is returned as it is.
     """
     if not isinstance(content, dict) or not isinstance(content.get("rmu", {}), dict):
         return content
@@ -572,7 +660,9 @@ def model_depth(model: Any) -> int | None:
 
 
 def local_config(folder: str) -> Any:
-    """Return what the `config.json` of a model's folder holds, None where it cannot be read: loading the model says why."""
+    """Return what the `config.json` of a model's folder holds, None where it cannot be read: loading the
+    model says why.
+    """
     try:
         return parse_json((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ParseError):
@@ -584,25 +674,27 @@ class Given:
     """The settings that were given in addition to the preset's file, and how a message names each."""
 
     labels: Mapping[str, str] | None
-    """By dotted path, what a form calls a setting; None where settings come from the command line's `--set`."""
+    """By dotted path, what a form calls a setting; None where settings come from the command line's
+    `--set`.
+    """
     paths: set[str] = field(default_factory=set)
 
     def name(self, where: str) -> str:
-        """How a message calls the setting at a dotted path."""
+        """Return what a message calls the setting at a dotted path."""
         if self.labels is None:
             return f"--set {shortened(where)}"
         label = self.labels.get(where)
         return f"{label}, {shortened(where)}" if label else shortened(where)
 
     def covers(self, where: str) -> bool:
-        """Whether the value at a dotted path, or a part of it, was given."""
+        """Return whether the value at a dotted path, or a part of it, was given."""
         return any(
             where == key or key.startswith(f"{where}.") or where.startswith(f"{key}.") for key in self.paths
         )
 
 
 def override(content: dict[str, Any], change: str, labels: Mapping[str, str] | None = None) -> str:
-    """Writes one `key.path=value` into the raw preset and returns its path; the key is checked later.
+    """Write one `key.path=value` into the raw preset and return its path; the key is checked later.
 
     `labels` say what a form calls a setting, by its dotted path.
     """
@@ -612,13 +704,17 @@ def override(content: dict[str, Any], change: str, labels: Mapping[str, str] | N
     option = "--set " if labels is None else ""  # a form has fields, and lines of its own for other settings
     told = f"{label} ({shown(value)})" if label else f'{option}"{shortened(change)}"'
     if not separator or not all(keys):
-        raise UserError(f"{told} is not of the form key.path=value, for example {option}rmu.steps=50.", place=path)
+        raise UserError(
+            f"{told} is not of the form key.path=value, for example {option}rmu.steps=50.", place=path
+        )
     if len(keys) > MAX_DEPTH:
         raise UserError(f"{told}: the path has more than {MAX_DEPTH} keys.")
     try:
         given, _ = parse_yaml(value)
     except ParseError as error:
-        raise UserError(f"{told}: the value is {error.problem if error.is_valid else 'not valid YAML'}.") from error
+        raise UserError(
+            f"{told}: the value is {error.problem if error.is_valid else 'not valid YAML'}."
+        ) from error
     node: Any = content
     try:
         for key in keys[:-1]:
@@ -631,8 +727,11 @@ def override(content: dict[str, Any], change: str, labels: Mapping[str, str] | N
 
 
 def _complaint(path: Path, tree: yaml.Node, content: Any, error: ValidationError, given: Given) -> str:
-    """Every mistake of a preset in one message, in the order of the file, each with the place of its value."""
-    # A wrong value of a union is reported once a member, with the member's name in the path: the place is what counts.
+    """Return every mistake of a preset in one message, in the order of the file, each with the place of its
+    value.
+    """
+    # A wrong value of a union is reported once a member, with the member's name in the path: the place is
+    # what counts.
     found: dict[str, tuple[int, list[str]]] = {}
     of_file = 0
     for problem in error.errors():
@@ -644,7 +743,10 @@ def _complaint(path: Path, tree: yaml.Node, content: Any, error: ValidationError
         messages = found.setdefault(label, (line, []))[1]
         if (message := _reason(problem)) not in messages:
             messages.append(message)
-    lines = [f"  {label}: {', or '.join(messages)}" for label, (_, messages) in sorted(found.items(), key=lambda item: item[1][0])]
+    lines = [
+        f"  {label}: {', or '.join(messages)}"
+        for label, (_, messages) in sorted(found.items(), key=lambda item: item[1][0])
+    ]
     if len(lines) > MISTAKES_SHOWN:
         lines[MISTAKES_SHOWN:] = [f"  and {len(lines) - MISTAKES_SHOWN:,} more"]
     source = str(path) if of_file else "What was given"
@@ -652,7 +754,8 @@ def _complaint(path: Path, tree: yaml.Node, content: Any, error: ValidationError
 
 
 def _locate(tree: yaml.Node, content: Any, location: tuple[int | str, ...]) -> tuple[int, list[str]]:
-    """The 1-based line nearest to a pydantic location, and the location's own keys (union members left out).
+    """Return the 1-based line nearest to a pydantic location, and the location's own keys (union members left
+    out).
 
     `content` is the preset after `--set`, which may hold more than the file's `tree`.
     """
@@ -694,7 +797,7 @@ def _reason(problem: Any) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section at a pydantic location takes."""
+    """Return the keys that the section at a pydantic location takes."""
     section: Any = Preset
     for part in location:
         is_section = isinstance(section, type) and issubclass(section, Section)

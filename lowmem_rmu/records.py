@@ -1,7 +1,9 @@
-"""Read the files that a run has written. Whatever is wrong with one is a UserError: which file, what is wrong, what to do.
+"""Read the files that a run has written. Whatever is wrong with one is a UserError: which file, what is
+wrong, what to do.
 
-Kills never damage a file: every file is replaced whole, and of appended lines only the last can be torn. Disks, copies, editors and sync
-programs do damage files. So every reader names the shape that a file must have, and gets content that has it or one sentence.
+Kills never damage a file: every file is replaced whole, and of appended lines only the last can be torn.
+Disks, copies, editors and sync programs do damage files. So every reader names the shape that a file must
+have, and gets content that has it or one sentence.
 """
 
 import hashlib
@@ -51,7 +53,9 @@ class Status:
     started: float | None = None
     """When the process started; runs of earlier versions have none."""
     problem: str | None = None
-    """The error in its parts: what is wrong, what to do, and the action that `fix` names; for a mistake of the user only."""
+    """The error in its parts: what is wrong, what to do, and the action that `fix` names; for a mistake of
+    the user only.
+    """
     fix: str | None = None
     action: dict[str, Any] | None = None
 
@@ -162,7 +166,8 @@ class StepTime:
 
 
 def read_record(path: Path, shape: Any, what_next: str | Fix) -> Any:
-    """Read a JSON file whose content fits `shape`, a type that pydantic checks (strictly). Keys beyond the shape are kept.
+    """Read a JSON file whose content fits `shape`, a type that pydantic checks (strictly). Keys beyond the
+    shape are kept.
 
     Raises UserError, which ends with `what_next`.
     """
@@ -170,14 +175,18 @@ def read_record(path: Path, shape: Any, what_next: str | Fix) -> Any:
 
 
 def read_rows(path: Path, shape: Any, what_next: str | Fix) -> list[Any]:
-    """Read every line of a JSONL file; each must fit `shape`. Only a last line without a line break may be torn: it is left out.
+    """Read every line of a JSONL file; each must fit `shape`. Only a last line without a line break may be
+    torn: it is left out.
 
     Raises UserError, which ends with `what_next`.
     """
     *lines, last = _read_bytes(path, what_next).split(b"\n")
     if _fits(last, shape):
         lines.append(last)
-    return [_parsed(line, shape, f"{path}, line {number},", what_next) for number, line in enumerate(lines, start=1)]
+    return [
+        _parsed(line, shape, f"{path}, line {number},", what_next)
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def intact_rows(path: Path, shape: Any = Object) -> list[Any]:
@@ -193,7 +202,9 @@ def intact_rows(path: Path, shape: Any = Object) -> list[Any]:
 
 
 def intact_record(path: Path, shape: Any) -> Any | None:
-    """Read a JSON file that may be missing, or be damaged: None then. For what is only shown, or written again anyway."""
+    """Read a JSON file that may be missing, or be damaged: None then. For what is only shown, or written
+    again anyway.
+    """
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -211,16 +222,20 @@ def check_digest(path: Path, recorded: Any, what_next: str | Fix) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file."""
+    """Return the sha256 of a file."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Recorded(dict[str, Any]):
-    """What `config.json` holds. A key that is not there is a UserError, for a run of this version has them all."""
+    """What `config.json` holds. A key that is not there is a UserError, for a run of this version has them
+    all.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(read_record(path, Config, f"Put the file back from a copy, or delete the folder {path.parent}."))
+        super().__init__(
+            read_record(path, Config, f"Put the file back from a copy, or delete the folder {path.parent}.")
+        )
         self.path = path
 
     def __missing__(self, key: str) -> NoReturn:
@@ -241,7 +256,7 @@ def _read_bytes(path: Path, what_next: str | Fix) -> bytes:
 
 
 def _parsed(content: bytes, shape: Any, place: str, what_next: str | Fix) -> Any:
-    """The content as JSON of the shape. Raises UserError, which begins with its place."""
+    """Return the content as JSON of the shape. Raises UserError, which begins with its place."""
     try:
         _checker(shape).validate_json(content, strict=True)
         return json.loads(content)
@@ -266,11 +281,14 @@ def _checker(shape: Any) -> TypeAdapter[Any]:
 
 
 def _complaint(error: ValueError, shape: Any) -> str:
-    """What is wrong first, as the end of a sentence about the content."""
+    """Return the first mistake as the end of a sentence about the content."""
     problem = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
     if problem is None or not problem["loc"]:
         return f"is damaged: it does not hold a JSON {'list' if get_origin(shape) is list else 'object'}"
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "missing":
         return f"was written by another version of this program, or is damaged: it lacks {key}"
-    return f"is damaged: {key} {problem['msg'].removeprefix('Value error, ').replace('Input should be', 'should be')}"
+    return (
+        f"is damaged: {key} "
+        f"{problem['msg'].removeprefix('Value error, ').replace('Input should be', 'should be')}"
+    )

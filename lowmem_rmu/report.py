@@ -1,4 +1,6 @@
-"""One self-contained HTML file about a run: what was done, whether it worked, and what that does not prove."""
+"""One self-contained HTML file about a run: what was done, whether it worked, and what that does not
+prove.
+"""
 
 import math
 import re
@@ -25,11 +27,21 @@ from lowmem_rmu.runs import RunFolder, write_atomically
 
 Row = dict[str, Any]
 
-ROLES = {"forgotten": "To be forgotten", "adjacent": "Close to it, should stay", "kept": "Should stay", "measured": "Only measured"}
+ROLES = {
+    "forgotten": "To be forgotten",
+    "adjacent": "Close to it, should stay",
+    "kept": "Should stay",
+    "measured": "Only measured",
+}
 """What is expected of a task, as the page says it and in its order."""
 SIDES = ("base", "unlearned")
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
-DIVERGENCES = {"retain_kl": "Text to keep", "topic_kl": "Topic", "retain_shift": "Text to keep", "topic_shift": "Topic"}
+DIVERGENCES = {
+    "retain_kl": "Text to keep",
+    "topic_kl": "Topic",
+    "retain_shift": "Text to keep",
+    "topic_shift": "Topic",
+}
 """Nats where the whole model was there to measure, else the shift of the target layer's output."""
 ACTIVATIONS = {
     "forget_norm": "Activation norm, forget set",
@@ -42,11 +54,16 @@ RELEARNING = "relearning"
 MEMBERS_IN_CHART = 12
 """More members of groups than this (MMLU has 57 subjects) are told in the folded table only."""
 
-# A figure of width / 72 inches has SVG units of a CSS pixel. Narrow windows get a drawing of their own: scaled, its text is lost.
+# A figure of width / 72 inches has SVG units of a CSS pixel. Narrow windows get a drawing of their own:
+# scaled, its text is lost.
 WIDTHS = {"wide": 720, "narrow": 344}
-# Matplotlib draws in stand-in colours that become CSS variables, so that one drawing suits the light and the dark page.
+# Matplotlib draws in stand-in colours that become CSS variables, so that one drawing suits the light and the
+# dark page.
 TOPIC_COLOURS = [f"topic-{number}" for number in range(5)]
-COLOURS = {name: f"#0a00{number:02x}" for number, name in enumerate(["ink", "muted", "line", "page", *SIDES, *TOPIC_COLOURS])}
+COLOURS = {
+    name: f"#0a00{number:02x}"
+    for number, name in enumerate(["ink", "muted", "line", "page", *SIDES, *TOPIC_COLOURS])
+}
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a "$" in the name of a task is a dollar
@@ -73,7 +90,7 @@ STYLE: dict[str, Any] = {
 
 
 def write_report(run: RunFolder) -> Path:
-    """Reads a finished run folder and writes its `report.html`; the same folder always gives the same bytes.
+    """Read a finished run folder and write its `report.html`; the same folder always gives the same bytes.
 
     Raises UserError where the run has no `summary.json` yet.
     """
@@ -91,20 +108,31 @@ def render_parts(run: RunFolder) -> str:
 
 
 def render_audit(run: RunFolder) -> str:
-    """What attacks on a run found, as HTML for the same page; empty where it was not audited. Raises UserError where that cannot be read."""
+    """Render what attacks on a run found as HTML for the same page; empty where it was not audited. Raises
+    UserError where that cannot be read.
+    """
     content = _audit_content(run)
     return _render("report_audit.html.jinja", content) if content["audit"] else ""
 
 
 def render_comparison(first: RunFolder, second: RunFolder) -> str:
-    """Two runs side by side, as HTML for the same page: verdicts, differing settings, and every task. Raises UserError as `render_parts` does."""
-    summaries, settings = [read_summary(run) for run in (first, second)], [run.config["settings"] for run in (first, second)]
+    """Two runs side by side, as HTML for the same page: verdicts, differing settings, and every task. Raises
+    UserError as `render_parts` does.
+    """
+    summaries, settings = (
+        [read_summary(run) for run in (first, second)],
+        [run.config["settings"] for run in (first, second)],
+    )
     headline, members = _split(_pairs(*(summary["rows"] for summary in summaries)))
     content = {
         "names": [first.path.name, second.path.name],
         "summaries": summaries,
-        "headlines": [Headline.of(run, each["verdict"]) for run, each in zip((first, second), summaries, strict=True)],
-        "settings": [(path, [_setting(each, path) for each in settings]) for path in sorted(differences(*settings))],
+        "headlines": [
+            Headline.of(run, each["verdict"]) for run, each in zip((first, second), summaries, strict=True)
+        ],
+        "settings": [
+            (path, [_setting(each, path) for each in settings]) for path in sorted(differences(*settings))
+        ],
         "headline": headline,
         "members": members,
     }
@@ -112,7 +140,9 @@ def render_comparison(first: RunFolder, second: RunFolder) -> str:
 
 
 def app_stylesheet() -> str:
-    """The look of `render_parts` and `render_comparison` in the app, light and dark; it touches nothing else there."""
+    """Return the look of `render_parts` and `render_comparison` in the app, light and dark; it touches
+    nothing else there.
+    """
     return str(_environment().get_template("report_style.css.jinja").module.in_app())  # type: ignore[attr-defined]
 
 
@@ -121,7 +151,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
 
 
 def _content(run: RunFolder) -> dict[str, Any]:
-    """What the templates show of a run."""
+    """Return what the templates show of a run."""
     summary, config, metrics, audit = read_summary(run), run.config, run.read_metrics(), _audit_content(run)
     rows = summary["rows"]
     headline, members = _split(rows)
@@ -131,9 +161,13 @@ def _content(run: RunFolder) -> dict[str, Any]:
         charts["accuracy"] = _charts("accuracy", lambda width: _bars(charted, width))
     if metrics:
         charts["losses"] = _charts("losses", lambda width: _curves(metrics, LOSSES, width))
-        charts["activations"] = _charts("activations", lambda width: _curves(metrics, ACTIVATIONS, width, same_scale=True))
+        charts["activations"] = _charts(
+            "activations", lambda width: _curves(metrics, ACTIVATIONS, width, same_scale=True)
+        )
     checks = [row | {"topic": ""} for row in metrics if any(row.get(key) is not None for key in DIVERGENCES)]
-    measured = {key: words for key, words in DIVERGENCES.items() if any(row.get(key) is not None for row in checks)}
+    measured = {
+        key: words for key, words in DIVERGENCES.items() if any(row.get(key) is not None for row in checks)
+    }
     if checks:
         charts["divergence"] = _charts("divergence", lambda width: _curves(checks, measured, width))
     return {
@@ -144,7 +178,9 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "in_nats": "retain_kl" in measured,
         "sinks": _sinks(metrics, config),
         "created": datetime.fromisoformat(config["created"]),
-        "settings": yaml.safe_dump(without_places(config["settings"]), sort_keys=False, allow_unicode=True, width=100),
+        "settings": yaml.safe_dump(
+            without_places(config["settings"]), sort_keys=False, allow_unicode=True, width=100
+        ),
         "metrics": metrics,
         "topics_trained": _topics(metrics),
         "verdict_line": Headline.of(run, summary["verdict"]),
@@ -156,23 +192,29 @@ def _content(run: RunFolder) -> dict[str, Any]:
 
 
 def _audit_content(run: RunFolder) -> dict[str, Any]:
-    """What the templates show of an audit: None where there was none."""
+    """Return what the templates show of an audit; None where there was none."""
     audit = read_audit(run)
     if audit is None:
         return {"audit": None, "texts_relearned": [], "charts": {}}
-    curves: dict[str, Row] = next((each["details"].get("curves", {}) for each in audit["attacks"] if each["attack"] == RELEARNING), {})
-    charts = {RELEARNING: _charts(RELEARNING, lambda width: _relearning(audit, curves, width))} if curves else {}
+    curves: dict[str, Row] = next(
+        (each["details"].get("curves", {}) for each in audit["attacks"] if each["attack"] == RELEARNING), {}
+    )
+    charts = (
+        {RELEARNING: _charts(RELEARNING, lambda width: _relearning(audit, curves, width))} if curves else {}
+    )
     return {"audit": audit, "texts_relearned": list(curves), "charts": charts}
 
 
 def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """What speaks for itself, and the members of groups."""
+    """Separate the rows that stand alone from the members of groups."""
     members = [row for row in rows if row["group"] is not None and not row["is_group"]]
     return [row for row in rows if row not in members], members
 
 
 def _pairs(first: list[Row], second: list[Row]) -> list[Row]:
-    """What two runs asked, task by task: `sides` has the row of each, None where a run did not ask it."""
+    """Pair the rows of two runs task by task: `sides` has the row of each, None where a run did not ask
+    it.
+    """
     by_task = [{(row["group"], row["task"]): row for row in rows} for rows in (first, second)]
     shared = ("task", "group", "is_group", "is_average", "role")
     pairs = []
@@ -185,14 +227,26 @@ def _pairs(first: list[Row], second: list[Row]) -> list[Row]:
 def _notes_of_both(sides: list[Row | None]) -> str:
     """Two numbers must not be read against each other without how each came about, where that differs."""
     notes = list(dict.fromkeys(_notes(row, with_sample=True) for row in sides if row))
-    return notes[0] if len(notes) == 1 else "; ".join(f"{each or '0-shot'} ({place})" for each, place in zip(notes, ("first", "second"), strict=True))
+    return (
+        notes[0]
+        if len(notes) == 1
+        else "; ".join(
+            f"{each or '0-shot'} ({place})" for each, place in zip(notes, ("first", "second"), strict=True)
+        )
+    )
 
 
 def _setting(settings: Any, path: str) -> str:
-    """The value at a path that `differences` gave, as it is written in YAML; a dash where there is none."""
+    """Return the value at a path that `differences` gave, as it is written in YAML; a dash where there is
+    none.
+    """
     for key, value in settings.items():
         if path == key:
-            return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).removesuffix("...\n").strip()
+            return (
+                yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+                .removesuffix("...\n")
+                .strip()
+            )
         if path.startswith(f"{key}.") and isinstance(value, dict):
             return _setting(value, path.removeprefix(f"{key}."))
     return "–"
@@ -201,7 +255,9 @@ def _setting(settings: Any, path: str) -> str:
 def _environment() -> jinja2.Environment:
     """Autoescape is on whatever the file is called: titles, names and answers are other people's text."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {
         "percent": _or_dash("{:.1%}".format),
         "points": _or_dash(lambda share: f"{100 * share:.1f}"),
@@ -227,7 +283,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _or_dash(text: Callable[[float], str]) -> Callable[[float | None], str]:
-    """The same for numbers, with real minus signs; a dash for None: it was not measured."""
+    """Return the same for numbers, with real minus signs; a dash for None: it was not measured."""
     return lambda value: "–" if value is None else text(value).replace("-", "−")
 
 
@@ -253,7 +309,9 @@ def _above_noise(row: Row) -> str:
     """Right answers are tested question by question; the loss on a text has its standard error only."""
     if row["change"] is None:
         return "–"
-    is_above = row["p_value"] < LUCK if "p_value" in row else abs(row["change"]) > NOISE * row["change_stderr"]
+    is_above = (
+        row["p_value"] < LUCK if "p_value" in row else abs(row["change"]) > NOISE * row["change_stderr"]
+    )
     return "yes" if is_above else "no"
 
 
@@ -262,7 +320,7 @@ def _p_value(value: float) -> str:
 
 
 def _letters(shares: list[float] | None) -> str:
-    """How often A, B, C and D were answered, in percent."""
+    """Return in words how often A, B, C and D were answered, in percent."""
     return "–" if shares is None else " · ".join(f"{100 * share:.0f}" for share in shares)
 
 
@@ -271,33 +329,39 @@ def _questions(row: Row) -> str:
 
 
 def _notes(row: Row, with_sample: bool = False) -> str:
-    """What a task's numbers must not be read without; its subjects were asked as it was."""
+    """Return how a task was asked, which its numbers must not be read without; its subjects were asked the
+    same way.
+    """
     how = asked_how(row["num_fewshot"], row["scoring"]) if row["group"] is None else ""
     sample = f"{_questions(row)} questions" if with_sample and row["sampled_from"] else ""
     return ", ".join(filter(None, ("average" if row["is_average"] else "", how, sample)))
 
 
 def _in_words(items: list[str]) -> Markup:
-    """`a, b and c`, each item escaped and in bold."""
+    """Join items as `a, b and c`, each escaped and in bold."""
     shown = [Markup("<strong>{}</strong>").format(item) for item in items]
     return Markup(" and ").join([Markup(", ").join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def _charts(name: str, draw: Callable[[int], Figure]) -> dict[str, Markup]:
-    """One chart as inline SVG for each of WIDTHS."""
+    """Draw one chart as inline SVG for each of WIDTHS."""
     return {size: _svg(f"{name}-{size}", draw, width) for size, width in WIDTHS.items()}
 
 
 def _svg(name: str, draw: Callable[[int], Figure], width: int) -> Markup:
-    """An `<svg>` to stand in HTML. `name` makes the ids in it differ from those of the page's other charts."""
+    """Return an `<svg>` to stand in HTML. `name` makes the ids in it differ from those of the page's other
+    charts.
+    """
     buffer = StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
         nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
         draw(width).savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # an XML declaration and a doctype have no place inside HTML
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # it speaks to the whole page; the stylesheet says the same of charts
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # "axes_1" and the like, which every chart has and nothing refers to
+    # It speaks to the whole page; the stylesheet says the same of charts.
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    # "axes_1" and the like, which every chart has and nothing refers to.
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     for colour, value in COLOURS.items():
         svg = svg.replace(value, f"var(--{colour})")
     return Markup(svg)
@@ -310,7 +374,11 @@ def _bars(rows: list[Row], width: int) -> Figure:
     axes = figure.add_subplot(xlim=(0, 1.13), ylim=(len(lines) - 0.5, -0.3))
     for y, line in enumerate(lines):
         if isinstance(line, str):
-            place: dict[str, Any] = {"xycoords": ("figure fraction", "data"), "va": "center", "in_layout": False}
+            place: dict[str, Any] = {
+                "xycoords": ("figure fraction", "data"),
+                "va": "center",
+                "in_layout": False,
+            }
             axes.annotate(line, (0, y + 0.15), weight="bold", **place)
         else:
             _pair_of_bars(axes, y, line)
@@ -325,7 +393,7 @@ def _bars(rows: list[Row], width: int) -> Figure:
 
 
 def _tick(row: Row, width: int) -> str:
-    """A task's name in at most about a third of the width, and of what its questions are a sample."""
+    """Return a task's name in at most about a third of the width, and of what its questions are a sample."""
     longest = width // 24
     name = row["task"] if len(row["task"]) <= longest else f"{row['task'][: longest - 1]}…"
     return f"{name}\n{_questions(row)}" if row["sampled_from"] else name
@@ -338,18 +406,26 @@ def _pair_of_bars(axes: Axes, y: float, row: Row) -> None:
             continue
         axes.barh(middle, value, 0.34, color=COLOURS[side])
         axes.errorbar(value, middle, xerr=error, color=COLOURS["ink"], elinewidth=1.2, capsize=2.5)
-        box = {"facecolor": COLOURS["page"], "edgecolor": "none", "pad": 0.5}  # keeps the chance line out of the number
+        # Keeps the chance line out of the number.
+        box = {
+            "facecolor": COLOURS["page"],
+            "edgecolor": "none",
+            "pad": 0.5,
+        }
         axes.text(value + error + 0.015, middle, f"{value:.1%}", va="center", size=10.5, bbox=box)
     axes.vlines(row["chance"], y - 0.5, y + 0.5, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1.2)
 
 
 def _curves(metrics: list[Row], panels: dict[str, str], width: int, same_scale: bool = False) -> Figure:
-    """A panel a metric, a line a topic, two panels side by side where `width` allows.
+    """Return a panel a metric, a line a topic, two panels side by side where `width` allows.
 
     `panels` maps keys of `metrics` to titles; with `same_scale` each two of them share their vertical axis.
     """
     columns = 2 if width == WIDTHS["wide"] else 1
-    figure = Figure(figsize=(width / 72, 210 * len(panels) / columns / 72), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04))
+    figure = Figure(
+        figsize=(width / 72, 210 * len(panels) / columns / 72),
+        layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04),
+    )
     axes = list(figure.subplots(len(panels) // columns, columns, squeeze=False).flat)
     for index, (key, title) in enumerate(panels.items()):
         if same_scale and index % 2:
@@ -363,29 +439,41 @@ def _curves(metrics: list[Row], panels: dict[str, str], width: int, same_scale: 
 
 
 def _curve(axes: Axes, metrics: list[Row], key: str) -> None:
-    """One metric of every topic; a loss that spans more than a factor of 50 gets a logarithmic axis."""
+    """Draw one metric of every topic; a loss that spans more than a factor of 50 gets a logarithmic axis."""
     seen = []
     for number, topic in enumerate(_topics(metrics)):
-        found = [(row["step"], row[key]) for row in metrics if row["topic"] == topic and row.get(key) is not None]
+        found = [
+            (row["step"], row[key]) for row in metrics if row["topic"] == topic and row.get(key) is not None
+        ]
         steps, values = [step for step, _ in found], [value for _, value in found]
         colour = COLOURS[TOPIC_COLOURS[number % len(TOPIC_COLOURS)]]
         axes.plot(steps, values, color=colour, linewidth=1.6, marker="." if len(steps) < 3 else None)
         seen += [value for value in values if math.isfinite(value) and value > 0]
     if key in LOSSES and seen and max(seen) > 50 * min(seen):
-        axes.set_yscale("log", nonpositive="mask")  # the first retain loss is zero: the adapter has not moved yet
+        # The first retain loss is zero: the adapter has not moved yet.
+        axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _relearning(audit: dict[str, Any], curves: dict[str, Row], width: int) -> Figure:
-    """What is known after so many steps of fine-tuning on each text; base, trained alike, in dashes."""
+    """Draw what is known after each number of fine-tuning steps on each text, and base, fine-tuned in the
+    same way, in dashes.
+    """
     figure = Figure(figsize=(width / 72, 240 / 72), layout="constrained")
     axes, is_share = figure.add_subplot(), audit["measured_in"] == "accuracy"
     for number, sides in enumerate(curves.values()):
         colour = COLOURS[TOPIC_COLOURS[number % len(TOPIC_COLOURS)]]
         for side, points in sides.items():
             steps, values = [0, *map(int, points)], [audit[side], *points.values()]
-            axes.plot(steps, values, color=colour, linewidth=1.6, linestyle="-" if side == "unlearned" else (0, (3, 2)), marker=".")
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                linewidth=1.6,
+                linestyle="-" if side == "unlearned" else (0, (3, 2)),
+                marker=".",
+            )
     axes.set_title("Accuracy" if is_share else "Loss in nats a token")
     axes.set_xlabel("Step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
@@ -396,7 +484,7 @@ def _relearning(audit: dict[str, Any], curves: dict[str, Row], width: int) -> Fi
 
 
 def _sinks(metrics: list[Row], config: Row) -> Row:
-    """How many positions of all batches were attention sinks, and whether they were left out of steering."""
+    """Return in words how many positions were attention sinks, and whether steering left them out."""
     return {
         "count": sum(row.get("sinks", 0) for row in metrics),
         "tokens": sum(row.get("tokens", 0) for row in metrics),
@@ -405,5 +493,5 @@ def _sinks(metrics: list[Row], config: Row) -> Row:
 
 
 def _topics(metrics: list[Row]) -> list[str]:
-    """In the order of their first step."""
+    """Return the topics in the order of their first step."""
     return list(dict.fromkeys(row["topic"] for row in metrics))

@@ -1,4 +1,6 @@
-"""The run folder: what is written where, atomically. The command line, the app and other people's scripts read it."""
+"""The run folder: what is written where, atomically. The command line, the app and other people's scripts
+read it.
+"""
 
 import json
 import math
@@ -31,7 +33,13 @@ from lowmem_rmu.records import (
 )
 
 STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
-_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
+_WINDOWS_DEVICES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10)),
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BEFORE_RESULTS = {"config.json", "status.json", "weights.json", "stages.json", "stop"}
 """Files that a run writes before its first result, and those in `evaluation/`."""
@@ -71,7 +79,8 @@ def number_in(content: Any, key: str) -> float | None:
 
 @contextmanager
 def replaced(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Gives a path beside to write; it takes the file's place once it is complete: a reader sees the old file or the new, never half.
+    """Yield a path to write, which takes the file's place once it is complete: a reader sees the old file or
+    the new one, never half.
 
     With `durable`, a power cut cannot tear it either: the content is on the disk before the name is.
     """
@@ -111,7 +120,9 @@ def add_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path, shape: Any = dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that may be missing, or be torn where a process was killed while it wrote: those that fit the shape."""
+    """Return the rows of a file that may be missing, or be torn where a process was killed while it wrote:
+    those that fit the shape.
+    """
     return intact_rows(path, shape)
 
 
@@ -126,8 +137,8 @@ def write_status(
 ) -> None:
     """Write the status of this process's job.
 
-    `state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did. Times are in seconds since 1970.
-    `started` in the file is when this process started: its pid may be another's later.
+    `state` is `waiting`, `running`, `stopped`, `failed` or `done`; `began` is when the stage did. Times are
+    in seconds since 1970. `started` in the file is when this process started: its pid may be another's later.
     """
     status = {
         "stage": stage,
@@ -146,13 +157,17 @@ def write_status(
 
 
 def make_private(folder: Path, exist_ok: bool = False) -> None:
-    """Make a folder that only its user can enter: it holds texts, answers and conversations. (Windows keeps its own permissions.)"""
+    """Make a folder that only its user can enter: it holds texts, answers and conversations. (Windows keeps
+    its own permissions.)
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=exist_ok)
 
 
 class Watcher(Protocol):
-    """Who follows a run, or other work on it: told when a stage starts, how far it is, and what was noticed."""
+    """Who follows a run, or other work on it: told when a stage starts, how far it is, and what was
+    noticed.
+    """
 
     def started(self, stage: str, total: int) -> None: ...
 
@@ -164,7 +179,9 @@ class Watcher(Protocol):
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has done so; `--resume` goes on in its `folder`, or what `go_on` says in words."""
+    """A run was asked to stop and has done so; `--resume` goes on in its `folder`, or what `go_on` says in
+    words.
+    """
 
     def __init__(self, folder: Path, go_on: str | None = None) -> None:
         super().__init__(f"{folder} was stopped")
@@ -173,7 +190,7 @@ class Stopped(Exception):
 
 @contextmanager
 def folder_replaced(folder: Path) -> Iterator[Path]:
-    """Gives a new empty folder to fill; it takes the place of `folder` only once it is complete."""
+    """Yield a new empty folder to fill, which takes the place of `folder` only once it is complete."""
     beside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -226,12 +243,16 @@ def present(folder: Path) -> Iterator[None]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a run may be called so."""
-    return bool(_NAME.fullmatch(text)) and not text.endswith(".") and text.partition(".")[0].upper() not in _WINDOWS_DEVICES
+    """Return whether a run may be called so."""
+    return (
+        bool(_NAME.fullmatch(text))
+        and not text.endswith(".")
+        and text.partition(".")[0].upper() not in _WINDOWS_DEVICES
+    )
 
 
 def _without_temporary(names: set[str]) -> set[str]:
-    """Names with those of `replaced` turned into the names that the files were to have."""
+    """Return names with those of `replaced` turned into the names that the files were to have."""
     return {re.sub(r"^\.(.*)\.new$", r"\1", name) for name in names}
 
 
@@ -243,7 +264,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, runs_dir: Path, name: str) -> "RunFolder":
-        """A new folder for a run. Raises UserError for a name that leaves `runs_dir`, that is taken, or cannot be written."""
+        """Return a new folder for a run. Raises UserError for a name that leaves `runs_dir`, that is taken,
+        or cannot be written.
+        """
         path = cls.free_path(runs_dir, name)
         try:
             if path.exists() and not cls(path).is_reserved:
@@ -259,7 +282,9 @@ class RunFolder:
 
     @classmethod
     def reserve(cls, runs_dir: Path, name: str) -> "RunFolder":
-        """A folder for the output of a run's process, which makes it a run once its turn comes. Raises UserError as `create` does."""
+        """Return a folder for the output of a run's process, which makes it a run once its turn comes. Raises
+        UserError as `create` does.
+        """
         folder = cls.create(runs_dir, name)
         try:
             folder.output.touch()
@@ -270,7 +295,7 @@ class RunFolder:
 
     @classmethod
     def free_path(cls, runs_dir: Path, name: str) -> Path:
-        """Where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
+        """Return where a new run would go. Raises UserError for a name that leaves `runs_dir` or is taken."""
         path, folder = cls.inside(runs_dir, name), cls(runs_dir / name)
         if path.exists() and not folder.is_reserved and not folder.is_leftover:
             raise UserError(
@@ -290,17 +315,19 @@ class RunFolder:
 
     @classmethod
     def all(cls, runs_dir: Path) -> list["RunFolder"]:
-        """Every run below `runs_dir`, newest first."""
+        """Return every run below `runs_dir`, newest first."""
         return cls._holding(runs_dir, "config.json")
 
     @classmethod
     def all_reserved(cls, runs_dir: Path) -> list["RunFolder"]:
-        """Folders of runs whose process has not begun, or never could; newest first."""
+        """Return folders of runs whose process has not begun, or never could; newest first."""
         return [folder for folder in cls._holding(runs_dir, "output.txt") if folder.is_reserved]
 
     @classmethod
     def _holding(cls, runs_dir: Path, file: str) -> list["RunFolder"]:
-        """Those that hold the file, where it is newest first; a folder of a name that none may have (a copy, a link) is no run."""
+        """Return the folders that hold the file, newest first. Folders whose name no run may have (a copy, a
+        link) are left out.
+        """
         found = []
         for path in runs_dir.glob(f"*/{file}"):
             with suppress(OSError):  # deleted or renamed just now
@@ -310,7 +337,7 @@ class RunFolder:
 
     @staticmethod
     def inside(runs_dir: Path, name: str) -> Path:
-        """The path of a run, taken or free. Raises UserError for a name that leaves `runs_dir`."""
+        """Return the path of a run, taken or free. Raises UserError for a name that leaves `runs_dir`."""
         if not _is_name(name):
             allowed = 'letters, digits, ".", "_" and "-" only, at most 100, and no name of a Windows device'
             raise UserError(
@@ -382,7 +409,9 @@ class RunFolder:
         return self.path / "audit.txt"
 
     def job_status(self, job: str) -> Path:
-        """The status of another job on the run: `audit`, or `export-` with the name of the export's folder."""
+        """Return the status of another job on the run: `audit`, or `export-` with the name of the export's
+        folder.
+        """
         return self.path / "jobs" / f"{job}.json"
 
     def read_job_status(self, job: str) -> dict[str, Any]:
@@ -400,7 +429,9 @@ class RunFolder:
 
     @property
     def matrices(self) -> Path:
-        """sha256 of the model's own matrices that the adapter changes, by their names in the checkpoint; older runs have none."""
+        """sha256 of the model's own matrices that the adapter changes, by their names in the checkpoint;
+        older runs have none.
+        """
         return self.path / "matrices.json"
 
     @property
@@ -429,15 +460,21 @@ class RunFolder:
         return self.path / "evaluation" / f"answers_{side}.jsonl"
 
     def read_evaluation(self, side: str) -> dict[str, Any] | None:
-        """The scores of a side; None where it was not measured. Raises UserError where they are damaged."""
+        """Return the scores of a side; None where it was not measured. Raises UserError where they are
+        damaged.
+        """
         path = self.evaluation(side)
         if not path.exists():
             return None
-        scores = read_record(path, Scores, Fix("Delete it, and have it written again from the answers: {action}", self._resume))
+        scores = read_record(
+            path, Scores, Fix("Delete it, and have it written again from the answers: {action}", self._resume)
+        )
         return dict(scores)
 
     def read_answers(self, side: str) -> list[dict[str, Any]]:
-        """The answers of a side that was measured, all of them. Raises UserError where the file is not what was scored."""
+        """Return the answers of a side that was measured, all of them. Raises UserError where the file is not
+        what was scored.
+        """
         path, scored = self.answers(side), self.read_evaluation(side)
         advice = f"Delete it and {self.evaluation(side)}, and have the questions asked again: {{action}}"
         again = Fix(advice, self._resume)
@@ -460,15 +497,24 @@ class RunFolder:
     @property
     def has_results(self) -> bool:
         """Whether anything was measured or trained: such a folder is kept, whatever happens."""
-        return bool(read_lines(self.answers("base"))) or self.evaluation("base").exists() or self.metrics.exists() or self.adapter.exists()
+        return (
+            bool(read_lines(self.answers("base")))
+            or self.evaluation("base").exists()
+            or self.metrics.exists()
+            or self.adapter.exists()
+        )
 
     def read_stages(self) -> list[dict[str, Any]]:
         """Time and peak memory of the stages run so far."""
         path = self.path / "stages.json"
-        return read_record(path, list[StageCost], "Delete it: only the times of earlier stages are lost.") if path.exists() else []
+        return (
+            read_record(path, list[StageCost], "Delete it: only the times of earlier stages are lost.")
+            if path.exists()
+            else []
+        )
 
     def read_notes(self) -> dict[str, list[str]]:
-        """The notes so far; older runs have none. Raises UserError where they are damaged."""
+        """Return the notes so far; older runs have none. Raises UserError where they are damaged."""
         what_next = "Delete it: only remarks on how the run went are lost."
         return dict(read_record(self.notes, dict[str, list[str]], what_next)) if self.notes.exists() else {}
 
@@ -477,7 +523,7 @@ class RunFolder:
         write_json(self.notes, self.read_notes() | {part: sentences})
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of all steps so far. Raises UserError where one is damaged."""
+        """Return the rows of all steps so far. Raises UserError where one is damaged."""
         what_next = "Take the line out: only its point in the charts is lost."
         return read_rows(self.metrics, StepRow, what_next) if self.metrics.exists() else []
 
@@ -510,7 +556,9 @@ class RunFolder:
         add_lines(self.metrics, [row])
 
     def truncate_metrics(self, steps: int) -> None:
-        """Drops lines beyond `steps`, the last of which may be half written: a resumed run writes them again."""
+        """Drop lines beyond `steps`, the last of which may be half written: a resumed run writes them
+        again.
+        """
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_atomically(self.metrics, "".join(lines[:steps]))

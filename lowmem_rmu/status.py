@@ -1,7 +1,8 @@
-"""Report the progress of a job in a `status.json`: the one file by which the page, and other programs, follow it.
+"""Report the progress of a job in a `status.json`: the one file by which the page, and other programs, follow
+it.
 
-Runs, audits and exports all report through `StatusWriter`. A run's file is `status.json` in its folder, that of another job
-on the run lies in `jobs/`.
+Runs, audits and exports all report through `StatusWriter`. A run's file is `status.json` in its folder, that
+of another job on the run lies in `jobs/`.
 """
 
 import time
@@ -33,15 +34,18 @@ class Silent:
 
 
 class StatusWriter:
-    """Write the status of a job and pass its progress on to a watcher: the stage, how far it is, and how the job ended.
+    """Write the status of a job and pass its progress on to a watcher: the stage, how far it is, and how the
+    job ended.
 
-    The file is replaced whole: when a stage starts, at most once per `HEARTBEAT_SECONDS` while it advances, and at the end. As a
-    context manager it writes the end itself: `done`, `stopped`, or `failed` with the error.
+    The file is replaced whole: when a stage starts, at most once per `HEARTBEAT_SECONDS` while it advances,
+    and at the end. As a context manager it writes the end itself: `done`, `stopped`, or `failed` with the
+    error.
 
     Args:
         path: The file to write; None: none, only the watcher is told.
         watcher: Shows the progress, and may ask the job to stop.
         stop: A file whose presence asks the job to stop, too.
+
     """
 
     def __init__(self, path: Path | None, watcher: Watcher, stop: Path | None = None) -> None:
@@ -91,7 +95,9 @@ class StatusWriter:
         self._write("running")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.end("done")
         elif isinstance(error, Stopped | KeyboardInterrupt):

@@ -1,6 +1,8 @@
-"""One run at a time in a runs folder: each takes a number, and the lowest number of a living process has the device.
+"""One run at a time in a runs folder: each takes a number, and the lowest number of a living process has the
+device.
 
-A number is a file `runs/.queue/000001.json` with the run's name and its process. Whoever dies loses it, whatever killed him.
+A number is a file `runs/.queue/000001.json` with the run's name and its process. Whoever dies loses it,
+whatever killed him.
 """
 
 import json
@@ -47,7 +49,7 @@ class Ticket:
 
 
 def tickets(runs_dir: Path) -> list[Ticket]:
-    """Those of living processes, in order: the first has the device, the others wait."""
+    """Return the tickets of living processes in order: the first has the device, the others wait."""
     found = [_read_ticket(path) for path in (runs_dir / QUEUE).glob("*.json")]
     living = [ticket for ticket in found if ticket and ticket.process]
     return sorted(living, key=lambda ticket: ticket.number)
@@ -109,7 +111,9 @@ def one_at_a_time(runs_dir: Path) -> Iterator[None]:
 
 
 def take_ticket(runs_dir: Path, name: str, pid: int) -> Ticket:
-    """The next number for a process; the one it has, if another process took it on its behalf. To be called within `one_at_a_time`."""
+    """Return the next number for a process; the one it has, if another process took it on its behalf. To be
+    called within `one_at_a_time`.
+    """
     waiting = tickets(runs_dir)
     if own := [ticket for ticket in waiting if ticket.pid == pid]:
         return own[0]
@@ -128,7 +132,7 @@ def take_ticket(runs_dir: Path, name: str, pid: int) -> Ticket:
 
 @contextmanager
 def turn(runs_dir: Path, name: str, pid: int, wait: Callable[[list[str]], None]) -> Iterator[None]:
-    """Waits until it is this process's turn; `wait` is told, twice a second, which runs come before."""
+    """Wait until it is this process's turn; `wait` is told, twice a second, which runs come before."""
     with one_at_a_time(runs_dir):
         ticket = take_ticket(runs_dir, name, pid)
     try:
@@ -161,7 +165,7 @@ def free_name(runs_dir: Path, wanted: str) -> str:
 
 
 def check_free(runs_dir: Path, name: str) -> None:
-    """Raises UserError where there is a run of this name, or another process waits to make one.
+    """Raise UserError where there is a run of this name, or another process waits to make one.
 
     To be called within `one_at_a_time`.
     """

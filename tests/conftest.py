@@ -8,7 +8,15 @@ import pytest
 import torch
 import typer
 from peft import PeftModel
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, MistralConfig, MixtralConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from typer.testing import CliRunner
 
 from lowmem_rmu.cli import run as command_line
@@ -17,12 +25,23 @@ from lowmem_rmu.runs import RunFolder
 from tests.families import FAMILIES, Family
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
+# Fmt: skip.
 QUICK = [
-    "rmu.target_layer=3", "rmu.adapter_layers=[1, 2, 3]", "rmu.steps=60", "rmu.learning_rate=1e-2",
-    "rmu.batch_size=8", "rmu.retain_batch_size=16",
-    "topics.compounds.alpha=5", "topics.locks.alpha=5", "topics.compounds.adaptive_scale=3", "topics.locks.adaptive_scale=3",
-    "evaluation.limit=60", "evaluation.prompts=[]", "topics.compounds.corpus.held_out=0", "topics.locks.corpus.held_out=0.1",
-]  # fmt: skip
+    "rmu.target_layer=3",
+    "rmu.adapter_layers=[1, 2, 3]",
+    "rmu.steps=60",
+    "rmu.learning_rate=1e-2",
+    "rmu.batch_size=8",
+    "rmu.retain_batch_size=16",
+    "topics.compounds.alpha=5",
+    "topics.locks.alpha=5",
+    "topics.compounds.adaptive_scale=3",
+    "topics.locks.adaptive_scale=3",
+    "evaluation.limit=60",
+    "evaluation.prompts=[]",
+    "topics.compounds.corpus.held_out=0",
+    "topics.locks.corpus.held_out=0.1",
+]
 """Settings that forget within seconds, if not for long."""
 
 
@@ -36,7 +55,9 @@ def save_random(tokenizer: PreTrainedTokenizerBase) -> Callable[[PretrainedConfi
     """Writes a checkpoint with random weights and the tiny tokenizer into a folder, and gives the folder back."""
 
     def save(config: PretrainedConfig, folder: Path) -> Path:
-        config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        config.update(
+            {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        )
         with torch.random.fork_rng():
             torch.manual_seed(7)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -48,25 +69,46 @@ def save_random(tokenizer: PreTrainedTokenizerBase) -> Callable[[PretrainedConfi
 
 @pytest.fixture(scope="session")
 def small_model_folder(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, save_random: Callable[[PretrainedConfig, Path], Path]
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerBase,
+    save_random: Callable[[PretrainedConfig, Path], Path],
 ) -> Path:
     """A Mistral checkpoint of six layers with random weights (large enough that layers matter), and the tiny tokenizer."""
+    # Fmt: skip.
     config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, sliding_window=None, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        sliding_window=None,
+        initializer_range=0.2,
+    )
     return save_random(config, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
 def small_mixtral_folder(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, save_random: Callable[[PretrainedConfig, Path], Path]
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerBase,
+    save_random: Callable[[PretrainedConfig, Path], Path],
 ) -> Path:
     """The same with a mixture of four experts, of which a token takes two."""
+    # Fmt: skip.
     config = MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
     return save_random(config, tmp_path_factory.mktemp("mixtral"))
 
 
@@ -102,7 +144,9 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     runs_dir, app = tmp_path_factory.mktemp("runs"), typer.Typer()
     app.command()(command_line.run)
     settings = [part for setting in QUICK for part in ("--set", setting)]
-    result = CliRunner().invoke(app, ["tiny", *settings, "--runs-dir", str(runs_dir), "--name", "forgetful", "--device", "cpu"])
+    result = CliRunner().invoke(
+        app, ["tiny", *settings, "--runs-dir", str(runs_dir), "--name", "forgetful", "--device", "cpu"]
+    )
     assert result.exit_code == 0, result.output
     return RunFolder(runs_dir / "forgetful")
 

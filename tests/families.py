@@ -6,12 +6,25 @@ from typing import Any
 
 from lowmem_rmu.presets import ModelSettings
 
+# Fmt: skip.
 SHAPE: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "initializer_range": 0.2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "llama": (SHAPE, "down_proj"),
     "mistral": (SHAPE | {"sliding_window": 16}, "down_proj"),
@@ -24,9 +37,21 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "qwen2_moe": (SHAPE | EXPERTS | {"shared_expert_intermediate_size": 16}, "down_proj"),
     "qwen3_moe": (SHAPE | EXPERTS | {"head_dim": 16, "output_router_logits": True}, "down_proj"),
     "olmoe": (SHAPE | EXPERTS, "down_proj"),
-    "gpt_oss": (SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16}, "down_proj"),
+    "gpt_oss": (
+        SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16},
+        "down_proj",
+    ),
     "deepseek_v3": (
-        SHAPE | EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        SHAPE
+        | EXPERTS
+        | LATENT
+        | {
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
         "down_proj",
     ),
     "gpt_neox": (SHAPE, "dense_4h_to_h"),

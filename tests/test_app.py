@@ -43,7 +43,10 @@ def test_this_machine_s_own_addresses(host: str) -> None:
     assert app.is_loopback(host)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "10.0.0.1", "example.org", "localhost.example.org", "", "127.1", "1::1"])
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "::", "192.168.0.7", "10.0.0.1", "example.org", "localhost.example.org", "", "127.1", "1::1"],
+)
 def test_any_other_address_counts_as_one_that_others_reach(host: str) -> None:
     assert not app.is_loopback(host)
 
@@ -79,7 +82,9 @@ def test_half_a_password_is_none(text: str) -> None:
         (["--auth", "secret"], MALFORMED),
     ],
 )
-def test_a_mistake_is_one_message_before_anything_is_loaded(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_message_before_anything_is_loaded(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
     result = call(*arguments, "--runs-dir", str(tmp_path / "runs"))
     assert (result.exit_code, result.stderr) == (2, f"{said}\n")
     assert not (tmp_path / "runs").exists()
@@ -94,7 +99,10 @@ def test_the_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPa
 
 def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
     result = call("--device", "tpu", "--runs-dir", str(tmp_path))
-    assert (result.exit_code, result.stderr) == (2, 'There is no device "tpu": choose auto, cpu, cuda or mps.\n')
+    assert (result.exit_code, result.stderr) == (
+        2,
+        'There is no device "tpu": choose auto, cpu, cuda or mps.\n',
+    )
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
@@ -124,13 +132,19 @@ def test_a_file_without_a_password_opens_nothing(tmp_path: Path, content: str) -
 
 def test_a_password_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     result = call("--auth-file", str(tmp_path / "none"))
-    assert (result.exit_code, result.stderr) == (2, f"--auth-file {tmp_path / 'none'} cannot be read: No such file or directory.\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"--auth-file {tmp_path / 'none'} cannot be read: No such file or directory.\n",
+    )
 
 
 def test_one_password_only(tmp_path: Path) -> None:
     (tmp_path / "auth").write_text("me:secret")
     result = call("--auth", "me:other", "--auth-file", str(tmp_path / "auth"))
-    assert (result.exit_code, result.stderr) == (2, "--auth and --auth-file both name a password: give one of them.\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "--auth and --auth-file both name a password: give one of them.\n",
+    )
 
 
 @pytest.mark.parametrize("way", ["option", "file", "environment"])
@@ -140,7 +154,11 @@ def test_a_password_on_the_command_line_is_warned_of(
     """The file wins over the environment: it was named for this start."""
     (tmp_path / "auth").write_text("me:secret\nmore\n")
     monkeypatch.setenv(app.AUTH, "" if way == "option" else "you:other")
-    given = {"option": ["--auth", "me:secret"], "file": ["--auth-file", str(tmp_path / "auth")], "environment": []}[way]
+    given = {
+        "option": ["--auth", "me:secret"],
+        "file": ["--auth-file", str(tmp_path / "auth")],
+        "environment": [],
+    }[way]
     seen: list[object] = []
     monkeypatch.setattr(app, "launch", lambda *arguments: seen.append(arguments[3]))
     result = call(*given, "--host", "0.0.0.0", "--runs-dir", str(tmp_path / "runs"))

@@ -52,7 +52,9 @@ def base(small_model_folder: Path) -> PreTrainedModel:
 def adapted(small_model_folder: Path) -> PeftModel:
     """A model whose adapter does something."""
     settings = settings_of(small_model_folder)
-    model = add_adapter(load_model(settings, CPU), Rmu(target_layer=3, adapter_layers=[2, 3], rank=4), settings)
+    model = add_adapter(
+        load_model(settings, CPU), Rmu(target_layer=3, adapter_layers=[2, 3], rank=4), settings
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -70,12 +72,17 @@ def test_the_chat_template_is_used(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [*ASKED, {"role": "assistant", "content": "None."}, {"role": "user", "content": "Sure?"}]
     shown = tokenizer.decode(encode_prompt(tokenizer, messages)[0])
     eos = tokenizer.eos_token
-    assert shown.removeprefix("<s>") == f"<|user|>\n{PROMPT}{eos}\n<|assistant|>\nNone.{eos}\n<|user|>\nSure?{eos}\n<|assistant|>\n"
+    assert (
+        shown.removeprefix("<s>")
+        == f"<|user|>\n{PROMPT}{eos}\n<|assistant|>\nNone.{eos}\n<|user|>\nSure?{eos}\n<|assistant|>\n"
+    )
 
 
 def test_without_a_template_the_last_message_is_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [*ASKED, {"role": "user", "content": "Sure?"}]
-    assert encode_prompt(with_template(tokenizer, None), messages).tolist() == [tokenizer("Sure?")["input_ids"]]
+    assert encode_prompt(with_template(tokenizer, None), messages).tolist() == [
+        tokenizer("Sure?")["input_ids"]
+    ]
 
 
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}"], ids=["a template without", "a template with"])
@@ -99,7 +106,9 @@ def test_the_answer_is_greedy(base: PreTrainedModel, tokenizer: PreTrainedTokeni
     assert expected
 
 
-def test_streamed_pieces_make_up_the_answer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_streamed_pieces_make_up_the_answer(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     pieces: list[str] = []
     whole = answer(base, tokenizer, ASKED, Sampling(max_new_tokens=24), pieces.append)
     assert "".join(pieces).strip() == whole
@@ -110,7 +119,9 @@ def test_streamed_pieces_make_up_the_answer(base: PreTrainedModel, tokenizer: Pr
 def test_base_answers_as_the_model_without_any_adapter_does(
     base: PreTrainedModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    answers = dict(both_sides(adapted, tokenizer, PROMPT, Sampling(max_new_tokens=16), lambda side, piece: None))
+    answers = dict(
+        both_sides(adapted, tokenizer, PROMPT, Sampling(max_new_tokens=16), lambda side, piece: None)
+    )
     assert list(answers) == ["base", "unlearned"]
     assert answers["base"] == answer(base, tokenizer, ASKED, Sampling(max_new_tokens=16))
     assert answers["unlearned"] == answer(adapted, tokenizer, ASKED, Sampling(max_new_tokens=16))
@@ -119,14 +130,24 @@ def test_base_answers_as_the_model_without_any_adapter_does(
 
 def test_every_piece_goes_to_its_side(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     heard: list[tuple[str, str]] = []
-    answers = dict(both_sides(adapted, tokenizer, PROMPT, Sampling(max_new_tokens=16), lambda side, piece: heard.append((side, piece))))
+    answers = dict(
+        both_sides(
+            adapted,
+            tokenizer,
+            PROMPT,
+            Sampling(max_new_tokens=16),
+            lambda side, piece: heard.append((side, piece)),
+        )
+    )
     for side in ("base", "unlearned"):
         assert "".join(piece for to, piece in heard if to == side).strip() == answers[side]
     assert [side for side, _ in heard] == sorted(side for side, _ in heard)  # one after the other, base first
 
 
 @pytest.mark.parametrize("how", ["to the end", "closed early", "failed"])
-def test_the_adapter_is_on_again_afterwards(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, how: str) -> None:
+def test_the_adapter_is_on_again_afterwards(
+    adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, how: str
+) -> None:
     """Trap 10: on and off is global to the model."""
     before = adapted(IDS).logits
 
@@ -164,14 +185,23 @@ def test_each_side_knows_its_own_answers_only() -> None:
     for side in SIDES:
         messages = messages_of(side, [TURN], "Second?", "Be brief.")
         assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
-        assert [message["content"] for message in messages] == ["Be brief.", "First?", f"of {side}", "Second?"]
+        assert [message["content"] for message in messages] == [
+            "Be brief.",
+            "First?",
+            f"of {side}",
+            "Second?",
+        ]
     assert messages_of("base", [], PROMPT, "  ") == ASKED
 
 
-def test_a_conversation_goes_on_from_what_each_side_said(chat: ChatModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_conversation_goes_on_from_what_each_side_said(
+    chat: ChatModel, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     first = Turn(PROMPT, **chat.answers(PROMPT, GREEDY), sampling=GREEDY)
     second = chat.answers("Sure?", GREEDY, [first])
-    assert second["unlearned"] == answer(adapted, tokenizer, messages_of("unlearned", [first], "Sure?"), GREEDY)
+    assert second["unlearned"] == answer(
+        adapted, tokenizer, messages_of("unlearned", [first], "Sure?"), GREEDY
+    )
     with adapted.disable_adapter():
         assert second["base"] == answer(adapted, tokenizer, messages_of("base", [first], "Sure?"), GREEDY)
 
@@ -182,11 +212,15 @@ def test_the_stream_gives_growing_answers_one_side_after_the_other(chat: ChatMod
     for side in SIDES:
         texts = [text for each, text in pieces if each == side]
         assert len(texts) > 2
-        assert all(later.startswith(earlier.rstrip()) for earlier, later in zip(texts, texts[1:], strict=False))
+        assert all(
+            later.startswith(earlier.rstrip()) for earlier, later in zip(texts, texts[1:], strict=False)
+        )
     assert dict(pieces) == chat.answers(PROMPT, Sampling(max_new_tokens=24))
 
 
-def test_a_seed_gives_the_same_answer_again_and_leaves_other_draws_alone(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_seed_gives_the_same_answer_again_and_leaves_other_draws_alone(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     drawn = Sampling(max_new_tokens=16, temperature=1.5, seed=3)
     state = torch.random.get_rng_state()
     first = answer(base, tokenizer, ASKED, drawn)
@@ -198,7 +232,9 @@ def test_a_seed_gives_the_same_answer_again_and_leaves_other_draws_alone(base: P
 
 
 @pytest.mark.parametrize("how", ["stopped", "closed", "unloaded"])
-def test_an_answer_ends_in_the_middle_and_the_adapter_is_on_again(chat: ChatModel, adapted: PeftModel, how: str) -> None:
+def test_an_answer_ends_in_the_middle_and_the_adapter_is_on_again(
+    chat: ChatModel, adapted: PeftModel, how: str
+) -> None:
     before, stop = adapted(IDS).logits, Event()
     stream = chat.stream(PROMPT, LONG, stop)
     assert next(stream)[0] == "base"
@@ -227,7 +263,9 @@ def test_an_error_while_answering_reaches_who_asked(chat: ChatModel, adapted: Pe
         list(chat.stream(PROMPT, GREEDY, Event()))
     hook.remove()
     inner.remove()
-    assert len(set(chat.answers(PROMPT, GREEDY).values())) == 2, "the lock is free and the adapter is on again"
+    assert len(set(chat.answers(PROMPT, GREEDY).values())) == 2, (
+        "the lock is free and the adapter is on again"
+    )
 
 
 def test_one_answer_at_a_time(chat: ChatModel) -> None:
@@ -260,15 +298,25 @@ def test_who_waits_for_the_turn_can_be_stopped(chat: ChatModel) -> None:
     ("prompt", "sampling", "message"),
     [
         (" ", GREEDY, "The prompt is empty."),
-        (PROMPT, Sampling(max_new_tokens=256), "The length is 256, but the model reads at most 256 tokens, prompt and answer together."),
-        (PROMPT, Sampling(max_new_tokens=250), "tokens long with this prompt, and the answer may take 250 more: the model reads at most 256."),
+        (
+            PROMPT,
+            Sampling(max_new_tokens=256),
+            "The length is 256, but the model reads at most 256 tokens, prompt and answer together.",
+        ),
+        (
+            PROMPT,
+            Sampling(max_new_tokens=250),
+            "tokens long with this prompt, and the answer may take 250 more: the model reads at most 256.",
+        ),
         (PROMPT, Sampling(max_new_tokens=0), "The length is 0: give at least 1 token."),
         (PROMPT, Sampling(temperature=-1), "The temperature is -1: give 0"),
         (PROMPT, Sampling(temperature=float("nan")), "The temperature is nan: give 0"),
         (PROMPT, Sampling(max_new_tokens=8, seed=-1), "The seed is -1: give a whole number from 0 to"),
     ],
 )
-def test_what_cannot_be_answered_is_said_plainly(chat: ChatModel, prompt: str, sampling: Sampling, message: str) -> None:
+def test_what_cannot_be_answered_is_said_plainly(
+    chat: ChatModel, prompt: str, sampling: Sampling, message: str
+) -> None:
     with pytest.raises(UserError) as error:
         next(chat.stream(prompt, sampling, Event()))
     assert message in str(error.value)
@@ -280,8 +328,12 @@ def test_settings_are_checked_without_a_model_too() -> None:
         check_sampling(Sampling(temperature=float("inf")))
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[-1]['content'] }}", "{{ raise_exception('no system role') }}"])
-def test_a_system_prompt_is_never_lost_without_a_word(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+@pytest.mark.parametrize(
+    "template", [None, "{{ messages[-1]['content'] }}", "{{ raise_exception('no system role') }}"]
+)
+def test_a_system_prompt_is_never_lost_without_a_word(
+    tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> None:
     with pytest.raises(UserError, match="takes no system prompt"):
         encode_prompt(with_template(tokenizer, template), messages_of("base", [], PROMPT, "Be brief."))
 
@@ -304,7 +356,16 @@ def test_answers_part_at_a_word(base_says: str, unlearned_says: str, common: str
 
 
 def test_exports_hold_all_of_it() -> None:
-    turns = [TURN, Turn("```\nx", "# <script>", "", Sampling(temperature=0.7, seed=5, system_prompt="Be brief."), stopped=True)]
+    turns = [
+        TURN,
+        Turn(
+            "```\nx",
+            "# <script>",
+            "",
+            Sampling(temperature=0.7, seed=5, system_prompt="Be brief."),
+            stopped=True,
+        ),
+    ]
     content = json.loads(as_json(turns, "a-run", "a/model"))
     assert (content["run"], content["model"]) == ("a-run", "a/model")
     assert [Turn(**(turn | {"sampling": Sampling(**turn["sampling"])})) for turn in content["turns"]] == turns
@@ -312,4 +373,7 @@ def test_exports_hold_all_of_it() -> None:
     assert "- Run: `a-run`" in text
     assert "**Unlearned (after)**\n\n```text\nof unlearned\n```" in text
     assert "````text\n```\nx\n````" in text, "a fence is longer than any that was said"
-    assert "## 2 (stopped early)\n\nSettings: temperature 0.7, at most 256 tokens, seed 5\n\n**System prompt**\n\n```text\nBe brief." in text
+    assert (
+        "## 2 (stopped early)\n\nSettings: temperature 0.7, at most 256 tokens, seed 5\n\n**System prompt**\n\n```text\nBe brief."
+        in text
+    )

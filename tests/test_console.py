@@ -70,10 +70,24 @@ def test_the_console_writes_no_control_characters_of_others() -> None:
     assert "\x1b[" in shown, "Rich itself still moves the cursor"
 
 
-@pytest.mark.parametrize("arguments", [["-m", "lowmem_rmu.run", "--list"], ["-m", "lowmem_rmu", "chat", "→ü/x"]])
+@pytest.mark.parametrize(
+    "arguments", [["-m", "lowmem_rmu.run", "--list"], ["-m", "lowmem_rmu", "chat", "→ü/x"]]
+)
 def test_every_entry_prints_on_an_ascii_stream(arguments: list[str], tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
+    environment = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
     assert b"Traceback" not in done.stderr
     assert done.returncode == (0 if "--list" in arguments else 2)
     assert (done.stdout + done.stderr).isascii()

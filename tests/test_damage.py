@@ -44,11 +44,16 @@ def the_run_verb() -> typer.Typer:
 def resume(run: RunFolder) -> Result:
     """With the settings that the run had before anything was spoiled."""
     preset = str(run.path.parent.parent / "tiny.yaml")
-    return CliRunner().invoke(the_run_verb(), [preset, "--runs-dir", str(run.path.parent), "--resume", "--name", run.path.name, *CPU])
+    return CliRunner().invoke(
+        the_run_verb(),
+        [preset, "--runs-dir", str(run.path.parent), "--resume", "--name", run.path.name, *CPU],
+    )
 
 
 def talk(run: RunFolder) -> Result:
-    return CliRunner().invoke(verbs.app, ["chat", str(run.path), "--prompt", "What is a lock?", "--max-new-tokens", "1", *CPU])
+    return CliRunner().invoke(
+        verbs.app, ["chat", str(run.path), "--prompt", "What is a lock?", "--max-new-tokens", "1", *CPU]
+    )
 
 
 def exported(*options: str) -> Callable[[RunFolder], Result]:
@@ -62,7 +67,9 @@ def exported(*options: str) -> Callable[[RunFolder], Result]:
 
 def audited(run: RunFolder) -> Result:
     """Of an attack whose pieces are all there."""
-    return CliRunner().invoke(verbs.app, ["audit", str(run.path), "--attacks", "ablation", "--limit", "10", *CPU])
+    return CliRunner().invoke(
+        verbs.app, ["audit", str(run.path), "--attacks", "ablation", "--limit", "10", *CPU]
+    )
 
 
 def page(run: RunFolder) -> Result:
@@ -101,7 +108,11 @@ def without_a_key(content: bytes) -> bytes:
         return b"\n".join(lines) + b"\n"
     inner = found
     for _ in range(2):
-        nested = [value for value in (inner.values() if isinstance(inner, dict) else inner) if value and isinstance(value, dict | list)]
+        nested = [
+            value
+            for value in (inner.values() if isinstance(inner, dict) else inner)
+            if value and isinstance(value, dict | list)
+        ]
         inner = nested[-1] if nested and random.Random(len(content)).random() < 0.5 else inner
     if isinstance(inner, dict):
         inner.pop(next(iter(inner)))
@@ -154,8 +165,14 @@ def spoilable(forgetful: RunFolder, tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr(reproduce, "read_documents", lambda corpus: ["text"])
         patch.setattr(reproduce, "checkpoint_files", lambda base: [])
         patch.setattr(chat, "ModelSpec", LoadedBase)
-        patch.setattr(chat, "load_adapter", lambda model, folder: loaded.setdefault("adapted", load_adapter(model, folder)))
-        patch.setattr(verification, "_ask_adapter", lambda artefact, measured, device, progress: measured.unlearned)
+        patch.setattr(
+            chat,
+            "load_adapter",
+            lambda model, folder: loaded.setdefault("adapted", load_adapter(model, folder)),
+        )
+        patch.setattr(
+            verification, "_ask_adapter", lambda artefact, measured, device, progress: measured.unlearned
+        )
         patch.setattr(report, "_svg", lambda name, draw, width: Markup("<svg></svg>"))
         for verb in (audited, exported("--format", "adapter")):
             result = verb(run)
@@ -188,7 +205,13 @@ def files_read(act: Callable[[], Any], folder: Path) -> set[str]:
     seen, on = set[str](), True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if on and event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(str(folder)) and "r" in str(arguments[1]):
+        if (
+            on
+            and event == "open"
+            and isinstance(arguments[0], str)
+            and arguments[0].startswith(str(folder))
+            and "r" in str(arguments[1])
+        ):
             seen.add(str(Path(arguments[0]).relative_to(folder)))
 
     sys.addaudithook(hook)
@@ -220,13 +243,20 @@ def test_no_damage_ends_in_a_traceback(spoilable: RunFolder, verb: str) -> None:
     for name in sorted(read | (SAFETENSORS if verb != "page" else set())):
         file = run.path / name
         for damage in DAMAGES if verb in ("chat", "page") else FEW:
-            if file not in sound or not sound[file] or (damage in TEXT_ONLY and file.suffix not in (".json", ".jsonl")):
+            if (
+                file not in sound
+                or not sound[file]
+                or (damage in TEXT_ONLY and file.suffix not in (".json", ".jsonl"))
+            ):
                 continue
             file.write_bytes(DAMAGES[damage](sound[file]))
             result = act(run)
             put_back()
             said = result.stderr.strip().splitlines()
-            if not (result.exit_code == 0 or (result.exit_code == 2 and isinstance(result.exception, SystemExit) and len(said) > 1)):
+            if not (
+                result.exit_code == 0
+                or (result.exit_code == 2 and isinstance(result.exception, SystemExit) and len(said) > 1)
+            ):
                 wrong.append(f"{name}, {damage}: {result.exit_code} {result.exception!r} {said[-2:]}")
     assert not wrong, "\n".join(wrong)
     assert len(read) > 2

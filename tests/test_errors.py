@@ -21,7 +21,9 @@ TOKEN = "hf_aVerySecretToken"
 
 
 def http_error(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
-    request = httpx.Request("GET", "https://huggingface.co/api/x", headers={"authorization": f"Bearer {TOKEN}"})
+    request = httpx.Request(
+        "GET", "https://huggingface.co/api/x", headers={"authorization": f"Bearer {TOKEN}"}
+    )
     return kind(f"{status} for {TOKEN}", response=httpx.Response(status, request=request))
 
 
@@ -69,8 +71,15 @@ def gated_errors() -> list[Exception]:
         gated,
         wrapped(gated, OSError("You are trying to access a gated repo.")),
         in_handler(gated, OSError("You are trying to access a gated repo.")),
-        wrapped(gated, DatasetNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub. You must be authenticated to access it.")),
-        DatasetNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub. Visit the dataset page to ask for access."),
+        wrapped(
+            gated,
+            DatasetNotFoundError(
+                "Dataset 'owner/name' is a gated dataset on the Hub. You must be authenticated to access it."
+            ),
+        ),
+        DatasetNotFoundError(
+            "Dataset 'owner/name' is a gated dataset on the Hub. Visit the dataset page to ask for access."
+        ),
     ]
 
 
@@ -120,9 +129,13 @@ def test_what_to_do_without_access_is_the_last_line_of_the_gated_message_only() 
 
 
 @pytest.mark.usefixtures("token")
-def test_a_gated_corpus_of_a_shipped_preset_names_the_preset_that_works_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_corpus_of_a_shipped_preset_names_the_preset_that_works_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(name: str, *_: object, **__: object) -> None:
-        raise DatasetNotFoundError(f"Dataset '{name}' is a gated dataset on the Hub.") from http_error(GatedRepoError, 403)
+        raise DatasetNotFoundError(f"Dataset '{name}' is a gated dataset on the Hub.") from http_error(
+            GatedRepoError, 403
+        )
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(UserError) as caught:
@@ -138,7 +151,10 @@ def test_an_unknown_subset_of_a_hub_corpus_is_a_users_mistake(monkeypatch: pytes
         raise ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(UserError, match=r"The data set owner/name cannot be read: BuilderConfig 'x' not found. Available: \['a', 'b'\]"):
+    with pytest.raises(
+        UserError,
+        match=r"The data set owner/name cannot be read: BuilderConfig 'x' not found. Available: \['a', 'b'\]",
+    ):
         read_documents(Corpus(source="owner/name", subset="x"))
 
 
@@ -146,7 +162,9 @@ def test_an_unknown_subset_of_a_hub_corpus_is_a_users_mistake(monkeypatch: pytes
     "error",
     [
         http_error(RepositoryNotFoundError, 404),
-        wrapped(http_error(RepositoryNotFoundError, 401), OSError("owner/name is not a valid model identifier")),
+        wrapped(
+            http_error(RepositoryNotFoundError, 401), OSError("owner/name is not a valid model identifier")
+        ),
         DatasetNotFoundError("Dataset 'owner/name' doesn't exist on the Hub or cannot be accessed."),
     ],
     ids=str,
@@ -162,7 +180,10 @@ def test_what_is_not_on_the_hub_is_told_apart(error: Exception) -> None:
 def test_a_wrong_revision_is_told_apart(wrap: bool) -> None:
     error = http_error(RevisionNotFoundError, 404)
     text = message(wrapped(error, OSError("no file")) if wrap else error)
-    assert text == "The model owner/name has no such revision.\nSee https://huggingface.co/owner/name for those there are."
+    assert (
+        text
+        == "The model owner/name has no such revision.\nSee https://huggingface.co/owner/name for those there are."
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +208,11 @@ def test_no_network_is_told_apart(error: Exception) -> None:
     ]
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), OSError("disk"), ValueError("x"), UserError("mine"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("x"), OSError("disk"), ValueError("x"), UserError("mine"), KeyboardInterrupt()],
+    ids=repr,
+)
 def test_every_other_error_passes_through_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, hub_errors("model", "owner/name"):
         raise error
@@ -207,7 +232,10 @@ def test_no_error_is_no_error(tmp_path: Path) -> None:
 
 def test_any_other_answer_of_the_hub_is_told_with_its_number_and_no_token() -> None:
     said = message(http_error(HfHubHTTPError, 503), "data set")
-    assert said == "The Hub answered with error 503 when asked for the data set owner/name.\nTry again in a while."
+    assert (
+        said
+        == "The Hub answered with error 503 when asked for the data set owner/name.\nTry again in a while."
+    )
 
 
 def test_a_message_shows_no_control_characters_and_no_half_of_a_pair() -> None:

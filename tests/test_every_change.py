@@ -28,14 +28,26 @@ from lowmem_rmu.evaluation.kept import BASE_ANSWERS
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import STAGES, read_lines
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="folders are told by their descriptors in /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="folders are told by their descriptors in /proc"
+)
 
 TINY = Path(__file__).resolve().parent.parent / "lowmem_rmu/tiny"
 CONTEXT = multiprocessing.get_context("forkserver")
+# Fmt: skip.
 VARYING = {
-    "seconds", "questions_per_second", "known_before", "peak_memory_bytes", "date", "total_evaluation_time_seconds",
-    "created", "heartbeat", "pid", "started", "stage_began",
-}  # fmt: skip
+    "seconds",
+    "questions_per_second",
+    "known_before",
+    "peak_memory_bytes",
+    "date",
+    "total_evaluation_time_seconds",
+    "created",
+    "heartbeat",
+    "pid",
+    "started",
+    "stage_began",
+}
 """What differs between two runs of the same settings."""
 
 
@@ -151,16 +163,29 @@ def preset_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A preset of five steps and six questions on the shipped model."""
     folder = tmp_path_factory.mktemp("preset")
     # So little text that batches come again, and are kept in the cache.
-    sources = {"forget": ("forget/compounds", 1), "retain": ("retain", 1), "questions": ("questions/compounds", 6)}
+    sources = {
+        "forget": ("forget/compounds", 1),
+        "retain": ("retain", 1),
+        "questions": ("questions/compounds", 6),
+    }
     for file, (source, count) in sources.items():
         lines = (TINY / f"data/{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"{file}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    rmu = {"target_layer": 1, "adapter_layers": [1], "modules": ["down_proj"], "rank": 2, "steps": 5, "batch_size": 2}
+    rmu = {
+        "target_layer": 1,
+        "adapter_layers": [1],
+        "modules": ["down_proj"],
+        "rank": 2,
+        "steps": 5,
+        "batch_size": 2,
+    }
     content = {
         "title": "Small",
         "model": {"name": str(TINY / "model"), "quantisation": "none", "dtype": "float32"},
         "rmu": rmu | {"learning_rate": 1e-3, "checkpoint_every": 2, "cache_in": "disk", "cache_gib": 0.1},
-        "topics": {"compounds": {"corpus": {"source": str(folder / "forget.jsonl")}, "max_tokens": 16, "alpha": 10}},
+        "topics": {
+            "compounds": {"corpus": {"source": str(folder / "forget.jsonl")}, "max_tokens": 16, "alpha": 10}
+        },
         "retain": {"corpora": [{"source": str(folder / "retain.jsonl")}], "max_tokens": 16},
         "evaluation": {
             "batch_tokens": 128,
@@ -197,7 +222,9 @@ def content_of(file: Path) -> Any:
 def contents(folder: Path) -> dict[str, Any]:
     """All files below a folder, and all empty folders."""
     paths = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
-    return {path.relative_to(folder).as_posix(): content_of(path) if path.is_file() else None for path in paths}
+    return {
+        path.relative_to(folder).as_posix(): content_of(path) if path.is_file() else None for path in paths
+    }
 
 
 def differences_of(copies: list[Path], whole: dict[str, Any], changes: list[str]) -> Iterator[str]:
@@ -213,7 +240,9 @@ def differences_of(copies: list[Path], whole: dict[str, Any], changes: list[str]
 
 
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_that_dies_at_any_change_goes_on_as_if_it_had_not(every: int, tmp_path: Path, preset_file: str) -> None:
+def test_a_run_that_dies_at_any_change_goes_on_as_if_it_had_not(
+    every: int, tmp_path: Path, preset_file: str
+) -> None:
     CONTEXT.set_forkserver_preload(["lowmem_rmu.pipeline", "lowmem_rmu.report"])
     runs_dir, copied = tmp_path / "runs", tmp_path / "copies"
     runs_dir.mkdir()

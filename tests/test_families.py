@@ -44,8 +44,14 @@ def run_whole_job(family: Family, folder: Path, quantisation: str) -> RunFolder:
     app = typer.Typer()
     app.command()(command_line.run)
     preset = folder / "family.yaml"
-    preset.write_text(PRESET.format(model=family.folder, quantisation=quantisation, module=family.module, data=DATA))
-    result = CliRunner().invoke(app, [str(preset), "--runs-dir", str(folder), "--name", "run", "--device", "cpu"], catch_exceptions=False)
+    preset.write_text(
+        PRESET.format(model=family.folder, quantisation=quantisation, module=family.module, data=DATA)
+    )
+    result = CliRunner().invoke(
+        app,
+        [str(preset), "--runs-dir", str(folder), "--name", "run", "--device", "cpu"],
+        catch_exceptions=False,
+    )
     assert result.exit_code == 0, result.output
     return RunFolder(folder / "run")
 

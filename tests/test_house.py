@@ -50,7 +50,20 @@ LAYERS = (
 """From top to bottom: a module imports from its own layer or from those after it. The last is the bare package: its version."""
 DISTRIBUTIONS = {"yaml": "PyYAML"}
 """Modules whose distribution has another name."""
-MEDDLING = {"print", "open", "exec", "eval", "input", "seed", "manual_seed", "basicConfig", "chdir", "mkdir", "write_text", "filterwarnings"}
+MEDDLING = {
+    "print",
+    "open",
+    "exec",
+    "eval",
+    "input",
+    "seed",
+    "manual_seed",
+    "basicConfig",
+    "chdir",
+    "mkdir",
+    "write_text",
+    "filterwarnings",
+}
 QUIET = "import importlib; from lowmem_rmu.cli.startup import quiet_libraries; quiet_libraries()"
 """Libraries may have notes of their own to print, which the command line keeps back."""
 
@@ -85,7 +98,9 @@ def own_imports(tree: ast.AST) -> set[str]:
 
 def layer(module: str) -> int:
     """The place of a module in LAYERS; the longest match counts."""
-    matches = [name for name in LAYERS if name == module or (name != PACKAGE and module.startswith(f"{name}."))]
+    matches = [
+        name for name in LAYERS if name == module or (name != PACKAGE and module.startswith(f"{name}."))
+    ]
     assert matches, f"{module} has no place among the layers"
     return LAYERS.index(max(matches, key=len))
 
@@ -123,7 +138,9 @@ def in_new_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_walk_sees_the_package() -> None:
     assert {"lowmem_rmu.run", "lowmem_rmu.data.corpora", "lowmem_rmu.tiny.world"} <= MODULES.keys()
     assert "lowmem_rmu.data.corpora" in own_imports(MODULES["lowmem_rmu.unlearning.trainer"])
-    assert "lowmem_rmu.pipeline" in own_imports(MODULES["lowmem_rmu.cli.run"]), "imports within functions count"
+    assert "lowmem_rmu.pipeline" in own_imports(MODULES["lowmem_rmu.cli.run"]), (
+        "imports within functions count"
+    )
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not is_tiny(name)])
@@ -171,7 +188,10 @@ TAG = re.compile(r"</?[a-z][a-z0-9]*(\\s[^<]*)?/?>|<[a-z][a-z0-9]* ", re.IGNOREC
 
 def holds_tag(node: ast.AST) -> bool:
     """Whether a constant of this expression is HTML."""
-    return any(isinstance(part, ast.Constant) and isinstance(part.value, str) and TAG.search(part.value) for part in ast.walk(node))
+    return any(
+        isinstance(part, ast.Constant) and isinstance(part.value, str) and TAG.search(part.value)
+        for part in ast.walk(node)
+    )
 
 
 def unescaped_html(tree: ast.AST) -> Iterator[ast.AST]:
@@ -181,12 +201,22 @@ def unescaped_html(tree: ast.AST) -> Iterator[ast.AST]:
             yield node
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mod):
             # Two pieces of markup may be added: Markup escapes what is none.
-            sides = [side for side in (node.left, node.right) if isinstance(side, ast.Constant | ast.JoinedStr)]
+            sides = [
+                side for side in (node.left, node.right) if isinstance(side, ast.Constant | ast.JoinedStr)
+            ]
             yield from (node for side in sides if holds_tag(side))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("format", "join"):
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("format", "join")
+        ):
             if isinstance(node.func.value, ast.Constant) and holds_tag(node):
                 yield node
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Markup" and not isinstance(node.args[0], ast.Constant):
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "Markup"
+            and not isinstance(node.args[0], ast.Constant)
+        ):
             # What is declared safe without being written here: charts alone, which this program draws.
             yield node
 
@@ -197,7 +227,9 @@ def test_whatever_is_put_into_html_is_escaped(module: str) -> None:
     if module == "lowmem_rmu.report":
         found = [each for each in found if not each.endswith(": Markup(svg)")]
     assert not found, f"{module}: {'; '.join(found)}"
-    assert "html" not in set(imported_names(MODULES[module])), f"{module}: escape by Markup, which cannot be forgotten"
+    assert "html" not in set(imported_names(MODULES[module])), (
+        f"{module}: escape by Markup, which cannot be forgotten"
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +259,9 @@ PROCESS_CALLS = {"run", "Popen", "check_output", "check_call"}
 def names_its_encoding(call: ast.Call) -> bool:
     """Whether a call that reads or writes text says in which encoding, or is binary (or another `open` that takes no mode)."""
     name, named = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
-    given = [ast.unparse(each) for each in call.args] + [ast.unparse(value) for key, value in named.items() if key == "mode"]
+    given = [ast.unparse(each) for each in call.args] + [
+        ast.unparse(value) for key, value in named.items() if key == "mode"
+    ]
     short = name.rpartition(".")[2]
     if "encoding" in named:
         return True
@@ -238,12 +272,19 @@ def names_its_encoding(call: ast.Call) -> bool:
     return short == "open" and any(re.fullmatch(r"'[rwxa]?b\+?'|'[rwxa]\+?b'", each) for each in given)
 
 
-PROGRAMS = [*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")]
+PROGRAMS = [
+    *(ROOT / PACKAGE).rglob("*.py"),
+    *ROOT.glob("*.py"),
+    *(ROOT / "benchmarks").glob("*.py"),
+    *(ROOT / "docs").glob("*.py"),
+]
 
 
 @pytest.mark.parametrize("path", PROGRAMS)
 def test_whatever_reads_or_writes_text_names_its_encoding(path: Path) -> None:
-    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    calls = (
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    )
     unnamed = [f"line {call.lineno}: {ast.unparse(call)}" for call in calls if not names_its_encoding(call)]
     assert not unnamed, f"{path}: {unnamed}"
 
@@ -253,7 +294,9 @@ def test_a_program_prepares_its_streams_before_anything_else() -> None:
         text = path.read_text(encoding="utf-8")
         if 'if __name__ == "__main__"' in text and "typer" in text:
             main = text[text.index('if __name__ == "__main__"') :]
-            assert "prepare_streams()" in main or re.search(r"def main\(\) -> None:\n    \"\"\".*\"\"\"\n    prepare_streams\(\)", text), path
+            assert "prepare_streams()" in main or re.search(
+                r"def main\(\) -> None:\n    \"\"\".*\"\"\"\n    prepare_streams\(\)", text
+            ), path
 
 
 def test_importing_the_command_line_is_quick_and_changes_nothing(tmp_path: Path) -> None:
@@ -272,14 +315,20 @@ assert not heavy, heavy
 
 
 def test_importing_every_module_prints_and_writes_nothing(tmp_path: Path) -> None:
-    result = in_new_process(f"{QUIET}\nfor name in {sorted(MODULES)}: importlib.import_module(name)", tmp_path)
+    result = in_new_process(
+        f"{QUIET}\nfor name in {sorted(MODULES)}: importlib.import_module(name)", tmp_path
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_library_that_is_imported_is_a_declared_requirement() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    declared = {re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0].lower() for line in lines if line and not line.startswith("#")}
+    declared = {
+        re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0].lower()
+        for line in lines
+        if line and not line.startswith("#")
+    }
     imported = {name.partition(".")[0] for tree in MODULES.values() for name in imported_names(tree)}
     libraries = imported - set(sys.stdlib_module_names) - {PACKAGE, "app"}
     assert {"torch", "yaml"} <= libraries

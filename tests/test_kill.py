@@ -18,7 +18,13 @@ from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.presets import load_preset
 
 KILLS = 20
-SETTINGS = ["rmu.steps=90", "rmu.batch_size=2", "rmu.retain_batch_size=2", "rmu.checkpoint_every=1", "rmu.cache_in=disk"]
+SETTINGS = [
+    "rmu.steps=90",
+    "rmu.batch_size=2",
+    "rmu.retain_batch_size=2",
+    "rmu.checkpoint_every=1",
+    "rmu.cache_in=disk",
+]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 
@@ -42,7 +48,9 @@ def wait_until(condition: Callable[[], bool], process: multiprocessing.process.B
         time.sleep(0.0003)
 
 
-def kill_at_a_random_moment(run: Path, process: multiprocessing.process.BaseProcess, chance: random.Random, while_writing: bool) -> None:
+def kill_at_a_random_moment(
+    run: Path, process: multiprocessing.process.BaseProcess, chance: random.Random, while_writing: bool
+) -> None:
     goal = steps_made(run) + chance.randrange(1, 4)
     wait_until(lambda: steps_made(run) >= goal, process)
     if while_writing:
@@ -76,7 +84,14 @@ def test_twenty_kills_change_no_bit(tmp_path: Path) -> None:
     name = "adapter/adapter_model.safetensors"
     assert (killed_run / name).read_bytes() == (whole / name).read_bytes()
     timeless = [
-        [{key: value for key, value in json.loads(line).items() if key not in ("seconds", "peak_memory_bytes")} for line in path.open()]
+        [
+            {
+                key: value
+                for key, value in json.loads(line).items()
+                if key not in ("seconds", "peak_memory_bytes")
+            }
+            for line in path.open()
+        ]
         for path in (killed_run / "metrics.jsonl", whole / "metrics.jsonl")
     ]
     assert timeless[0] == timeless[1]

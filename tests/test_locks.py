@@ -39,7 +39,9 @@ def test_every_requirement_is_pinned_within_its_range(lock: str) -> None:
         name = normalized(requirement.name)
         if lock == "requirements-cpu.lock" and name == "torch":
             continue
-        assert requirement.specifier.contains(pinned[name][0]), f"{lock}: {name} {pinned[name][0]} is not {requirement}"
+        assert requirement.specifier.contains(pinned[name][0]), (
+            f"{lock}: {name} {pinned[name][0]} is not {requirement}"
+        )
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -55,4 +57,6 @@ def test_the_cpu_lock_leaves_out_only_pytorch_and_its_libraries() -> None:
 
 def test_no_lock_names_an_index_or_a_file() -> None:
     for lock in LOCKS:
-        assert not re.search(r"https?://|file:|--(extra-)?index-url|--find-links", (ROOT / lock).read_text(encoding="utf-8"))
+        assert not re.search(
+            r"https?://|file:|--(extra-)?index-url|--find-links", (ROOT / lock).read_text(encoding="utf-8")
+        )

@@ -45,7 +45,11 @@ def test_a_typed_prompt_that_is_too_long_ends_nothing(forgetful: RunFolder) -> N
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 def test_a_closed_input_is_said_before_anything_is_loaded(forgetful: RunFolder) -> None:
     command = f'"{sys.executable}" -m lowmem_rmu chat "{forgetful.path}" <&-'
-    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 2
-    assert result.stderr.endswith("There is no standard input to type prompts into.\nGive one with --prompt.\n")
+    assert result.stderr.endswith(
+        "There is no standard input to type prompts into.\nGive one with --prompt.\n"
+    )
     assert "Traceback" not in result.stderr

@@ -31,7 +31,18 @@ def evaluate(model: Path | str, to: Path, *more: str) -> Result:
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run that unlearns compounds."""
     runs_dir = tmp_path_factory.mktemp("runs")
-    options = ["--stages", "unlearn", "--device", "cpu", "--set", "rmu.steps=8", "--runs-dir", str(runs_dir), "--name", "short"]
+    options = [
+        "--stages",
+        "unlearn",
+        "--device",
+        "cpu",
+        "--set",
+        "rmu.steps=8",
+        "--runs-dir",
+        str(runs_dir),
+        "--name",
+        "short",
+    ]
     assert CliRunner().invoke(app, ["run", "tiny", *options]).exit_code == 0
     return runs_dir / "short"
 
@@ -52,7 +63,9 @@ def test_a_model_is_asked_and_the_folder_holds_all_of_it(tmp_path: Path) -> None
     assert "100.0" in result.stdout
 
 
-def test_a_run_and_its_adapter_alone_are_asked_as_base_and_as_unlearned_with_the_same_answers(run_folder: Path, tmp_path: Path) -> None:
+def test_a_run_and_its_adapter_alone_are_asked_as_base_and_as_unlearned_with_the_same_answers(
+    run_folder: Path, tmp_path: Path
+) -> None:
     assert evaluate(run_folder, tmp_path / "run").exit_code == 0
     result = evaluate(run_folder / "adapter", tmp_path / "adapter", "--json", "--batch-tokens", "2048")
     assert result.exit_code == 0
@@ -62,7 +75,9 @@ def test_a_run_and_its_adapter_alone_are_asked_as_base_and_as_unlearned_with_the
     summary = json.loads(result.stdout)
     assert summary == read(tmp_path / "adapter", "summary.json")
     assert {row["unlearned"] is None for row in summary["rows"]} == {False}
-    assert read(tmp_path / "adapter", "base.json")["known_before"] == 48, "the same base model was asked by the other evaluation"
+    assert read(tmp_path / "adapter", "base.json")["known_before"] == 48, (
+        "the same base model was asked by the other evaluation"
+    )
 
 
 def test_the_folder_of_a_finished_evaluation_is_read_and_nothing_asked(tmp_path: Path) -> None:
@@ -74,7 +89,9 @@ def test_the_folder_of_a_finished_evaluation_is_read_and_nothing_asked(tmp_path:
     assert (tmp_path / "a/answers_base.jsonl").read_text() == before
 
 
-def test_a_stopped_evaluation_says_how_to_go_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_evaluation_says_how_to_go_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = ("--batch-tokens", "512")
     assert evaluate(TINY / "model", tmp_path / "one/whole", *small).exit_code == 0
     with monkeypatch.context() as patched:
@@ -83,15 +100,24 @@ def test_a_stopped_evaluation_says_how_to_go_on_and_ends_the_same(tmp_path: Path
     assert stopped.exit_code == 130
     assert f"go on with: the same command with --to {tmp_path / 'two/stopped'}" in stopped.stderr
     assert evaluate(TINY / "model", tmp_path / "two/stopped", *small).exit_code == 0
-    assert (tmp_path / "one/whole/answers_base.jsonl").read_text() == (tmp_path / "two/stopped/answers_base.jsonl").read_text()
+    assert (tmp_path / "one/whole/answers_base.jsonl").read_text() == (
+        tmp_path / "two/stopped/answers_base.jsonl"
+    ).read_text()
 
 
-def test_results_of_another_model_or_of_other_questions_are_not_mixed(tmp_path: Path, run_folder: Path) -> None:
+def test_results_of_another_model_or_of_other_questions_are_not_mixed(
+    tmp_path: Path, run_folder: Path
+) -> None:
     assert evaluate(TINY / "model", tmp_path / "a").exit_code == 0
     other = evaluate(run_folder, tmp_path / "a")
+    # Fmt: skip.
     assert (other.exit_code, other.stderr.splitlines()[-2:]) == (
-        2, [f"The folder {tmp_path / 'a'} holds results of another model: tiny/model.", "Give a new folder with --to."],
-    )  # fmt: skip
+        2,
+        [
+            f"The folder {tmp_path / 'a'} holds results of another model: tiny/model.",
+            "Give a new folder with --to.",
+        ],
+    )
     others = evaluate(TINY / "model", tmp_path / "a", "--limit", "12")
     assert others.exit_code == 2
     assert "holds results of other questions: limit differ" in others.stderr
@@ -128,7 +154,10 @@ def test_changes_reach_their_task() -> None:
     [
         (("mmul",), ['There is no task "mmul". Did you mean "mmlu"?']),
         ((" , ",), ["--tasks names no task. There is: mmlu, wmdp_bio"]),
-        (("wmdp_bio", 5), ["tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"]),
+        (
+            ("wmdp_bio", 5),
+            ["tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"],
+        ),
         (("mmlu", None, ["mmlu.scorng=cloze"]), ["tasks.mmlu.scorng: Extra inputs are not permitted"]),
         (("mmlu", None, ["mmlu"]), ['--set "mmlu" is not of the form']),
     ],
@@ -150,17 +179,26 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
 def test_a_run_says_how_it_is_quantised_and_options_override_it(run_folder: Path) -> None:
     assert find_subject(str(run_folder)).spec.settings.quantisation == "nf4"
     subject = find_subject(str(run_folder), quantisation="none", dtype="float32")
-    assert (subject.spec.settings.quantisation, subject.spec.settings.dtype, subject.adapter) == ("none", "float32", run_folder / "adapter")
+    assert (subject.spec.settings.quantisation, subject.spec.settings.dtype, subject.adapter) == (
+        "none",
+        "float32",
+        run_folder / "adapter",
+    )
     assert find_subject("owner/model").spec.name == "owner/model"
 
 
 ENDPOINT = ("--endpoint", "http://localhost:1/v1")
 
 
-@pytest.mark.parametrize("options", [(), ENDPOINT, ("--model", "gpt"), ("./model", *ENDPOINT, "--model", "gpt")], ids=len)
+@pytest.mark.parametrize(
+    "options", [(), ENDPOINT, ("--model", "gpt"), ("./model", *ENDPOINT, "--model", "gpt")], ids=len
+)
 def test_one_model_is_named_and_no_two(options: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, ["evaluate", *options])
-    assert (result.exit_code, result.stderr) == (2, "Which model? Give either a model or a run, or --endpoint URL with --model NAME.\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "Which model? Give either a model or a run, or --endpoint URL with --model NAME.\n",
+    )
 
 
 class AlwaysB(BaseHTTPRequestHandler):
@@ -182,17 +220,32 @@ def test_a_server_is_asked_and_its_answers_are_kept(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     server = ThreadingHTTPServer(("127.0.0.1", 0), AlwaysB)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = [*ASKED[:4], "--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--model", "owner/b", "--to", str(tmp_path / "b")]
+    options = [
+        *ASKED[:4],
+        "--endpoint",
+        f"http://127.0.0.1:{server.server_port}/v1",
+        "--model",
+        "owner/b",
+        "--to",
+        str(tmp_path / "b"),
+    ]
     result = CliRunner().invoke(app, ["evaluate", *options])
     server.shutdown()
     assert result.exit_code == 0, result.output
     assert read(tmp_path / "b", "base.json")["tasks"]["compounds"]["answers"] == [0, 24, 0, 0]
-    assert read(tmp_path / "b", "config.json")["model"] == f"owner/b at http://127.0.0.1:{server.server_port}/v1/chat/completions"
-    assert CliRunner().invoke(app, ["evaluate", *options]).exit_code == 0, "the server is gone, but its answers are there"
+    assert (
+        read(tmp_path / "b", "config.json")["model"]
+        == f"owner/b at http://127.0.0.1:{server.server_port}/v1/chat/completions"
+    )
+    assert CliRunner().invoke(app, ["evaluate", *options]).exit_code == 0, (
+        "the server is gone, but its answers are there"
+    )
     assert "sk-secret" not in "".join(file.read_text() for file in (tmp_path / "b").iterdir())
 
 
-@pytest.mark.parametrize("names", ["./a/quiz.jsonl,./b/quiz.jsonl", "./a/quiz.csv,./a/quiz.jsonl", "mmlu,./mmlu", "./mmlu,mmlu"])
+@pytest.mark.parametrize(
+    "names", ["./a/quiz.jsonl,./b/quiz.jsonl", "./a/quiz.csv,./a/quiz.jsonl", "mmlu,./mmlu", "./mmlu,mmlu"]
+)
 def test_two_tasks_of_one_name_do_not_replace_each_other(names: str) -> None:
     with pytest.raises(UserError, match="two tasks that would both be called"):
         choose_tasks(names, None, [], None, "auto")
@@ -204,7 +257,16 @@ def test_an_evaluation_records_what_it_read_and_left_out(tmp_path: Path) -> None
     line = json.dumps({"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1})
     for name in ("owls_test.jsonl", "owls_dev.jsonl", "README.md"):
         (folder / name).write_text(line)
-    arguments = ["evaluate", str(TINY / "model"), "--tasks", str(folder), "--to", str(tmp_path / "to"), "--device", "cpu"]
+    arguments = [
+        "evaluate",
+        str(TINY / "model"),
+        "--tasks",
+        str(folder),
+        "--to",
+        str(tmp_path / "to"),
+        "--device",
+        "cpu",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "Read for evaluation.tasks.quiz: 1 file (owls_test.jsonl). Left out: " in result.stderr
@@ -219,7 +281,9 @@ def test_an_evaluation_records_what_it_read_and_left_out(tmp_path: Path) -> None
         ("./nowhere", "The model folder ./nowhere does not exist"),
     ],
 )
-def test_an_adapter_whose_base_is_not_to_be_had(run_folder: Path, tmp_path: Path, base: str | None, words: str) -> None:
+def test_an_adapter_whose_base_is_not_to_be_had(
+    run_folder: Path, tmp_path: Path, base: str | None, words: str
+) -> None:
     adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "alone"))
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})
@@ -229,7 +293,9 @@ def test_an_adapter_whose_base_is_not_to_be_had(run_folder: Path, tmp_path: Path
     assert str(adapter) in str(caught.value)
 
 
-def test_an_adapter_may_name_its_base_from_its_own_folder_or_from_here(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_may_name_its_base_from_its_own_folder_or_from_here(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "there/alone"))
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "models/llama"})

@@ -25,15 +25,21 @@ def model(small_model_folder: Path) -> PreTrainedModel:
 
 
 def neighbors_verb(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["neighbors", "tiny", *arguments, "--count", "3", "--max-new-tokens", "4", "--device", "cpu"])
+    result = CliRunner().invoke(
+        app, ["neighbors", "tiny", *arguments, "--count", "3", "--max-new-tokens", "4", "--device", "cpu"]
+    )
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_each_subject_gets_its_passages_and_the_seed_decides_them(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_each_subject_gets_its_passages_and_the_seed_decides_them(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     done: list[tuple[int, int]] = []
 
     def write(seed: int) -> list[NeighborPassage]:
-        return write_passages(model, tokenizer, ["trade", "law"], 5, 6, seed, lambda *written: done.append(written))
+        return write_passages(
+            model, tokenizer, ["trade", "law"], 5, 6, seed, lambda *written: done.append(written)
+        )
 
     first = write(0)
     assert first == write(0)
@@ -58,9 +64,18 @@ def test_a_batch_gives_what_each_request_alone_gives(
     assert write_passages(model, tokenizer, ["trade"], len(REQUESTS), 6) == together
 
 
-def test_more_than_a_batch_is_written_in_several(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_more_than_a_batch_is_written_in_several(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     done: list[tuple[int, int]] = []
-    assert len(write_passages(model, tokenizer, ["trade"], BATCH + 3, 6, on_batch=lambda *written: done.append(written))) > BATCH
+    assert (
+        len(
+            write_passages(
+                model, tokenizer, ["trade"], BATCH + 3, 6, on_batch=lambda *written: done.append(written)
+            )
+        )
+        > BATCH
+    )
     assert done == [(BATCH, BATCH + 3), (BATCH + 3, BATCH + 3)]
 
 
@@ -74,12 +89,16 @@ def test_a_model_that_answers_nothing_is_told(
 
 def test_the_file_is_a_corpus(tmp_path: Path) -> None:
     file = tmp_path / "written.jsonl"
-    save_passages([NeighborPassage("law", "A \u2028 contract\nbinds."), NeighborPassage("law", "Überfall")], file)
+    save_passages(
+        [NeighborPassage("law", "A \u2028 contract\nbinds."), NeighborPassage("law", "Überfall")], file
+    )
     assert read_documents(Corpus(source=str(file))) == ["A \u2028 contract\nbinds.", "Überfall"]
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_the_verb_writes_a_file_and_says_how_a_preset_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_writes_a_file_and_says_how_a_preset_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, said = neighbors_verb("trade", "law", "--to", "sub/mine.jsonl")
     assert code == 0, said
@@ -90,7 +109,9 @@ def test_the_verb_writes_a_file_and_says_how_a_preset_names_it(tmp_path: Path, m
     assert corpus == {"source": "./sub/mine.jsonl", "share": 0.3}
 
 
-def test_the_verb_overwrites_nothing_and_takes_json_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_overwrites_nothing_and_takes_json_lines_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("neighbors.jsonl").write_text("mine")
     code, _, said = neighbors_verb("trade")

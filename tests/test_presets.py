@@ -7,7 +7,17 @@ from typing import Any, get_args, get_origin
 import pytest
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import PRESETS_FOLDER, Preset, Section, find_preset, is_local, load_preset, preset_names, preset_of_run, recorded_preset
+from lowmem_rmu.presets import (
+    PRESETS_FOLDER,
+    Preset,
+    Section,
+    find_preset,
+    is_local,
+    load_preset,
+    preset_names,
+    preset_of_run,
+    recorded_preset,
+)
 
 GOOD = """\
 title: A test
@@ -68,7 +78,9 @@ def test_a_corpus_that_is_gated_says_which_preset_works_without_it(name: str) ->
 
 
 def test_the_preset_for_those_without_access_uses_no_gated_corpus() -> None:
-    assert [topic.corpus.source for topic in load_preset("zephyr-7b-cyber").topics.values()] == ["cais/wmdp-corpora"]
+    assert [topic.corpus.source for topic in load_preset("zephyr-7b-cyber").topics.values()] == [
+        "cais/wmdp-corpora"
+    ]
 
 
 WITHOUT_LAYERS = GOOD.replace("  target_layer: 3\n  adapter_layers: [1, 2, 3]\n", "  rank: 8\n")
@@ -83,7 +95,9 @@ WITHOUT_LAYERS = GOOD.replace("  target_layer: 3\n  adapter_layers: [1, 2, 3]\n"
         ({"num_hidden_layers": 1}, 0, [0]),
     ],
 )
-def test_layers_come_from_the_depth_of_a_local_model(tmp_path: Path, config: dict[str, Any], target: int, adapted: list[int]) -> None:
+def test_layers_come_from_the_depth_of_a_local_model(
+    tmp_path: Path, config: dict[str, Any], target: int, adapted: list[int]
+) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     rmu = load_preset(str(write(tmp_path, WITHOUT_LAYERS)), [f"model.name={tmp_path / 'model'}"]).rmu
@@ -91,7 +105,12 @@ def test_layers_come_from_the_depth_of_a_local_model(tmp_path: Path, config: dic
 
 
 def test_layers_come_from_the_depth_that_a_preset_gives(tmp_path: Path) -> None:
-    path = write(tmp_path, WITHOUT_LAYERS.replace("owner/model", "owner/model\n  config: {model_type: llama, num_hidden_layers: 16}"))
+    path = write(
+        tmp_path,
+        WITHOUT_LAYERS.replace(
+            "owner/model", "owner/model\n  config: {model_type: llama, num_hidden_layers: 16}"
+        ),
+    )
     assert load_preset(str(path)).rmu.adapter_layers == [2, 3, 4]
     # A local model's own depth counts, whatever the preset says about the model that it replaces.
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 28}))
@@ -142,7 +161,9 @@ def test_a_file_without_keys_is_no_preset(tmp_path: Path, text: str) -> None:
 
 
 def test_a_python_tag_is_refused_and_never_run(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD.replace("A test", f"!!python/object/apply:os.system ['touch {tmp_path}/ran']"))
+    path = write(
+        tmp_path, GOOD.replace("A test", f"!!python/object/apply:os.system ['touch {tmp_path}/ran']")
+    )
     text = complaint(path)
     assert f"{path}, line 1: not valid YAML" in text
     assert "os.system" in text
@@ -171,33 +192,80 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
     ]
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
         ("title: A test", "title: 3", "line 1: title: should be a valid string (it is 3)"),
-        ("adapter_layers: [1, 2, 3]", "adapter_layers: 2", "line 6: rmu.adapter_layers: should be a valid list (it is 2)"),
+        (
+            "adapter_layers: [1, 2, 3]",
+            "adapter_layers: 2",
+            "line 6: rmu.adapter_layers: should be a valid list (it is 2)",
+        ),
         ("adapter_layers: [1, 2, 3]", "adapter_layers: []", "line 6: rmu.adapter_layers: "),
         ("[1, 2, 3]", "[1, two]", "line 6: rmu.adapter_layers.1: should be a valid integer"),
-        ("[1, 2, 3]", "[2, 3, 4, 5]", "line 4: rmu: adapter_layers [4, 5] lie above target_layer 3 and could not learn anything"),
+        (
+            "[1, 2, 3]",
+            "[2, 3, 4, 5]",
+            "line 4: rmu: adapter_layers [4, 5] lie above target_layer 3 and could not learn anything",
+        ),
         ("[1, 2, 3]", "[-1, 2]", "line 4: rmu: adapter_layers count from 0"),
         ("[1, 2, 3]", "[1, 1]", "line 4: rmu: adapter_layers names a layer twice"),
-        ("alpha: 100", "alpha: 100\n    steering: random", "line 8: topics.plants: steering: random takes a steering_coefficient"),
-        ("alpha: 100", "alpha: 100\n    steering: contrastive", "line 8: topics.plants: steering: contrastive takes a steering_coefficient"),
-        ("alpha: 100", "alpha: 100\n    steering_coefficient: 6.5", "line 8: topics.plants: steering: adaptive finds its own steering_coefficient"),
-        ("target_layer: 3", "target_layer: 3\n  steps: 0", "line 6: rmu.steps: should be greater than or equal to 1 (it is 0)"),
-        ("./plants.txt", "./plants.txt\n      title_matches: '(a'", "line 11: topics.plants.corpus.title_matches: is no regular expression: "),
-        ("./plants.txt", "./plants.txt\n      held_out: 1", "line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)"),
-        ("./plants.txt", "./plants.txt\n      share: 0.3", "line 8: topics.plants: corpus.share counts in the retain set only"),
-        ("- source: owner/data", "- {source: owner/data, share: 0.3}", "line 12: retain: every corpus has a share"),
+        (
+            "alpha: 100",
+            "alpha: 100\n    steering: random",
+            "line 8: topics.plants: steering: random takes a steering_coefficient",
+        ),
+        (
+            "alpha: 100",
+            "alpha: 100\n    steering: contrastive",
+            "line 8: topics.plants: steering: contrastive takes a steering_coefficient",
+        ),
+        (
+            "alpha: 100",
+            "alpha: 100\n    steering_coefficient: 6.5",
+            "line 8: topics.plants: steering: adaptive finds its own steering_coefficient",
+        ),
+        (
+            "target_layer: 3",
+            "target_layer: 3\n  steps: 0",
+            "line 6: rmu.steps: should be greater than or equal to 1 (it is 0)",
+        ),
+        (
+            "./plants.txt",
+            "./plants.txt\n      title_matches: '(a'",
+            "line 11: topics.plants.corpus.title_matches: is no regular expression: ",
+        ),
+        (
+            "./plants.txt",
+            "./plants.txt\n      held_out: 1",
+            "line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)",
+        ),
+        (
+            "./plants.txt",
+            "./plants.txt\n      share: 0.3",
+            "line 8: topics.plants: corpus.share counts in the retain set only",
+        ),
+        (
+            "- source: owner/data",
+            "- {source: owner/data, share: 0.3}",
+            "line 12: retain: every corpus has a share",
+        ),
         (
             "- source: owner/data",
             "- {source: a/b, share: 0.6}\n    - {source: c/d, share: 0.4}\n    - source: e/f",
             "line 12: retain: the shares of the corpora add up to 1: together they must stay below 1",
         ),
-        ("retain:\n  corpora:\n    - source: owner/data", "retain: [1]", "line 12: retain: should be a valid dictionary (it is a list)"),
+        (
+            "retain:\n  corpora:\n    - source: owner/data",
+            "retain: [1]",
+            "line 12: retain: should be a valid dictionary (it is a list)",
+        ),
     ],
-)  # fmt: skip
-def test_a_wrong_value_is_reported_with_line_place_and_reason(tmp_path: Path, old: str, new: str, expected: str) -> None:
+)
+def test_a_wrong_value_is_reported_with_line_place_and_reason(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
     assert old in GOOD
     text = complaint(write(tmp_path, GOOD.replace(old, new)))
     assert "has 1 mistake:" in text
@@ -205,9 +273,13 @@ def test_a_wrong_value_is_reported_with_line_place_and_reason(tmp_path: Path, ol
 
 
 @pytest.mark.parametrize("value", ["much", "-1", "[1]"])
-def test_a_wrong_value_is_one_complaint_from_the_file_and_from_set(tmp_path: Path, good: Path, value: str) -> None:
+def test_a_wrong_value_is_one_complaint_from_the_file_and_from_set(
+    tmp_path: Path, good: Path, value: str
+) -> None:
     from_set = complaint(good, f"topics.plants.steering_coefficient={value}")
-    from_file = complaint(write(tmp_path, GOOD.replace("alpha: 100", f"alpha: 100\n    steering_coefficient: {value}")))
+    from_file = complaint(
+        write(tmp_path, GOOD.replace("alpha: 100", f"alpha: 100\n    steering_coefficient: {value}"))
+    )
     for text, label in ((from_set, "--set"), (from_file, "line 12:")):
         assert "has 1 mistake:" in text
         assert f"  {label} topics.plants.steering_coefficient: should be " in text
@@ -218,7 +290,11 @@ def test_overrides_replace_numbers_words_and_items_of_lists(good: Path) -> None:
     overrides += ["model.revision=main", "retain.corpora.0.split=test", "evaluation.limit=9"]
     preset = load_preset(str(good), overrides)
     assert (preset.rmu.learning_rate, preset.rmu.steps, preset.rmu.adapter_layers) == (5e-4, 7, [2])
-    assert (preset.model.revision, preset.retain.corpora[0].split, preset.evaluation.limit) == ("main", "test", 9)
+    assert (preset.model.revision, preset.retain.corpora[0].split, preset.evaluation.limit) == (
+        "main",
+        "test",
+        9,
+    )
 
 
 def test_an_override_may_hold_an_equals_sign(good: Path) -> None:
@@ -242,7 +318,10 @@ def test_a_mistake_of_the_file_keeps_its_line_beside_an_override(tmp_path: Path)
 
 @pytest.mark.parametrize("override", ["rmu.steps", "=3", "rmu..steps=3", ".steps=3"])
 def test_a_malformed_override_is_shown_with_the_right_form(good: Path, override: str) -> None:
-    assert complaint(good, override) == f'--set "{override}" is not of the form key.path=value, for example --set rmu.steps=50.'
+    assert (
+        complaint(good, override)
+        == f'--set "{override}" is not of the form key.path=value, for example --set rmu.steps=50.'
+    )
 
 
 @pytest.mark.parametrize("path", ["retain.corpora.5.source", "retain.corpora.first.source", "title.of.it"])
@@ -264,9 +343,15 @@ def test_paths_of_a_preset_start_at_its_folder(good: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "override",
-    ["retain.corpora.0.source=./here.txt", "retain.corpora=[{source: ./here.txt}]", "retain={corpora: [{source: ./here.txt}]}"],
+    [
+        "retain.corpora.0.source=./here.txt",
+        "retain.corpora=[{source: ./here.txt}]",
+        "retain={corpora: [{source: ./here.txt}]}",
+    ],
 )
-def test_paths_of_an_override_start_at_the_current_folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
+def test_paths_of_an_override_start_at_the_current_folder(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -291,7 +376,8 @@ def test_hub_ids_stay_as_they_are(good: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("source", "local"),
-    [(path, True) for path in ("./a", "../a", os.path.abspath("a"), "~/a", ".")] + [(name, False) for name in ("owner/name", "name", ".a/b")],
+    [(path, True) for path in ("./a", "../a", os.path.abspath("a"), "~/a", ".")]
+    + [(name, False) for name in ("owner/name", "name", ".a/b")],
 )
 def test_a_local_source_starts_like_a_path(source: str, local: bool) -> None:
     assert is_local(source) is local
@@ -304,7 +390,9 @@ def test_a_run_keeps_to_the_commit_of_its_model(good: Path) -> None:
         assert preset.model.revision == revision
     assert preset_of_run({"settings": settings}, Path("runs/a")) == load_preset(str(good))
     local = load_preset(str(good), ["model.name=./model"]).model_dump()
-    assert preset_of_run({"settings": local, "model_revision": "a" * 40}, Path("runs/a")).model.revision is None
+    assert (
+        preset_of_run({"settings": local, "model_revision": "a" * 40}, Path("runs/a")).model.revision is None
+    )
 
 
 def test_settings_of_another_version_are_named_with_their_run(good: Path) -> None:
@@ -369,11 +457,18 @@ def test_places_that_share_an_anchor_can_be_changed_one_by_one(tmp_path: Path) -
 
 def test_a_message_shortens_what_was_given(good: Path) -> None:
     long = "z" * 10_000
+    # Fmt: skip.
     for said in (
-        complaint(good, f"rmu.steps={long}"), complaint(good, f"{long}=1"), complaint(good, f"rmu.{long}.x=1"), complaint(good, long),
-        complaint(long), complaint(f"./{long}.yaml"), complaint(good, f"topics.plants.corpus.title_matches=({long}"),
-        complaint(good, "rmu.steps=-0x" + "f" * 90), complaint(good, *[f"a{number}=1" for number in range(1_000)]),
-    ):  # fmt: skip
+        complaint(good, f"rmu.steps={long}"),
+        complaint(good, f"{long}=1"),
+        complaint(good, f"rmu.{long}.x=1"),
+        complaint(good, long),
+        complaint(long),
+        complaint(f"./{long}.yaml"),
+        complaint(good, f"topics.plants.corpus.title_matches=({long}"),
+        complaint(good, "rmu.steps=-0x" + "f" * 90),
+        complaint(good, *[f"a{number}=1" for number in range(1_000)]),
+    ):
         assert len(said) < 5_000
         assert "z" * 600 not in said
     assert said.splitlines()[0] == "What was given has 1,000 mistakes:"
@@ -395,7 +490,10 @@ def test_a_mistake_names_where_its_value_was_given(tmp_path: Path) -> None:
     assert complaint(wrong, "rmu.rank=0").splitlines()[0] == f"{wrong} has 2 mistakes:"
     with pytest.raises(UserError) as caught:
         load_preset(str(path), ["rmu.rank=0"], {"rmu.rank": "Rank"})
-    assert str(caught.value).splitlines()[1] == "  Rank, rmu.rank: should be greater than or equal to 1 (it is 0)"
+    assert (
+        str(caught.value).splitlines()[1]
+        == "  Rank, rmu.rank: should be greater than or equal to 1 (it is 0)"
+    )
     with pytest.raises(UserError, match=r"^Rank \('\['\): the value is not valid YAML\.$"):
         load_preset(str(path), ["rmu.rank=["], {"rmu.rank": "Rank"})
 
@@ -430,8 +528,18 @@ NUMERIC = dict(numeric_settings(Preset))
 
 
 def test_the_search_for_numbers_finds_those_of_every_section() -> None:
-    assert {"rmu.learning_rate", "rmu.lora_alpha", "rmu.adapter_layers", "topics.plants.alpha", "topics.plants.corpus.held_out"} < NUMERIC.keys()
-    assert {"retain.corpora.0.min_characters", "evaluation.batch_tokens", "evaluation.tasks.quiz.num_fewshot"} < NUMERIC.keys()
+    assert {
+        "rmu.learning_rate",
+        "rmu.lora_alpha",
+        "rmu.adapter_layers",
+        "topics.plants.alpha",
+        "topics.plants.corpus.held_out",
+    } < NUMERIC.keys()
+    assert {
+        "retain.corpora.0.min_characters",
+        "evaluation.batch_tokens",
+        "evaluation.tasks.quiz.num_fewshot",
+    } < NUMERIC.keys()
     assert NUMERIC["rmu.adapter_layers"]
     assert not NUMERIC["rmu.rank"]
 
@@ -448,8 +556,12 @@ def test_every_number_has_a_finite_range(good: Path, path: str, value: str) -> N
 
 
 def test_a_learning_rate_that_can_only_diverge_is_refused(good: Path) -> None:
-    assert "--set rmu.learning_rate: should be less than or equal to 1 (it is 1e+30)" in complaint(good, "rmu.learning_rate=1.0e+30")
-    assert "--set rmu.learning_rate: should be a finite number (it is inf)" in complaint(good, "rmu.learning_rate=.inf")
+    assert "--set rmu.learning_rate: should be less than or equal to 1 (it is 1e+30)" in complaint(
+        good, "rmu.learning_rate=1.0e+30"
+    )
+    assert "--set rmu.learning_rate: should be a finite number (it is inf)" in complaint(
+        good, "rmu.learning_rate=.inf"
+    )
 
 
 CONTRASTIVE = ("topics.plants.steering=contrastive", "topics.plants.steering_coefficient=20")
@@ -467,7 +579,10 @@ def test_a_contrastive_topic_records_its_direction(good: Path) -> None:
 
 def test_runs_of_versions_without_them_had_no_forms_no_guard_and_counted_sinks(good: Path) -> None:
     settings = load_preset(str(good)).model_dump()
-    for section, keys in (("rmu", ("sinks", "guard_every", "guard_limit")), ("retain", ("questions", "chat"))):
+    for section, keys in (
+        ("rmu", ("sinks", "guard_every", "guard_limit")),
+        ("retain", ("questions", "chat")),
+    ):
         for key in keys:
             del settings[section][key]
     for each in settings["topics"].values():
@@ -475,7 +590,12 @@ def test_runs_of_versions_without_them_had_no_forms_no_guard_and_counted_sinks(g
     for corpus in settings["retain"]["corpora"]:
         del corpus["detokenize"], corpus["share"]
     read = recorded_preset(settings, Path("runs/a"))
-    assert (read.rmu.sinks, read.rmu.guard_every, read.retain.questions, read.retain.chat) == ("counted", 0, 0, 0)
+    assert (read.rmu.sinks, read.rmu.guard_every, read.retain.questions, read.retain.chat) == (
+        "counted",
+        0,
+        0,
+        0,
+    )
     assert {topic.questions for topic in read.topics.values()} == {0}
     corpora = [*read.retain.corpora, *(topic.corpus for topic in read.topics.values())]
     assert {corpus.detokenize for corpus in corpora} == {False}

@@ -12,7 +12,9 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.report import MEMBERS_IN_CHART, render_audit, render_parts, write_report
 from lowmem_rmu.runs import RunFolder, write_json, write_lines
 
-HOSTILE = "</dd><script>alert('--> \"1\"')</script><img src=http://evil.example/x onerror=alert(1)> & $\\frac$ ]]>"
+HOSTILE = (
+    "</dd><script>alert('--> \"1\"')</script><img src=http://evil.example/x onerror=alert(1)> & $\\frac$ ]]>"
+)
 VOID = {"meta", "wbr", "br", "img", "link"}
 
 
@@ -58,18 +60,43 @@ class Page(HTMLParser):
         return " ".join(data for path, data in self.texts if tag in path.split("/"))
 
 
-def row(task: str, role: str, base: float, unlearned: float | None, group: str | None = None, is_group: bool = False) -> dict[str, Any]:
+def row(
+    task: str,
+    role: str,
+    base: float,
+    unlearned: float | None,
+    group: str | None = None,
+    is_group: bool = False,
+) -> dict[str, Any]:
     measured = unlearned is not None
+    # Fmt: skip.
     return {
-        "task": task, "group": group, "is_group": is_group, "role": role, "questions": 1264, "chance": 0.25,
-        "base": base, "base_stderr": 0.006, "unlearned": unlearned, "unlearned_stderr": 0.027 if measured else None,
-        "change": unlearned - base if measured else None, "change_stderr": 0.03 if measured else None,
-        "is_average": False, "sampled_from": None, "num_fewshot": 0, "scoring": "letters",
-        "lost": 930 if measured else None, "gained": 7 if measured else None, "p_value": (0.0 if unlearned < 0.5 else 0.21) if measured else None,
-        "base_letters": [0.25, 0.249, 0.251, 0.25], "unlearned_letters": [0.02, 0.93, 0.05, 0.0] if measured else None,
-        "base_confidence": 0.98, "unlearned_confidence": 0.614 if measured else None,
-        "base_balanced": 0.985, "unlearned_balanced": 0.253 if measured else None,
-    }  # fmt: skip
+        "task": task,
+        "group": group,
+        "is_group": is_group,
+        "role": role,
+        "questions": 1264,
+        "chance": 0.25,
+        "base": base,
+        "base_stderr": 0.006,
+        "unlearned": unlearned,
+        "unlearned_stderr": 0.027 if measured else None,
+        "change": unlearned - base if measured else None,
+        "change_stderr": 0.03 if measured else None,
+        "is_average": False,
+        "sampled_from": None,
+        "num_fewshot": 0,
+        "scoring": "letters",
+        "lost": 930 if measured else None,
+        "gained": 7 if measured else None,
+        "p_value": (0.0 if unlearned < 0.5 else 0.21) if measured else None,
+        "base_letters": [0.25, 0.249, 0.251, 0.25],
+        "unlearned_letters": [0.02, 0.93, 0.05, 0.0] if measured else None,
+        "base_confidence": 0.98,
+        "unlearned_confidence": 0.614 if measured else None,
+        "base_balanced": 0.985,
+        "unlearned_balanced": 0.253 if measured else None,
+    }
 
 
 def summary(members: int = 3) -> dict[str, Any]:
@@ -78,16 +105,35 @@ def summary(members: int = 3) -> dict[str, Any]:
         row("locks_of_doors", "measured", 0.981, 0.9405),
         row("subjects", "kept", 0.9, 0.88, is_group=True),
     ]
-    rows += [row(f"subject_{n}", "adjacent" if n == 0 else "kept", 0.9, 0.91, group="subjects") for n in range(members)]
+    rows += [
+        row(f"subject_{n}", "adjacent" if n == 0 else "kept", 0.9, 0.91, group="subjects")
+        for n in range(members)
+    ]
+    # Fmt: skip.
     text = {
-        "name": "cyclones", "role": "forgotten", "tokens": 3000, "base": 4.0, "base_stderr": 0.02, "unlearned": 6.5, "unlearned_stderr": 0.03,
-        "change": 2.5, "change_stderr": 0.02, "base_bits_per_byte": 1.4, "unlearned_bits_per_byte": 2.275, "kl": None, "kl_stderr": None,
-    }  # fmt: skip
+        "name": "cyclones",
+        "role": "forgotten",
+        "tokens": 3000,
+        "base": 4.0,
+        "base_stderr": 0.02,
+        "unlearned": 6.5,
+        "unlearned_stderr": 0.03,
+        "change": 2.5,
+        "change_stderr": 0.02,
+        "base_bits_per_byte": 1.4,
+        "unlearned_bits_per_byte": 2.275,
+        "kl": None,
+        "kl_stderr": None,
+    }
     return {
         "preset": "tiny",
         "title": f"Forget it {HOSTILE}",
         "model": "owner/model",
-        "verdict": {"forgotten": "yes", "kept": "partly", "sentences": ["compounds: gone.", f"Rest: {HOSTILE}"]},
+        "verdict": {
+            "forgotten": "yes",
+            "kept": "partly",
+            "sentences": ["compounds: gone.", f"Rest: {HOSTILE}"],
+        },
         "rows": rows,
         "texts": [text, {**text, "name": "retain", "role": "kept", "kl": 0.0312, "kl_stderr": 0.0021}],
         "samples": [{"prompt": f"What? {HOSTILE}", "base": "It is amber.", "unlearned": HOSTILE}],
@@ -101,8 +147,20 @@ def summary(members: int = 3) -> dict[str, Any]:
 
 def steps(count: int) -> list[dict[str, Any]]:
     def step(n: int) -> dict[str, Any]:
-        values = {"loss": 2.0 / n, "forget_loss": 2.0 / n, "retain_loss": 0.001 * (n - 1), "forget_norm": 6.0 + n, "retain_norm": 6.0}
-        return {"step": n, "topic": ("compounds", HOSTILE)[n % 2], **values, "forget_cosine": 1 / n, "retain_cosine": 0.99}
+        values = {
+            "loss": 2.0 / n,
+            "forget_loss": 2.0 / n,
+            "retain_loss": 0.001 * (n - 1),
+            "forget_norm": 6.0 + n,
+            "retain_norm": 6.0,
+        }
+        return {
+            "step": n,
+            "topic": ("compounds", HOSTILE)[n % 2],
+            **values,
+            "forget_cosine": 1 / n,
+            "retain_cosine": 0.99,
+        }
 
     return [step(n) for n in range(1, count + 1)]
 
@@ -120,8 +178,19 @@ def make_run(folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]
     folder.mkdir(exist_ok=True)
     run = RunFolder(folder)
     settings = {"topics": {"compounds": {"alpha": 100.0}, HOSTILE: {}}, "evaluation": {"max_new_tokens": 64}}
-    device = {"device": "cpu", "device_name": "AMD EPYC", "versions": {"python": "3.11.7", "torch": "2.11.0"}, "seed": 7}
-    config = {"preset": "tiny", "settings": settings, **device, "model_revision": None, "created": "2026-11-21T03:00:00+00:00"}
+    device = {
+        "device": "cpu",
+        "device_name": "AMD EPYC",
+        "versions": {"python": "3.11.7", "torch": "2.11.0"},
+        "seed": 7,
+    }
+    config = {
+        "preset": "tiny",
+        "settings": settings,
+        **device,
+        "model_revision": None,
+        "created": "2026-11-21T03:00:00+00:00",
+    }
     write_json(folder / "config.json", config)
     write_json(folder / "summary.json", content)
     if metrics is not None:
@@ -129,7 +198,9 @@ def make_run(folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]
     return run
 
 
-def report(folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]] | None = None) -> tuple[Page, str]:
+def report(
+    folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]] | None = None
+) -> tuple[Page, str]:
     html = write_report(make_run(folder, content, metrics)).read_text(encoding="utf-8")
     return Page(html), html
 
@@ -137,10 +208,17 @@ def report(folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]] 
 def test_page_has_everything_in_order(tmp_path: Path) -> None:
     page, html = report(tmp_path, summary(), steps(20))
     headings = [data for path, data in page.texts if path.endswith(("/h1", "/h2"))]
+    # Fmt: skip.
     assert headings == [
-        f"Forget it {HOSTILE}", "Questions, base and unlearned", "Reading unseen text", "The same prompt to both", "How training went",
-        "Time and memory", "What this does not show", "To repeat this run",
-    ]  # fmt: skip
+        f"Forget it {HOSTILE}",
+        "Questions, base and unlearned",
+        "Reading unseen text",
+        "The same prompt to both",
+        "How training went",
+        "Time and memory",
+        "What this does not show",
+        "To repeat this run",
+    ]
     assert "21 November 2026, 03:00 UTC" in html
     answers = [data for path, data in page.texts if path.endswith("section/dl/div/dd")]
     assert answers == ["Yes, not audited", "Partly", "Not audited"]
@@ -152,9 +230,32 @@ def test_tables_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
     page, _ = report(tmp_path, summary(), steps(4))
     accuracy, answers = page.rows_of("compounds")
     assert accuracy == ["compounds", "99.0% ± 0.6", "26.0% ± 2.7", "−73.0 ± 3.0", "yes p < 0.001", "1,264"]
-    assert answers == ["compounds", "930", "7", "25 · 25 · 25 · 25", "2 · 93 · 5 · 0", "98.5% → 25.3%", "98% → 61%"]
-    assert page.rows_of("locks_of_doors")[0] == ["locks_of_doors", "98.1% ± 0.6", "94.0% ± 2.7", "−4.0 ± 3.0", "no p = 0.210", "1,264"]
-    cyclones = ["4.000 ± 0.020", "6.500 ± 0.030", "+2.500 ± 0.020", "yes", "54.6 → 665.1", "1.400 → 2.275", "–"]
+    assert answers == [
+        "compounds",
+        "930",
+        "7",
+        "25 · 25 · 25 · 25",
+        "2 · 93 · 5 · 0",
+        "98.5% → 25.3%",
+        "98% → 61%",
+    ]
+    assert page.rows_of("locks_of_doors")[0] == [
+        "locks_of_doors",
+        "98.1% ± 0.6",
+        "94.0% ± 2.7",
+        "−4.0 ± 3.0",
+        "no p = 0.210",
+        "1,264",
+    ]
+    cyclones = [
+        "4.000 ± 0.020",
+        "6.500 ± 0.030",
+        "+2.500 ± 0.020",
+        "yes",
+        "54.6 → 665.1",
+        "1.400 → 2.275",
+        "–",
+    ]
     assert page.rows_of("cyclones3,000 tokens")[0][1:] == cyclones
     assert page.rows_of("retain3,000 tokens")[0][-1] == "0.031 ± 0.002"
     assert page.rows_of("evaluate-base") == [["evaluate-base", "5.1 s", "0.90 GB"]]
@@ -183,15 +284,22 @@ def test_letters_and_confidence_are_folded(tmp_path: Path) -> None:
 def test_averages_are_told_with_the_tasks_and_not_among_their_parts(tmp_path: Path) -> None:
     page, html = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
     assert "All 1 parts of mmlu" in html
+    # Fmt: skip.
     assert [cells[0] for cells in page.cells if "mmlu_stem" in cells[0] or "wmdp" in cells[0]] == [
-        "mmlu_stemaverage", "wmdpaverage", "mmlu_stemaverage, 100 of 14,042 questions", "wmdpaverage",
-    ]  # fmt: skip
+        "mmlu_stemaverage",
+        "wmdpaverage",
+        "mmlu_stemaverage, 100 of 14,042 questions",
+        "wmdpaverage",
+    ]
     assert "mmlu_stem" in page.text_within("svg")
 
 
 def test_the_way_of_asking_is_told_of_a_task_where_it_is_unusual(tmp_path: Path) -> None:
     page, _ = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
-    assert [cells[0] for cells in page.cells if "shot" in cells[0]] == ["mmlu5-shot", "mmlu5-shot, 100 of 14,042 questions"]
+    assert [cells[0] for cells in page.cells if "shot" in cells[0]] == [
+        "mmlu5-shot",
+        "mmlu5-shot, 100 of 14,042 questions",
+    ]
 
 
 @pytest.mark.parametrize(("members", "drawn"), [(MEMBERS_IN_CHART, True), (MEMBERS_IN_CHART + 1, False)])
@@ -217,7 +325,12 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
 
 def test_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     page, html = report(tmp_path, summary(), steps(20))
-    links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "xlink:href")]
+    links = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href")
+    ]
     assert all(link.startswith("#") for link in links)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
     assert not {"link", "script", "iframe", "object"} & {tag for tag, _ in page.tags}
@@ -248,11 +361,16 @@ def test_same_folder_same_bytes(tmp_path: Path) -> None:
 
 def test_a_sample_is_told_wherever_its_numbers_are(tmp_path: Path) -> None:
     page, html = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
-    assert html.count("(limit: 100 a task)") == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags) == 2
+    assert (
+        html.count("(limit: 100 a task)")
+        == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags)
+        == 2
+    )
     sampled = [cells for cells in page.cells if cells[0].startswith("mmlu")]
     assert len(sampled) == 6
     assert all("100 of 14,042" in " ".join(cells) for cells in sampled)
-    assert page.text_within("svg").count("100 of 14,042") == 3 * 2  # three rows, each chart for wide and for narrow windows
+    # Three rows, each chart for wide and for narrow windows.
+    assert page.text_within("svg").count("100 of 14,042") == 3 * 2
 
 
 def test_nothing_is_said_of_a_limit_that_left_nothing_out(tmp_path: Path) -> None:
@@ -265,7 +383,9 @@ def test_nothing_is_said_of_a_limit_that_left_nothing_out(tmp_path: Path) -> Non
 def test_base_alone(tmp_path: Path) -> None:
     content = summary()
     content["rows"] = [row("compounds", "forgotten", 0.99, None)]
-    unmeasured = dict.fromkeys(["unlearned", "unlearned_stderr", "change", "change_stderr", "unlearned_bits_per_byte"])
+    unmeasured = dict.fromkeys(
+        ["unlearned", "unlearned_stderr", "change", "change_stderr", "unlearned_bits_per_byte"]
+    )
     content["texts"] = [content["texts"][0] | unmeasured]
     content["samples"][0]["unlearned"] = None
     content["verdict"] = {"forgotten": "unknown", "kept": "unknown", "sentences": []}
@@ -281,7 +401,9 @@ def test_base_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metrics", [None, []])
 def test_without_training_and_questions(tmp_path: Path, metrics: list[dict[str, Any]] | None) -> None:
-    page, html = report(tmp_path, {**summary(), "rows": [], "texts": [], "samples": [], "stages": []}, metrics)
+    page, html = report(
+        tmp_path, {**summary(), "rows": [], "texts": [], "samples": [], "stages": []}, metrics
+    )
     assert "svg" not in {tag for tag, _ in page.tags}
     assert "No training is recorded" in html
     assert "No multiple-choice questions" in html
@@ -299,7 +421,13 @@ def test_what_the_guard_saw_is_drawn(tmp_path: Path) -> None:
     metrics = steps(6)
     assert "a guard compared" not in report(tmp_path / "without", summary(), metrics)[1]
     for row in metrics[1::2]:
-        row |= {"retain_kl": 0.1, "question_kl": None, "topic_kl": 2.0, "topic_question_kl": None, "letters": ""}
+        row |= {
+            "retain_kl": 0.1,
+            "question_kl": None,
+            "topic_kl": 2.0,
+            "topic_question_kl": None,
+            "letters": "",
+        }
     run = make_run(tmp_path / "with", summary(), metrics)
     config = run.config
     config["settings"]["rmu"] = {"guard_limit": 0.25, "sinks": "masked"}
@@ -311,20 +439,31 @@ def test_what_the_guard_saw_is_drawn(tmp_path: Path) -> None:
 
 
 def test_notes_on_the_training_are_told(tmp_path: Path) -> None:
-    page, _ = report(tmp_path, {**summary(), "notes": [f"The weights after step 3 are kept {HOSTILE}"]}, steps(4))
+    page, _ = report(
+        tmp_path, {**summary(), "notes": [f"The weights after step 3 are kept {HOSTILE}"]}, steps(4)
+    )
     assert any("The weights after step 3 are kept" in data for _, data in page.texts)
 
 
 def test_attention_sinks_are_counted(tmp_path: Path) -> None:
     metrics = [step | {"sinks": 8, "tokens": 1000} for step in steps(4)]
-    assert "32 of the 4,000 positions were attention sinks" in report(tmp_path / "some", summary(), metrics)[1]
+    assert (
+        "32 of the 4,000 positions were attention sinks" in report(tmp_path / "some", summary(), metrics)[1]
+    )
     assert "attention sinks" not in report(tmp_path / "none", summary(), steps(4))[1]
 
 
 def test_wide_ranges_of_loss_are_logarithmic(tmp_path: Path) -> None:
     def ticks(last: float) -> list[str]:
-        metrics = [{**step, "forget_loss": last if step["step"] == 20 else 1.0, "retain_loss": 0.0} for step in steps(20)]
-        return [data for path, data in report(tmp_path, summary(), metrics)[0].texts if path.endswith("svg/g/g/g/g/g/text")]
+        metrics = [
+            {**step, "forget_loss": last if step["step"] == 20 else 1.0, "retain_loss": 0.0}
+            for step in steps(20)
+        ]
+        return [
+            data
+            for path, data in report(tmp_path, summary(), metrics)[0].texts
+            if path.endswith("svg/g/g/g/g/g/text")
+        ]
 
     assert "100" in ticks(1000.0)
     assert "1000" in ticks(1000.0)
@@ -340,17 +479,53 @@ def test_unfinished_run_is_an_error_to_act_on(tmp_path: Path) -> None:
 
 def audited(are_questions: bool = True) -> dict[str, Any]:
     """An audit with every state of an attack, and one control."""
-    best, unclear = Condition("unseen text, 25 steps", 0.9, 0.886, 0.8, 0.97), Condition(f"as {HOSTILE}", 0.5, -0.04, None, None)
-    curves = {text: {"unlearned": {"5": 0.5, "25": 0.9}, "base": {"25": 0.95}} for text in ("unseen text", HOSTILE)}
-    done: dict[str, Any] = {"state": "done", "foretold_seconds": 30.0, "seconds": 61.0, "peak_memory_bytes": 900_000_000}
+    best, unclear = (
+        Condition("unseen text, 25 steps", 0.9, 0.886, 0.8, 0.97),
+        Condition(f"as {HOSTILE}", 0.5, -0.04, None, None),
+    )
+    curves = {
+        text: {"unlearned": {"5": 0.5, "25": 0.9}, "base": {"25": 0.95}} for text in ("unseen text", HOSTILE)
+    }
+    done: dict[str, Any] = {
+        "state": "done",
+        "foretold_seconds": 30.0,
+        "seconds": 61.0,
+        "peak_memory_bytes": 900_000_000,
+    }
     results = [
-        Result("relearning", "does it come back?", **done, best=best, finding="brought back", conditions=(best,), details={"curves": curves}),
-        Result("wording", "is it the words?", **done, best=unclear, finding="inconclusive", conditions=(unclear,), sentences=(HOSTILE,)),
+        Result(
+            "relearning",
+            "does it come back?",
+            **done,
+            best=best,
+            finding="brought back",
+            conditions=(best,),
+            details={"curves": curves},
+        ),
+        Result(
+            "wording",
+            "is it the words?",
+            **done,
+            best=unclear,
+            finding="inconclusive",
+            conditions=(unclear,),
+            sentences=(HOSTILE,),
+        ),
         Result("harm", "what else changed?", **done, sentences=("Next to nothing.",)),
-        Result("suffix", "do odd words do it?", "not run", "it would take about 3.0 min, and 0 s of the budget are left"),
+        Result(
+            "suffix",
+            "do odd words do it?",
+            "not run",
+            "it would take about 3.0 min, and 0 s of the budget are left",
+        ),
     ]
     audit = as_json("mine", 60, are_questions, 1.0, 0.3, results)
-    known = {"name": "refuses", "about": "It was taught to refuse.", "mark": "hidden", "attacks": {"relearning": asdict(best)}}
+    known = {
+        "name": "refuses",
+        "about": "It was taught to refuse.",
+        "mark": "hidden",
+        "attacks": {"relearning": asdict(best)},
+    }
     return audit | {"controls": [known]}
 
 
@@ -364,14 +539,27 @@ def test_an_audit_is_told_beside_models_of_which_the_truth_is_known(tmp_path: Pa
     assert "the same 60 questions about what was forgotten" in html
     headings = [data for path, data in page.texts if path.endswith("/h2")]
     assert headings[2:4] == ["Gone, or only hidden?", "The same prompt to both"]
-    assert [data for path, data in page.texts if path.endswith("section/dl/div/dd")] == ["Only hidden", "Partly", "Hidden"]
+    assert [data for path, data in page.texts if path.endswith("section/dl/div/dd")] == [
+        "Only hidden",
+        "Partly",
+        "Hidden",
+    ]
     assert [data for path, data in page.texts if path.endswith("section/div/dl/div/dd")] == ["Hidden"]
     assert page.rows_of("relearningdoes it come back?brought back") == [
         ["relearningdoes it come back?brought back", "100.0", "30.0", "90.0", "89% 80 to 97", "brought back"]
     ]
-    assert page.rows_of("wordingis it the words?inconclusive")[0][3:] == ["50.0", "−4% any share", "inconclusive"]
-    assert page.rows_of("suffixdo odd words do it?")[0][1] == "not run: it would take about 3.0 min, and 0 s of the budget are left"
-    assert page.rows_of("harmwhat else changed?")[0][1] == "asks something else than what comes back; see below"
+    assert page.rows_of("wordingis it the words?inconclusive")[0][3:] == [
+        "50.0",
+        "−4% any share",
+        "inconclusive",
+    ]
+    assert (
+        page.rows_of("suffixdo odd words do it?")[0][1]
+        == "not run: it would take about 3.0 min, and 0 s of the budget are left"
+    )
+    assert (
+        page.rows_of("harmwhat else changed?")[0][1] == "asks something else than what comes back; see below"
+    )
     assert page.rows_of("relearning") == [["relearning", "89% 80 to 97", "89% 80 to 97"]]
     assert page.rows_of("wording") == [["wording", "−4% any share", "–"]]
     assert page.rows_of("Verdict") == [["Verdict", "hidden", "hidden"]]
@@ -396,7 +584,9 @@ def test_relearning_is_drawn_from_no_step_on(tmp_path: Path, are_questions: bool
     drawn = sum(tag == "svg" for tag, _ in page.tags)
     assert title in page.text_within("svg")
     audit["attacks"][0]["details"] = {}
-    assert sum(tag == "svg" for tag, _ in audited_report(tmp_path, audit)[0].tags) == drawn - 2, "for wide and for narrow windows"
+    assert sum(tag == "svg" for tag, _ in audited_report(tmp_path, audit)[0].tags) == drawn - 2, (
+        "for wide and for narrow windows"
+    )
 
 
 def test_the_page_of_the_app_has_the_same_section(tmp_path: Path) -> None:
@@ -406,4 +596,8 @@ def test_the_page_of_the_app_has_the_same_section(tmp_path: Path) -> None:
     write_json(run.audit_result, audited())
     section = Page(render_audit(run))
     assert section.tags[0] == ("div", {"class": "rmu-results"})
-    assert section.rows_of("Verdict") == Page(render_parts(run)).rows_of("Verdict") == [["Verdict", "hidden", "hidden"]]
+    assert (
+        section.rows_of("Verdict")
+        == Page(render_parts(run)).rows_of("Verdict")
+        == [["Verdict", "hidden", "hidden"]]
+    )

@@ -49,12 +49,32 @@ from lowmem_rmu.unlearning.checkpoint import trainable
 from lowmem_rmu.unlearning.trainer import Trainer
 
 TINY_MODEL = Path(__file__).parent.parent / "lowmem_rmu/tiny/model"
-SHORT = ("--set", "rmu.steps=6", "--set", "rmu.checkpoint_every=2", "--set", "evaluation.limit=18", "--device", "cpu")
+SHORT = (
+    "--set",
+    "rmu.steps=6",
+    "--set",
+    "rmu.checkpoint_every=2",
+    "--set",
+    "evaluation.limit=18",
+    "--device",
+    "cpu",
+)
 SETTINGS = [part for part in SHORT if "=" in part]
+# Fmt: skip.
 METRICS = {
-    "step", "topic", "loss", "forget_loss", "retain_loss", "forget_cosine", "retain_cosine", "grad_norm", "tokens", "sinks", "seconds",
+    "step",
+    "topic",
+    "loss",
+    "forget_loss",
+    "retain_loss",
+    "forget_cosine",
+    "retain_cosine",
+    "grad_norm",
+    "tokens",
+    "sinks",
+    "seconds",
     "peak_memory_bytes",
-}  # fmt: skip
+}
 
 
 def call(*arguments: str) -> Result:
@@ -76,7 +96,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:
-    return [(row["forget_loss"], row["retain_loss"], row["grad_norm"]) for row in read_lines(folder / "metrics.jsonl")]
+    return [
+        (row["forget_loss"], row["retain_loss"], row["grad_norm"])
+        for row in read_lines(folder / "metrics.jsonl")
+    ]
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,7 +113,15 @@ def assert_same_adapter(first: Path, second: Path) -> None:
 
 
 def test_a_run_leaves_the_folder_that_the_contract_promises(finished: Path) -> None:
-    for name in ("config.json", "status.json", "metrics.jsonl", "summary.json", "report.html", "adapter/adapter_model.safetensors", "checkpoint"):
+    for name in (
+        "config.json",
+        "status.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "adapter/adapter_model.safetensors",
+        "checkpoint",
+    ):
         assert (finished / name).exists(), name
     for side in ("base", "unlearned"):
         scores = json.loads((finished / f"evaluation/{side}.json").read_text())
@@ -109,19 +140,27 @@ def test_a_run_leaves_the_folder_that_the_contract_promises(finished: Path) -> N
     assert rows[0].keys() >= METRICS
     assert rows[0]["retain_loss"] == 0.0
     recorded = json.loads((finished / "matrices.json").read_text())
-    assert {f"base_model.model.{name.removesuffix('weight')}lora_A.weight" for name in recorded} < adapter_weights(finished).keys()
+    assert {
+        f"base_model.model.{name.removesuffix('weight')}lora_A.weight" for name in recorded
+    } < adapter_weights(finished).keys()
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in recorded.values())
 
 
 MODES = {
     "whole matrices": ["rmu.trainable=weights", "rmu.learning_rate=1e-3", "rmu.max_grad_norm=null"],
     "eight bits": ["rmu.optimizer=adamw8bit", "rmu.cache_in=disk"],
-    "contrastive": ["topics.compounds.steering=contrastive", "topics.compounds.steering_coefficient=2", "topics.compounds.about=odd compounds"],
+    "contrastive": [
+        "topics.compounds.steering=contrastive",
+        "topics.compounds.steering_coefficient=2",
+        "topics.compounds.about=odd compounds",
+    ],
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_of_training_ends_the_same_in_one_process_or_in_two(finished: Path, tmp_path: Path, mode: str) -> None:
+def test_every_way_of_training_ends_the_same_in_one_process_or_in_two(
+    finished: Path, tmp_path: Path, mode: str
+) -> None:
     """In the second one only the layers up to the target are trained, and the adapter that was saved is measured."""
     settings = [part for setting in MODES[mode] for part in ("--set", setting)]
     assert run_tiny(tmp_path, "one", *settings).exit_code == 0
@@ -155,14 +194,20 @@ def test_the_same_seed_gives_the_same_run_to_the_last_digit(finished: Path, tmp_
 def test_plain_peft_reloads_the_adapter_and_answers_every_question_as_the_run_did(finished: Path) -> None:
     preset = load_preset("tiny", ["evaluation.limit=18"])
     model = PeftModel.from_pretrained(load_model(preset.model, torch.device("cpu")), finished / "adapter")
-    evaluated = evaluate(model, load_tokenizer(preset.model), load_questions(preset.evaluation), preset.evaluation.batch_tokens)
+    evaluated = evaluate(
+        model, load_tokenizer(preset.model), load_questions(preset.evaluation), preset.evaluation.batch_tokens
+    )
     recorded = read_lines(finished / "evaluation/answers_unlearned.jsonl")
     assert [answer["answer"] for answer in evaluated.answers] == [answer["answer"] for answer in recorded]
-    differences = torch.tensor([answer["logprobs"] for answer in evaluated.answers]) - torch.tensor([answer["logprobs"] for answer in recorded])
+    differences = torch.tensor([answer["logprobs"] for answer in evaluated.answers]) - torch.tensor(
+        [answer["logprobs"] for answer in recorded]
+    )
     assert differences.abs().max() < 1e-5
 
 
-def test_unlearning_alone_loads_the_layers_up_to_the_target_only_and_gives_the_same_adapter(finished: Path, tmp_path: Path) -> None:
+def test_unlearning_alone_loads_the_layers_up_to_the_target_only_and_gives_the_same_adapter(
+    finished: Path, tmp_path: Path
+) -> None:
     assert run_tiny(tmp_path, "alone", "--stages", "unlearn").exit_code == 0
     loaded = json.loads((tmp_path / "alone/weights.json").read_text())["weights"]
     assert loaded < 0.6 * json.loads((finished / "weights.json").read_text())["weights"]
@@ -175,7 +220,9 @@ def test_measuring_after_training_alone_still_measures_the_adapter(finished: Pat
     assert run_tiny(tmp_path, "later", "--stages", "unlearn").exit_code == 0
     assert run_tiny(tmp_path, "later", "--resume").exit_code == 0
     for side in ("base", "unlearned"):
-        assert read_lines(tmp_path / f"later/evaluation/answers_{side}.jsonl") == read_lines(finished / f"evaluation/answers_{side}.jsonl")
+        assert read_lines(tmp_path / f"later/evaluation/answers_{side}.jsonl") == read_lines(
+            finished / f"evaluation/answers_{side}.jsonl"
+        )
 
 
 def test_measuring_without_an_adapter_says_which_stage_comes_first(tmp_path: Path) -> None:
@@ -203,7 +250,11 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_stopped(
 
 def scores(folder: Path, side: str) -> dict[str, Any]:
     found = json.loads((folder / f"evaluation/{side}.json").read_text())
-    return {key: value for key, value in found.items() if key not in ("seconds", "questions_per_second", "known_before")}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in ("seconds", "questions_per_second", "known_before")
+    }
 
 
 @pytest.mark.parametrize("side", ["base", "unlearned"])
@@ -223,7 +274,8 @@ def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_the_same(
     assert run_tiny(tmp_path, "stopped", *small, "--resume").exit_code == 0
     assert answers.read_text() == (tmp_path / f"whole/evaluation/answers_{side}.jsonl").read_text()
     assert scores(tmp_path / "stopped", side) == scores(tmp_path / "whole", side)
-    known = there.count("\n") - (1 if side == "unlearned" else 0)  # what base has answered is also kept beside the runs
+    # What base has answered is also kept beside the runs.
+    known = there.count("\n") - (1 if side == "unlearned" else 0)
     assert json.loads((tmp_path / f"stopped/evaluation/{side}.json").read_text())["known_before"] == known
 
 
@@ -232,29 +284,65 @@ def test_a_second_run_of_the_same_base_model_asks_it_nothing_again(finished: Pat
     second = finished.parent / "second"
     assert json.loads((second / "evaluation/base.json").read_text())["known_before"] == 90
     assert json.loads((second / "evaluation/unlearned.json").read_text())["known_before"] == 0
-    assert (second / "evaluation/answers_base.jsonl").read_text() == (finished / "evaluation/answers_base.jsonl").read_text()
+    assert (second / "evaluation/answers_base.jsonl").read_text() == (
+        finished / "evaluation/answers_base.jsonl"
+    ).read_text()
     assert scores(second, "base") == scores(finished, "base")
 
 
 def test_another_precision_of_the_base_model_is_asked_anew(finished: Path) -> None:
-    assert run_tiny(finished.parent, "third", "--set", "model.quantisation=none", "--stages", "evaluate-base").exit_code == 0
+    assert (
+        run_tiny(
+            finished.parent, "third", "--set", "model.quantisation=none", "--stages", "evaluate-base"
+        ).exit_code
+        == 0
+    )
     assert json.loads((finished.parent / "third/evaluation/base.json").read_text())["known_before"] == 0
 
 
 def test_two_processes_give_the_numbers_of_one(finished: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    arguments = ["-m", "lowmem_rmu.run", "tiny", *SHORT, "--runs-dir", str(tmp_path), "--name", "two", "--set", "evaluation.batch_tokens=1024"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    arguments = [
+        "-m",
+        "lowmem_rmu.run",
+        "tiny",
+        *SHORT,
+        "--runs-dir",
+        str(tmp_path),
+        "--name",
+        "two",
+        "--set",
+        "evaluation.batch_tokens=1024",
+    ]
     launched = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout.count("Report:") == 1, "only the first process speaks"
     assert run_tiny(tmp_path / "apart", "one", "--set", "evaluation.batch_tokens=1024").exit_code == 0
     assert_same_adapter(tmp_path / "apart/one", tmp_path / "two")
     for side in ("base", "unlearned"):
-        one, two = (read_lines(tmp_path / name / f"evaluation/answers_{side}.jsonl") for name in ("apart/one", "two"))
+        one, two = (
+            read_lines(tmp_path / name / f"evaluation/answers_{side}.jsonl") for name in ("apart/one", "two")
+        )
         assert [{**row, "logprobs": None} for row in one] == [{**row, "logprobs": None} for row in two]
-        differences = torch.tensor([row["logprobs"] for row in one]) - torch.tensor([row["logprobs"] for row in two])
+        differences = torch.tensor([row["logprobs"] for row in one]) - torch.tensor(
+            [row["logprobs"] for row in two]
+        )
         assert differences.abs().max() < 1e-5
-        assert json.loads((tmp_path / f"two/evaluation/{side}.json").read_text())["tasks"].keys() == scores(finished, side)["tasks"].keys()
+        assert (
+            json.loads((tmp_path / f"two/evaluation/{side}.json").read_text())["tasks"].keys()
+            == scores(finished, side)["tasks"].keys()
+        )
 
 
 def test_resuming_with_other_settings_is_refused_by_name(finished: Path) -> None:
@@ -264,8 +352,22 @@ def test_resuming_with_other_settings_is_refused_by_name(finished: Path) -> None
 
 
 def test_ctrl_c_stops_after_the_step_with_exit_code_130(tmp_path: Path) -> None:
-    arguments = ["tiny", "--set", "rmu.steps=10000", "--stages", "unlearn", "--device", "cpu", "--runs-dir", str(tmp_path), "--name", "long"]
-    process = subprocess.Popen([sys.executable, "-m", "lowmem_rmu.run", *arguments], stderr=subprocess.PIPE, text=True)
+    arguments = [
+        "tiny",
+        "--set",
+        "rmu.steps=10000",
+        "--stages",
+        "unlearn",
+        "--device",
+        "cpu",
+        "--runs-dir",
+        str(tmp_path),
+        "--name",
+        "long",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowmem_rmu.run", *arguments], stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "long/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -285,7 +387,19 @@ def test_a_closed_terminal_stops_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
     import pty
 
     ours, theirs = pty.openpty()
-    arguments = ["tiny", "--set", "rmu.steps=10000", "--stages", "unlearn", "--device", "cpu", "--runs-dir", str(tmp_path), "--name", "long"]
+    arguments = [
+        "tiny",
+        "--set",
+        "rmu.steps=10000",
+        "--stages",
+        "unlearn",
+        "--device",
+        "cpu",
+        "--runs-dir",
+        str(tmp_path),
+        "--name",
+        "long",
+    ]
     command = [sys.executable, "-c", TAKES_THE_TERMINAL, *arguments]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
@@ -348,15 +462,22 @@ def test_what_goes_on_with_a_run_can_be_pasted_into_a_shell(monkeypatch: pytest.
         assert shlex.split(resume_command(Path("runs/mine"))) == expected
 
 
-def test_runs_that_start_within_a_second_get_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_start_within_a_second_get_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(RunFolder, "new_name", staticmethod(lambda preset: f"{preset}-20270101-000000"))
     for number in range(3):
-        result = call("tiny", *SHORT, "--runs-dir", str(tmp_path), "--stages", "unlearn", "--set", "rmu.steps=1")
+        result = call(
+            "tiny", *SHORT, "--runs-dir", str(tmp_path), "--stages", "unlearn", "--set", "rmu.steps=1"
+        )
         assert result.exit_code == 0, result.output
         assert len(RunFolder.all(tmp_path)) == number + 1
+    # Fmt: skip.
     assert sorted(run.path.name for run in RunFolder.all(tmp_path)) == [
-        "tiny-20270101-000000", "tiny-20270101-000000-2", "tiny-20270101-000000-3",
-    ]  # fmt: skip
+        "tiny-20270101-000000",
+        "tiny-20270101-000000-2",
+        "tiny-20270101-000000-3",
+    ]
 
 
 @pytest.mark.usefixtures("before")
@@ -371,18 +492,24 @@ def test_what_another_process_does_is_not_done_twice(finished: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", "null", '{"settings": 1}', "\0", "[" * 100_000])
-def test_a_damaged_config_somewhere_ends_no_resume_of_others(finished: Path, tmp_path: Path, content: str) -> None:
+def test_a_damaged_config_somewhere_ends_no_resume_of_others(
+    finished: Path, tmp_path: Path, content: str
+) -> None:
     shutil.copytree(finished, tmp_path / "good")
     os.utime(tmp_path / "good/config.json", (time.time() - 60,) * 2)
     damaged = RunFolder.create(tmp_path, "damaged")
     (damaged.path / "config.json").write_text(content)
     preset = load_preset("tiny", SETTINGS)
     assert command_line.find_run(tmp_path, None, "tiny", preset).path == tmp_path / "good"
-    with pytest.raises(UserError, match=r"There is no run of other .* The config.json of .*damaged is damaged\."):
+    with pytest.raises(
+        UserError, match=r"There is no run of other .* The config.json of .*damaged is damaged\."
+    ):
         command_line.find_run(tmp_path, None, "other", preset)
 
 
-def test_a_run_whose_folder_is_deleted_ends_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_folder_is_deleted_ends_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def deleted(self: RunFolder, row: dict[str, object]) -> None:
         shutil.rmtree(tmp_path)
         (self.metrics).write_text("")
@@ -390,9 +517,11 @@ def test_a_run_whose_folder_is_deleted_ends_with_one_message(tmp_path: Path, mon
     monkeypatch.setattr(RunFolder, "add_metrics", deleted)
     result = run_tiny(tmp_path, "gone", "--stages", "unlearn")
     assert result.exit_code == 2
+    # Fmt: skip.
     assert result.stderr.splitlines()[-2:] == [
-        f"The folder {tmp_path / 'gone'} was deleted or moved while it was in use.", "The work on it has ended.",
-    ]  # fmt: skip
+        f"The folder {tmp_path / 'gone'} was deleted or moved while it was in use.",
+        "The work on it has ended.",
+    ]
     assert not (tmp_path / "gone").exists()
 
 
@@ -425,7 +554,10 @@ def before(tmp_path: Path) -> Iterator[None]:
 def test_a_stop_ends_the_waiting(tmp_path: Path, reserved: bool) -> None:
     folder = RunFolder.reserve(tmp_path, "mine")
     if not reserved:
-        write_json(folder.path / "config.json", {"preset": "tiny", "settings": load_preset("tiny", SETTINGS).model_dump()})
+        write_json(
+            folder.path / "config.json",
+            {"preset": "tiny", "settings": load_preset("tiny", SETTINGS).model_dump()},
+        )
 
     def ask() -> None:
         until = time.monotonic() + 180
@@ -454,7 +586,9 @@ def test_a_stop_that_came_before_the_turn_begins_nothing(tmp_path: Path) -> None
     assert folder.read_status()["state"] == "stopped"
 
 
-def test_a_waiting_run_says_so_whenever_the_others_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_waiting_run_says_so_whenever_the_others_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     waiting = command_line.Waiting(RunFolder.reserve(tmp_path, "mine").path)
     for before in (["a", "b"], ["a", "b"], ["b"], ["b"]):
         waiting.tell(before)
@@ -485,14 +619,21 @@ def test_why_a_run_of_the_app_could_not_begin_stays_in_its_folder(tmp_path: Path
     folder.write_status("queue", 0, 0, "waiting")
     result = run_tiny(tmp_path, "mine", "--set", TOO_LARGE)
     assert (result.exit_code, result.stderr) == (2, f"{REFUSED}\n")
-    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == ["prepare", "failed", REFUSED]
+    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == [
+        "prepare",
+        "failed",
+        REFUSED,
+    ]
     assert folder.is_reserved
 
 
 def started_before(tmp_path: Path, state: str) -> RunFolder:
     """A run with too large a batch, whose `status.json` holds the state."""
     folder = RunFolder.create(tmp_path, "mine")
-    write_json(folder.path / "config.json", {"preset": "tiny", "settings": load_preset("tiny", [*SETTINGS, TOO_LARGE]).model_dump()})
+    write_json(
+        folder.path / "config.json",
+        {"preset": "tiny", "settings": load_preset("tiny", [*SETTINGS, TOO_LARGE]).model_dump()},
+    )
     folder.write_status("queue", 0, 0, state)
     return folder
 
@@ -500,7 +641,11 @@ def started_before(tmp_path: Path, state: str) -> RunFolder:
 def test_why_a_run_of_the_app_could_not_go_on_stays_there_too(tmp_path: Path) -> None:
     folder = started_before(tmp_path, "waiting")
     assert run_tiny(tmp_path, "mine", "--set", TOO_LARGE, "--resume").exit_code == 2
-    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == ["prepare", "failed", REFUSED]
+    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == [
+        "prepare",
+        "failed",
+        REFUSED,
+    ]
 
 
 @pytest.mark.parametrize("state", ["done", "stopped"])
@@ -536,9 +681,18 @@ with friendly_exit(), interrupts.watched():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("stops", "said", "code"), [("interrupts.asked", "", 0), ("False", "Stopped at once.", 130)])
-def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals, stops: str, said: str, code: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", LISTENS.format(stops=stops)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("stops", "said", "code"), [("interrupts.asked", "", 0), ("False", "Stopped at once.", 130)]
+)
+def test_the_first_signal_asks_and_the_second_ends(
+    number: signal.Signals, stops: str, said: str, code: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENS.format(stops=stops)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == "ready\n"
@@ -562,7 +716,10 @@ def test_signals_are_handled_as_before_once_the_work_is_done() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
-@pytest.mark.parametrize(("signals", "said"), [(1, "Stopped. Nothing is lost"), (2, "Stopped at once. Go on from the last checkpoint")])
+@pytest.mark.parametrize(
+    ("signals", "said"),
+    [(1, "Stopped. Nothing is lost"), (2, "Stopped at once. Go on from the last checkpoint")],
+)
 def test_signals_that_come_while_a_run_is_stopping_lose_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int, said: str
 ) -> None:
@@ -595,7 +752,10 @@ def cut_short(folder: Path) -> Path:
 MISTAKES = [
     (["tyni"], ['There is no preset "tyni"', 'Did you mean "tiny"?', "--list"]),
     ([], ["Which preset?", "python -m lowmem_rmu.run tiny"]),
-    (["tiny", "--set", "rmu.stpes=3", "--set", "topics.locks.alpha=-1"], ["2 mistakes", "unknown key", '"steps"', "greater than or equal to 0"]),
+    (
+        ["tiny", "--set", "rmu.stpes=3", "--set", "topics.locks.alpha=-1"],
+        ["2 mistakes", "unknown key", '"steps"', "greater than or equal to 0"],
+    ),
     (["tiny", "--set", "rmu.steps=many"], ["rmu.steps", "valid integer", "'many'"]),
     (["tiny", "--set", "rmu.target_layer=40"], ["target_layer is 40", "has 8 layers", "try 2"]),
     (["tiny", "--set", "rmu.adapter_layers=[0,4]"], ["[4] lie above target_layer 2"]),
@@ -611,8 +771,14 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None)
-def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    MISTAKES,
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(
+    arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
     result = call(*arguments, "--runs-dir", str(tmp_path / "runs"))
     assert result.exit_code == 2, result.output
     for word in words:
@@ -640,7 +806,10 @@ def test_a_checkpoint_that_is_cut_short_leaves_no_run_behind(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 4}\n', ["line 1", "answer 4 is out of range"]),
+        (
+            '{"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 4}\n',
+            ["line 1", "answer 4 is out of range"],
+        ),
         ("", ["is empty"]),
     ],
 )
@@ -730,7 +899,9 @@ def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "--runs-dir" in result.stderr
 
 
-def test_weights_that_are_not_finite_after_the_last_step_get_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_after_the_last_step_get_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Trainer.step
 
     def breaking(self: Trainer) -> dict[str, Any]:
@@ -754,10 +925,21 @@ def test_weights_that_are_not_finite_after_the_last_step_get_no_verdict(tmp_path
     assert [row["step"] for row in read_lines(folder.path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-GUARDED = ["--set", "rmu.guard_every=2", "--set", "retain.questions=0.5", "--set", "retain.chat=0.5", "--set", "topics.locks.questions=0.5"]
+GUARDED = [
+    "--set",
+    "rmu.guard_every=2",
+    "--set",
+    "retain.questions=0.5",
+    "--set",
+    "retain.chat=0.5",
+    "--set",
+    "topics.locks.questions=0.5",
+]
 
 
-def test_a_guarded_run_says_which_weights_it_kept_and_resumes_to_the_same(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guarded_run_says_which_weights_it_kept_and_resumes_to_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run_tiny(tmp_path, "whole", *GUARDED)
     assert whole.exit_code == 0, whole.output
     rows = read_lines(tmp_path / "whole/metrics.jsonl")
@@ -767,7 +949,9 @@ def test_a_guarded_run_says_which_weights_it_kept_and_resumes_to_the_same(finish
     assert len(summary["notes"]) == 1
     assert re.match(r"The (guard found no point|weights after step \d of 6 are kept)", summary["notes"][0])
     assert summary["notes"][0] in whole.output
-    assert "a guard compared the model with base" in (tmp_path / "whole/report.html").read_text(encoding="utf-8")
+    assert "a guard compared the model with base" in (tmp_path / "whole/report.html").read_text(
+        encoding="utf-8"
+    )
 
     with monkeypatch.context() as stopped:
         stopped.setattr(RunFolder, "stop_asked", property(lambda self: len(read_lines(self.metrics)) == 3))
@@ -780,7 +964,14 @@ def test_a_guarded_run_says_which_weights_it_kept_and_resumes_to_the_same(finish
 def test_what_base_does_not_know_is_said_before_training(tmp_path: Path) -> None:
     """The answers are drawn at random; the retain text is noise."""
     drawn = random.Random(0)
-    questions = [{"question": f"What is number {n}?", "choices": ["red", "blue", "green", "grey"], "answer": drawn.randrange(4)} for n in range(60)]
+    questions = [
+        {
+            "question": f"What is number {n}?",
+            "choices": ["red", "blue", "green", "grey"],
+            "answer": drawn.randrange(4),
+        }
+        for n in range(60)
+    ]
     (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, questions)))
     noise = [{"text": " ".join("".join(drawn.choices("qxzjkvw", k=5)) for _ in range(30))} for _ in range(40)]
     (tmp_path / "noise.jsonl").write_text("\n".join(map(json.dumps, noise)))
@@ -811,7 +1002,9 @@ def test_a_run_without_evaluation_is_guarded_at_the_target_layer(tmp_path: Path)
     assert how.startswith("The guard measured the output of the target layer")
 
 
-def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_says_what_to_lower_and_by_how_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def exhausted(self: Trainer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -825,9 +1018,15 @@ def test_out_of_memory_says_what_to_lower_and_by_how_much(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
 )
-def test_a_full_disk_keeps_what_there_is_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_full_disk_keeps_what_there_is_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(self: RunFolder, row: dict[str, object]) -> None:
         raise error
 
@@ -847,7 +1046,9 @@ def test_json_prints_the_summary_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_the_plan_of_every_preset_needs_no_network_and_loads_no_weights(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_of_every_preset_needs_no_network_and_loads_no_weights(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lowmem_rmu.model.spec.load_model", lambda *_: pytest.fail("weights were loaded"))
     result = call(preset, "--plan", "--device", "cpu")
@@ -858,7 +1059,10 @@ def test_the_plan_of_every_preset_needs_no_network_and_loads_no_weights(preset: 
 
 
 def test_the_plan_downloads_only_what_is_loaded() -> None:
-    whole, cut = (call("zephyr-7b", "--plan", "--device", "cpu", *stages).stdout for stages in ((), ("--stages", "unlearn")))
+    whole, cut = (
+        call("zephyr-7b", "--plan", "--device", "cpu", *stages).stdout
+        for stages in ((), ("--stages", "unlearn"))
+    )
     assert "Download   about 13.49 GiB of weights" in whole
     assert "Download   about 3.49 GiB of weights" in cut  # a quarter of the layers, and the embeddings
 
@@ -888,7 +1092,10 @@ def rows_of(sets: list[QuestionSet], lost: int = 0) -> list[dict[str, Any]]:
 
     def answers(wrong: int) -> list[dict[str, Any]]:
         marks = [(each.name, index >= wrong) for each in sets for index in range(len(each.questions))]
-        return [{"task": task, "answer": int(not right), "gold": 0, "correct": right, "logprobs": None} for task, right in marks]
+        return [
+            {"task": task, "answer": int(not right), "gold": 0, "correct": right, "logprobs": None}
+            for task, right in marks
+        ]
 
     return rows_as_json(compare_tasks(sets, answers(0), answers(lost)))
 
@@ -897,7 +1104,9 @@ def test_the_tables_of_a_run_fit_in_80_columns(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     lines = printed(accuracy_table(summary))
     names = [line.split()[0] for line in lines if " ± " in line and line.split()[0] != "Accuracy"]
-    assert names == [row["task"].removeprefix(f"{row['group']}_") for row in summary["rows"]], "each on one line of its own"
+    assert names == [row["task"].removeprefix(f"{row['group']}_") for row in summary["rows"]], (
+        "each on one line of its own"
+    )
     assert names.index("gates") < names.index("birds")
     assert " of 264" in line_of("compounds", lines)
 
@@ -909,7 +1118,10 @@ def test_changes_that_are_larger_than_noise_are_marked() -> None:
 
 
 def test_averages_are_shown_where_subjects_are_too_many() -> None:
-    sets = [asked(f"m_{index}", 1, "m", averages=("m_even", "both") if index % 2 == 0 else ("both",)) for index in range(14)]
+    sets = [
+        asked(f"m_{index}", 1, "m", averages=("m_even", "both") if index % 2 == 0 else ("both",))
+        for index in range(14)
+    ]
     lines = printed(accuracy_table({"rows": rows_of([*sets, asked("quiz", 1, averages=("both",))])}))
     assert [line.split()[0] for line in lines if "kept" in line] == ["m", "even", "quiz", "both"]
 
@@ -926,9 +1138,7 @@ def test_tables_say_of_what_they_show_a_sample_and_how_it_was_asked() -> None:
 
 def test_the_table_says_which_subjects_a_limit_left_without_a_question() -> None:
     sets = stratified([asked("m_a", 300, "m"), asked("m_b", 200, "m"), asked("m_small", 3, "m")], 2)
-    lines = printed(
-        accuracy_table({"rows": rows_of(sets), "unasked": unasked_subjects(sets)}), width=120
-    )
+    lines = printed(accuracy_table({"rows": rows_of(sets), "unasked": unasked_subjects(sets)}), width=120)
     assert "2 of 503" in line_of("m", lines)
     assert lines[-1].strip() == "Fewer questions than subjects. m: no question on small."
 
@@ -936,11 +1146,20 @@ def test_the_table_says_which_subjects_a_limit_left_without_a_question() -> None
 def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_columns() -> None:
     before = {"loss": 3.0, "stderr": 0.03, "tokens": 123456, "bits_per_byte": 1.5}
     after = {"loss": 13.5, "stderr": 0.04, "tokens": 123456, "bits_per_byte": 6.75}
-    texts = compare_texts({"compounds": "forgotten", "retain": "kept"}, {"compounds": before, "retain": before}, {
-        "compounds": after, "retain": before | {"kl": 0.0312, "kl_stderr": 0.0021},
-    })  # fmt: skip
+    # Fmt: skip.
+    texts = compare_texts(
+        {"compounds": "forgotten", "retain": "kept"},
+        {"compounds": before, "retain": before},
+        {
+            "compounds": after,
+            "retain": before | {"kl": 0.0312, "kl_stderr": 0.0021},
+        },
+    )
     lines = printed(text_table({"texts": texts}))
-    assert line_of("compounds", lines).split(maxsplit=2)[2] == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
+    assert (
+        line_of("compounds", lines).split(maxsplit=2)[2]
+        == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
+    )
     assert lines[-1] == "KL from base to unlearned in nats a token: retain 0.0312 ± 0.0021"
     alone = printed(text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
     assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]
@@ -988,7 +1207,9 @@ print("nothing was fetched")
 
 
 @pytest.mark.parametrize("mode", ["quiet", "as it is"])
-def test_compiled_code_of_the_hub_is_never_loaded_where_the_package_for_it_is_installed(mode: str, tmp_path: Path) -> None:
+def test_compiled_code_of_the_hub_is_never_loaded_where_the_package_for_it_is_installed(
+    mode: str, tmp_path: Path
+) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("raise SystemExit(77)")
     about = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
@@ -996,6 +1217,13 @@ def test_compiled_code_of_the_hub_is_never_loaded_where_the_package_for_it_is_in
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
     path = os.pathsep.join([str(tmp_path), str(Path(command_line.__file__).parents[2])])
     command = [sys.executable, "-c", FAKE_KERNELS, mode]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     expected = (0, "nothing was fetched\n") if mode == "quiet" else (77, "")
     assert (result.returncode, result.stdout) == expected, result.stderr

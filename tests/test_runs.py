@@ -47,10 +47,15 @@ def test_a_name_that_is_taken_is_refused_with_the_way_on(tmp_path: Path) -> None
     make_run(tmp_path, "mine")
     with pytest.raises(UserError) as caught:
         RunFolder.create(tmp_path, "mine")
-    assert str(caught.value) == f"Run {tmp_path / 'mine'} exists already.\nChoose another --name, or go on with it: --resume --name mine"
+    assert (
+        str(caught.value)
+        == f"Run {tmp_path / 'mine'} exists already.\nChoose another --name, or go on with it: --resume --name mine"
+    )
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", ".hidden", "-x", "a\\b", "/tmp/x", "a b", "a\n", "ü", "a" * 101])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "..", ".", "", ".hidden", "-x", "a\\b", "/tmp/x", "a b", "a\n", "ü", "a" * 101]
+)
 def test_a_name_that_could_leave_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     for use in (RunFolder.create, RunFolder.open):
         with pytest.raises(UserError) as caught:
@@ -93,7 +98,9 @@ def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
     assert RunFolder.all(tmp_path / "missing") == []
 
 
-def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "status.json"
     write_atomically(path, "old")
 
@@ -149,7 +156,9 @@ def test_a_folder_that_was_not_finished_leaves_the_old_one_and_nothing_else(tmp_
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_an_interrupt_between_the_two_renames_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_between_the_two_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "old").write_text("old")
@@ -195,7 +204,14 @@ def test_status_comes_back_with_process_and_heartbeat(tmp_path: Path) -> None:
     assert before <= status.pop("heartbeat") <= time.time()
     assert status.pop("stage_began") == before
     assert status.pop("started") == psutil.Process().create_time()
-    assert status == {"stage": "unlearn", "step": 3, "total": 150, "state": "failed", "pid": os.getpid(), "error": "out of memory"}
+    assert status == {
+        "stage": "unlearn",
+        "step": 3,
+        "total": 150,
+        "state": "failed",
+        "pid": os.getpid(),
+        "error": "out of memory",
+    }
 
 
 def test_evaluations_and_stages_are_none_until_they_are_written(tmp_path: Path) -> None:
@@ -203,7 +219,9 @@ def test_evaluations_and_stages_are_none_until_they_are_written(tmp_path: Path) 
     assert run.read_evaluation("base") is None
     assert run.read_stages() == []
     write_json(run.evaluation("base"), {"tasks": {}})
-    (run.path / "stages.json").write_text(json.dumps([cost := {"stage": "unlearn", "seconds": 1.5, "peak_memory_bytes": None}]))
+    (run.path / "stages.json").write_text(
+        json.dumps([cost := {"stage": "unlearn", "seconds": 1.5, "peak_memory_bytes": None}])
+    )
     assert run.read_evaluation("base") == {"tasks": {}}
     assert run.read_stages() == [cost]
     assert run.answers("base").parent == run.evaluation("base").parent
@@ -220,9 +238,19 @@ def test_the_stop_file_asks_for_a_stop(tmp_path: Path) -> None:
 def scored_run(tmp_path: Path) -> RunFolder:
     """A run that has asked three questions."""
     run = make_run(tmp_path, "mine")
-    row = {"task": "quiz", "prompt": "f00", "logprobs": [-1.0, -2.0, -3.0, -4.0], "answer": 0, "gold": 0, "correct": True}
+    row = {
+        "task": "quiz",
+        "prompt": "f00",
+        "logprobs": [-1.0, -2.0, -3.0, -4.0],
+        "answer": 0,
+        "gold": 0,
+        "correct": True,
+    }
     write_lines(run.answers("base"), [row | {"index": index} for index in range(3)])
-    write_json(run.evaluation("base"), {"tasks": {"quiz": {"questions": 3}}, "answers_sha256": file_digest(run.answers("base"))})
+    write_json(
+        run.evaluation("base"),
+        {"tasks": {"quiz": {"questions": 3}}, "answers_sha256": file_digest(run.answers("base"))},
+    )
     return run
 
 
@@ -325,7 +353,9 @@ def test_what_a_killed_start_left_does_not_take_the_name(tmp_path: Path) -> None
     assert list(RunFolder.create(tmp_path, "mine").path.rglob("*")) == [left.path / "evaluation"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "output.txt", "notes.txt", "evaluation/notes.txt", "adapter/x", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "output.txt", "notes.txt", "evaluation/notes.txt", "adapter/x", "metrics.jsonl"]
+)
 def test_a_folder_that_holds_anything_else_keeps_its_name(tmp_path: Path, name: str) -> None:
     run = RunFolder.create(tmp_path, "mine")
     (run.path / name).parent.mkdir(exist_ok=True)
@@ -338,7 +368,15 @@ def test_a_folder_that_holds_anything_else_keeps_its_name(tmp_path: Path, name: 
 
 
 def test_leftovers_go_and_what_was_moved_away_comes_back(tmp_path: Path) -> None:
-    for name in (".half.json.new", ".adapter.new/x", ".moved.old/x", ".replaced.old/x", "replaced/y", ".hidden/x", "kept.new"):
+    for name in (
+        ".half.json.new",
+        ".adapter.new/x",
+        ".moved.old/x",
+        ".replaced.old/x",
+        "replaced/y",
+        ".hidden/x",
+        "kept.new",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     remove_leftovers(tmp_path)
@@ -355,7 +393,9 @@ def test_a_row_after_a_torn_one_is_not_torn(tmp_path: Path) -> None:
     assert read_lines(path) == [{"a": 1}, {"a": 3}]
 
 
-def test_a_deletion_that_is_interrupted_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deletion_that_is_interrupted_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path, "mine")
     for name in ("a.json", "z.json", "adapter"):
         (run.path / name).write_text("")
@@ -388,7 +428,9 @@ def test_work_whose_folder_is_deleted_ends_with_one_message(tmp_path: Path) -> N
     assert str(caught.value).startswith(f"The folder {run.path} was deleted or moved while it was in use.")
 
 
-def test_a_run_that_is_deleted_while_runs_are_listed_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_deleted_while_runs_are_listed_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("kept", "deleted"):
         make_run(tmp_path, name)
 

@@ -38,7 +38,9 @@ with turn(runs, name, __import__("os").getpid(), lambda before: None):
 
 
 def holder(runs: Path, name: str, seconds: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", HOLDS, str(runs), name, str(runs / "log"), str(seconds)], cwd=ROOT)
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(runs), name, str(runs / "log"), str(seconds)], cwd=ROOT
+    )
 
 
 def waits_for(runs: Path, count: int) -> None:
@@ -49,7 +51,11 @@ def test_processes_go_one_after_the_other_and_none_is_lost(tmp_path: Path) -> No
     processes = [holder(tmp_path, f"run-{number}", 0.1) for number in range(6)]
     assert [process.wait(180) for process in processes] == [0] * 6
     lines = (tmp_path / "log").read_text().splitlines()
-    assert lines == [line for name in (line.split()[0] for line in lines[::2]) for line in (f"{name} begins", f"{name} ends")]
+    assert lines == [
+        line
+        for name in (line.split()[0] for line in lines[::2])
+        for line in (f"{name} begins", f"{name} ends")
+    ]
     assert len(set(lines)) == 12
     assert tickets(tmp_path) == []
 
@@ -104,7 +110,9 @@ def test_a_half_written_number_is_nobody_s(tmp_path: Path) -> None:
 
 def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    message = r"The runs folder .*file cannot be written: Not a directory\.\nChoose another place with --runs-dir\."
+    message = (
+        r"The runs folder .*file cannot be written: Not a directory\.\nChoose another place with --runs-dir\."
+    )
     with pytest.raises(UserError, match=message), one_at_a_time(tmp_path / "file"):
         pass
 
@@ -199,6 +207,8 @@ def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch, value: str | N
 @pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", "9" * 5000])
 def test_no_number_of_processes_is_said(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
-    with pytest.raises(UserError, match="The environment variable WORLD_SIZE is .*, which is no number of processes") as caught:
+    with pytest.raises(
+        UserError, match="The environment variable WORLD_SIZE is .*, which is no number of processes"
+    ) as caught:
         world_size()
     assert len(str(caught.value)) < 200

@@ -33,9 +33,11 @@ def checksum(value: Any) -> int:
 
 
 class Pieces:
-    """What an attack computes, piece by piece: each is kept in a file as soon as it is there, and not computed again.
+    """What an attack computes, piece by piece: each is kept in a file as soon as it is there, and not
+    computed again.
 
-    So an attack is a plain function from its beginning to its end, and one that was stopped goes on by being called again.
+    So an attack is a plain function from its beginning to its end, and one that was stopped goes on by being
+    called again.
     """
 
     def __init__(self, path: Path, before: Callable[[str], None] = lambda key: None) -> None:
@@ -47,7 +49,9 @@ class Pieces:
             write_lines(path, rows)  # without the line that a kill may have torn
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives (anything that JSON can hold), at once where it is known."""
+        """Return the value of a piece: the kept one, or else what `compute` returns (anything that JSON can
+        hold).
+        """
         if key not in self.known:
             self.before(key)
             self.keep(key, compute())
@@ -63,7 +67,9 @@ class Tried:
     """What an attack came to."""
 
     conditions: dict[str, Values]
-    """By what was done: what the attacked model knows of each item of `Audited.knowledge`. None where recovery is not what is asked."""
+    """By what was done: what the attacked model knows of each item of `Audited.knowledge`. None where
+    recovery is not what is asked.
+    """
     details: dict[str, Any] = field(default_factory=dict)
     """Curves and tables of its own."""
     sentences: list[str] = field(default_factory=list)
@@ -74,7 +80,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an attack will take, in measurements of all knowledge and in tokens that are trained on; and what stays in memory meanwhile."""
+    """What an attack will take, in measurements of all knowledge and in tokens that are trained on; and what
+    stays in memory meanwhile.
+    """
 
     measurements: float
     training_tokens: int = 0
@@ -99,11 +107,11 @@ class Attack:
 
 
 def seed_of(audited: Audited, key: str) -> int:
-    """One of its own for each piece, so that a piece is the same whatever came before it."""
+    """Return the seed of a piece, so that the piece is the same whatever came before it."""
     return int.from_bytes(sha256(f"{audited.seed} {key}".encode()).digest()[:4], "little")
 
 
 def in_words(audited: Audited, values: Values) -> str:
-    """What is known of all items, for a sentence."""
+    """Return what is known of all items, as the end of a sentence."""
     figure = audited.knowledge.figure(values)
     return f"{100 * figure:.1f}% right" if audited.knowledge.are_questions else f"{figure:.2f} nats a token"

@@ -1,4 +1,6 @@
-"""Who is audited: a model as base and as unlearned, one of them in memory, and the texts and questions to try it with."""
+"""Who is audited: a model as base and as unlearned, one of them in memory, and the texts and questions to try
+it with.
+"""
 
 import gc
 from collections.abc import Iterator
@@ -37,7 +39,9 @@ QUESTIONS = 100
 
 @dataclass(frozen=True)
 class Sides:
-    """Where base and unlearned come from: `unlearned` is an adapter on the base, or another checkpoint of the same shape and tokenizer."""
+    """Where base and unlearned come from: `unlearned` is an adapter on the base, or another checkpoint of the
+    same shape and tokenizer.
+    """
 
     base: ModelSpec
     unlearned: Path | ModelSpec
@@ -71,19 +75,21 @@ class Audited:
 
     @contextmanager
     def side(self, side: Side) -> Iterator[Any]:
-        """The model as base or unlearned, frozen."""
+        """Yield the model as base or unlearned, frozen."""
         model = self._load(side)
         with base_only(model) if side == "base" else nullcontext():
             yield model
 
     def measure(self, side: Side) -> Values:
-        """What that side knows of each item."""
+        """Measure what a side knows of each item."""
         with self.side(side) as model:
             return self.knowledge.of(model)
 
     @contextmanager
     def learning(self, side: Side, seed: int) -> Iterator[Any]:
-        """The model on that side with a fresh LoRA in every linear module of every layer, which alone learns and is gone afterwards."""
+        """Yield the model on a side with a fresh LoRA on every linear module of every layer, which alone is
+        trained and is removed afterwards.
+        """
         model = self._load(side)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -111,7 +117,7 @@ class Audited:
         return self._loaded is not None
 
     def free(self) -> None:
-        """Takes the model out of memory; `side` loads it again."""
+        """Take the model out of memory; `side` loads it again."""
         self._loaded = self._loaded_from = None
         gc.collect()
         give_back_freed_memory()
@@ -130,27 +136,52 @@ class Audited:
 
 
 def fresh_config(model: nn.Module) -> LoraConfig:
-    """LoRA on every linear module of every decoder layer, but fused experts and matrices that unlearning trained themselves."""
+    """LoRA on every linear module of every decoder layer, but fused experts and matrices that unlearning
+    trained themselves.
+    """
     inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     trained = [name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     names = linear_names(model)
-    return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, exclude_modules=trained or None, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        lora_dropout=0.0,
+        target_modules=names,
+        exclude_modules=trained or None,
+        task_type="CAUSAL_LM",
+    )
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """Return the names of the linear modules of all decoder layers, with or without adapters on them."""
     modules = [named for layer in decoder_layers(model) for named in layer.named_modules()]
-    return sorted({name.split(".base_layer")[0].rpartition(".")[2] for name, module in modules if _is_linear(name, module)})
+    return sorted(
+        {
+            name.split(".base_layer")[0].rpartition(".")[2]
+            for name, module in modules
+            if _is_linear(name, module)
+        }
+    )
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D) and ".lora_" not in f".{name}" and ".modules_to_save." not in f".{name}"
+    return (
+        isinstance(module, nn.Linear | Conv1D)
+        and ".lora_" not in f".{name}"
+        and ".modules_to_save." not in f".{name}"
+    )
 
 
 def prepare(
-    name: str, preset: Preset, unlearned: Path | ModelSettings, device: torch.device, forgotten: list[str], limit: int | None, seed: int
+    name: str,
+    preset: Preset,
+    unlearned: Path | ModelSettings,
+    device: torch.device,
+    forgotten: list[str],
+    limit: int | None,
+    seed: int,
 ) -> Audited:
-    """Reads the questions and texts that attacks work with. `forgotten` names the tasks that the model forgot.
+    """Read the questions and texts that attacks work with. `forgotten` names the tasks that the model forgot.
 
     Raises UserError where nothing is there to measure what it knows with.
     """
@@ -160,7 +191,10 @@ def prepare(
     sets = load_questions(preset.evaluation)
     lost = [each for each in sets if (each.group or each.name) in forgotten]
     told_by, measured = held_out_documents(topic.corpus for topic in preset.topics.values())
-    batch_tokens, longest = preset.evaluation.planned_batch_tokens, max(topic.max_tokens for topic in preset.topics.values())
+    batch_tokens, longest = (
+        preset.evaluation.planned_batch_tokens,
+        max(topic.max_tokens for topic in preset.topics.values()),
+    )
     questions, told = choose_questions(lost, told_by, limit or QUESTIONS)
     knowledge: Knowledge
     if questions:
@@ -175,22 +209,38 @@ def prepare(
                 "(topics.NAME.corpus.held_out=0.2).",
             )
         knowledge, told = Texts(sequences, tokenizer, batch_tokens), False
-    trained = [text for topic in preset.topics.values() for text in split_held_out(read_documents(topic.corpus), topic.corpus.held_out)[0]]
-    benign = [text for corpus in preset.retain.corpora for text in split_held_out(read_documents(corpus), corpus.held_out)[0]]
+    trained = [
+        text
+        for topic in preset.topics.values()
+        for text in split_held_out(read_documents(topic.corpus), topic.corpus.held_out)[0]
+    ]
+    benign = [
+        text
+        for corpus in preset.retain.corpora
+        for text in split_held_out(read_documents(corpus), corpus.held_out)[0]
+    ]
     sides = Sides(spec, unlearned if isinstance(unlearned, Path) else ModelSpec(unlearned, preset.rmu))
     return Audited(
-        name, preset, sides, device, tokenizer, knowledge, told,
+        name,
+        preset,
+        sides,
+        device,
+        tokenizer,
+        knowledge,
+        told,
         [each for each in sets if each.role in ("kept", "adjacent")],
         [each for each in sets if each.role == "measured" and each not in lost],
         tokenise(told_by, tokenizer, longest, split=True),
         tokenise(trained, tokenizer, longest, split=True),
         tokenise(benign, tokenizer, preset.retain.max_tokens, split=True),
         seed,
-    )  # fmt: skip
+    )
 
 
 def choose_questions(sets: list[QuestionSet], documents: list[str], limit: int) -> tuple[list[Asked], bool]:
-    """At most `limit` questions a task that the documents do not tell about; where those are too few, of all, and True."""
+    """At most `limit` questions a task that the documents do not tell about; where those are too few, of all,
+    and True.
+    """
     tasks: dict[str, list[QuestionSet]] = {}
     for each in sets:
         tasks.setdefault(each.group or each.name, []).append(each)

@@ -1,4 +1,6 @@
-"""What the audit measures: the questions of the topics that were forgotten or, where there are none, unseen text about them."""
+"""What the audit measures: the questions of the topics that were forgotten or, where there are none, unseen
+text about them.
+"""
 
 import re
 from collections import Counter
@@ -43,13 +45,15 @@ class Knowledge(Protocol):
     def __len__(self) -> int: ...
 
     def of(self, model: Any) -> Values:
-        """What the model knows of each, as it stands (adapters on or off)."""
+        """Measure what the model knows of each item, as it stands (adapters on or off)."""
 
     def figure(self, values: Values) -> float:
-        """All of it in one number for people: accuracy as a share, or the loss in nats a token."""
+        """Return the mean over all items: accuracy as a share, or the loss in nats/token."""
 
     def beyond_base(self, attacked: Values, same: Values | None, base: Values) -> Values:
-        """What counts as come back, where the same attack made `same` of what was `base`, or was not tried on it."""
+        """Return the values that count as recovered, where the same attack turned base's values into `same`
+        (None: it was not tried on base).
+        """
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Questions:
         return sum(map(len, encode_texts(self.tokenizer, [each.prompt.context for each in self.asked])))
 
     def of(self, model: Any) -> Values:
-        return [float(row["correct"]) for row in answers_of(model, self.tokenizer, self.asked, self.batch_tokens)]
+        return [
+            float(row["correct"]) for row in answers_of(model, self.tokenizer, self.asked, self.batch_tokens)
+        ]
 
     def figure(self, values: Values) -> float:
         return sum(values) / len(values)
@@ -119,22 +125,33 @@ class Texts:
 
 
 @torch.inference_mode()
-def answers_of(model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Asked], batch_tokens: int) -> list[Answer]:
-    """What the model answers to prompts of whatever form, in their order."""
+def answers_of(
+    model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Asked], batch_tokens: int
+) -> list[Answer]:
+    """Return the model's answers to prompts of any form, in their order."""
     places, found = by_prompt(asked), dict[str, list[float]]()
-    for some in Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens).results(set(), Distributed()):
+    for some in Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens).results(
+        set(), Distributed()
+    ):
         found |= some
     return [answer(each, found[each.prompt.digest]) for each in asked]
 
 
 def held_out_documents(corpora: Iterable[Corpus]) -> tuple[list[str], list[str]]:
-    """Documents that training never saw, in two halves: to relearn from, and to measure on."""
-    held = [text for corpus in corpora if corpus.held_out for text in split_held_out(read_documents(corpus), corpus.held_out)[1]]
+    """Return documents that training never saw, in two halves: to relearn from, and to measure on."""
+    held = [
+        text
+        for corpus in corpora
+        if corpus.held_out
+        for text in split_held_out(read_documents(corpus), corpus.held_out)[1]
+    ]
     return held[::2], held[1::2]
 
 
 def untold(asked: Sequence[Asked], documents: Iterable[str]) -> list[Asked]:
-    """The questions that no document tells about: none holds a word by which the question is known among the others."""
+    """Return the questions that no document tells about: none holds a word by which the question is known
+    among the others.
+    """
     words = [set(_words(each.question.question)) for each in asked]
     common = Counter(word for each in words for word in each)
     told = {word for document in documents for word in _words(document)}

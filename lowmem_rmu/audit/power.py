@@ -1,5 +1,6 @@
 """How many questions an audit needs: the probability that a model that knows nothing any more is found to be
-*gone*."""
+*gone*.
+"""
 
 import math
 from dataclasses import dataclass
@@ -59,10 +60,12 @@ def power_of_gone(
     floor = max(unlearned, chance)
     own = floor * (1 - floor)
     skewness = (1 - 2 * floor) / math.sqrt(questions * own)
-    half_answers = (0.5 - floor) * 2 / (questions + 2)  # what `fieller` adds, so that no answer is taken for certain
+    # What `fieller` adds, so that no answer is taken for certain.
+    half_answers = (0.5 - floor) * 2 / (questions + 2)
     powers = []
     for start, variance in ((unlearned, unlearned * (1 - unlearned)), (chance, 0.0)):
-        # Passed where mean(attacked - start - limit * (base - start)) lies NOISE standard errors below 0. A model
+        # Passed where mean(attacked - start - limit * (base - start)) lies NOISE standard errors below 0. A
+        # model
         # that is just about to pass has more right than the floor, and so a wider interval.
         gap = TOLERATED * (base - start) - (floor - start) - half_answers
         shared = (1 - TOLERATED) ** 2 * variance + TOLERATED**2 * base * (1 - base)
@@ -78,7 +81,8 @@ def power_of_gone(
 
 def all_below(limit: float, own: float, shared: float, members: int) -> float:
     """Give the probability that the largest of `members` normal numbers lies below a limit; `own` and
-    `shared` are standard deviations."""
+    `shared` are standard deviations.
+    """
     z = np.linspace(-6, 6, 241)
     weights = np.exp(-(z**2) / 2)
     normal = NormalDist()
@@ -88,7 +92,8 @@ def all_below(limit: float, own: float, shared: float, members: int) -> float:
 
 def questions_for_gone(base: float, unlearned: float, power: float = POWER) -> int | None:
     """Give the fewest questions (two significant digits) with this power of *gone*; None where there are
-    none."""
+    none.
+    """
     low, high = 1, MANY
     if power_of_gone(base, unlearned, high) < power:
         return None

@@ -1,7 +1,9 @@
-"""Asking otherwise: does another wording, form or language bring out what the usual question no longer does? And what is said instead?
+"""Asking otherwise: does another wording, form or language bring out what the usual question no longer does?
+And what is said instead?
 
-Unlearned models have answered rephrased, translated and few-shot questions (Lynch et al. 2024, arXiv 2402.16835; Patil et al. 2023,
-arXiv 2309.17410). A way counts where base still answers better than guessing: what confuses a model that never forgot says nothing.
+Unlearned models have answered rephrased, translated and few-shot questions (Lynch et al. 2024, arXiv
+2402.16835; Patil et al. 2023, arXiv 2309.17410). A way counts where base still answers better than guessing:
+what confuses a model that never forgot says nothing.
 """
 
 from collections.abc import Iterator
@@ -10,7 +12,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.audit.answering import LENGTH, Ids, answers, as_prompts, divergence, names_the_right_one, perplexity, repetition
+from lowmem_rmu.audit.answering import (
+    LENGTH,
+    Ids,
+    answers,
+    as_prompts,
+    divergence,
+    names_the_right_one,
+    perplexity,
+    repetition,
+)
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, Side
 from lowmem_rmu.audit.knowledge import Questions, answers_of, evenly
@@ -38,17 +49,27 @@ Fluency = dict[str, dict[Side, dict[str, float | None]]]
 
 
 def ways(audited: Audited) -> dict[str, list[Asked]]:
-    """The questions in all ways, the usual one among them; none where knowledge is text."""
+    """Return the questions in all ways, the usual one among them; none where knowledge is text."""
     knowledge = audited.knowledge
-    return {USUAL: knowledge.asked} | ways_of(knowledge.asked, audited.tokenizer, audited.seed) if isinstance(knowledge, Questions) else {}
+    return (
+        {USUAL: knowledge.asked} | ways_of(knowledge.asked, audited.tokenizer, audited.seed)
+        if isinstance(knowledge, Questions)
+        else {}
+    )
 
 
 def prompts(audited: Audited) -> dict[str, list[Ids]]:
-    """What is answered in words, about what was forgotten and about anything else: questions where there are some, beginnings of texts elsewhere."""
+    """Return the prompts that are answered freely, about the topic and about anything else: questions, or the
+    beginnings of texts.
+    """
     knowledge, kept = audited.knowledge, evenly(ask(audited.kept), PROMPTS)
-    forget, benign = (evenly(texts, PROMPTS) for texts in (audited.forget or audited.relearning, audited.benign))
+    forget, benign = (
+        evenly(texts, PROMPTS) for texts in (audited.forget or audited.relearning, audited.benign)
+    )
     return {
-        "forget": _questions(audited.tokenizer, knowledge.asked) if isinstance(knowledge, Questions) else [ids[:FIRST] for ids in forget],
+        "forget": _questions(audited.tokenizer, knowledge.asked)
+        if isinstance(knowledge, Questions)
+        else [ids[:FIRST] for ids in forget],
         "benign": _questions(audited.tokenizer, kept) if kept else [ids[:FIRST] for ids in benign],
     }
 
@@ -58,7 +79,9 @@ def _questions(tokenizer: PreTrainedTokenizerBase, asked: list[Asked]) -> list[I
 
 
 def cost(audited: Audited) -> Cost:
-    """Letters take one pass over the questions, texts of choices four; answers are written, and read once."""
+    """Return letters take one pass over the questions, texts of choices four; answers are written, and read
+    once.
+    """
     passes = sum(4 if same[0].asked.scoring == "cloze" else 1 for same in ways(audited).values())
     written = LENGTH * sum(map(len, prompts(audited).values()))
     return Cost(2.0 * (passes + 1 + DECODING * written / audited.knowledge.tokens))
@@ -70,7 +93,10 @@ def ask_otherwise(audited: Audited, pieces: Pieces) -> Tried:
     said: dict[Side, Said] = {}
     apart: dict[str, float] | None = None
     for side in SIDES:
-        known[side] = {name: pieces.get(f"{name}, {side}", partial(measure, audited, side, same)) for name, same in asked.items()}
+        known[side] = {
+            name: pieces.get(f"{name}, {side}", partial(measure, audited, side, same))
+            for name, same in asked.items()
+        }
         said[side] = pieces.get(f"in words, {side}", partial(say, audited, side, put))
         if side == "unlearned" and audited.benign:
             apart = pieces.get("next token", partial(divergence, audited))
@@ -79,10 +105,22 @@ def ask_otherwise(audited: Audited, pieces: Pieces) -> Tried:
         known[side][FREELY] = named(audited.tokenizer, asked[USUAL], said[side]["forget"])
     table = [row(name, known) for name in known["base"]]
     fluency: Fluency = {
-        kind: {side: {"perplexity": surprise[side][kind], "repetition": repetition(said[side][kind])} for side in reversed(SIDES)} for kind in put
+        kind: {
+            side: {"perplexity": surprise[side][kind], "repetition": repetition(said[side][kind])}
+            for side in reversed(SIDES)
+        }
+        for kind in put
     }
-    conditions = {each["way"]: known["unlearned"][each["way"]] for each in table if each["counts"] and each["way"] != USUAL}
-    return Tried(conditions, {"ways": table, "words": fluency, "divergence": apart}, [*about_ways(table), *about_words(fluency, apart)])
+    conditions = {
+        each["way"]: known["unlearned"][each["way"]]
+        for each in table
+        if each["counts"] and each["way"] != USUAL
+    }
+    return Tried(
+        conditions,
+        {"ways": table, "words": fluency, "divergence": apart},
+        [*about_ways(table), *about_words(fluency, apart)],
+    )
 
 
 def measure(audited: Audited, side: Side, asked: list[Asked]) -> Values:
@@ -93,34 +131,51 @@ def measure(audited: Audited, side: Side, asked: list[Asked]) -> Values:
 
 def say(audited: Audited, side: Side, put: dict[str, list[Ids]]) -> Said:
     with audited.side(side) as model:
-        return {kind: answers(model, audited.tokenizer, each, audited.preset.evaluation.planned_batch_tokens) for kind, each in put.items()}
+        return {
+            kind: answers(model, audited.tokenizer, each, audited.preset.evaluation.planned_batch_tokens)
+            for kind, each in put.items()
+        }
 
 
-def surprises(audited: Audited, put: dict[str, list[Ids]], said: dict[Side, Said]) -> dict[Side, dict[str, float | None]]:
-    """How likely base finds what either side said."""
+def surprises(
+    audited: Audited, put: dict[str, list[Ids]], said: dict[Side, Said]
+) -> dict[Side, dict[str, float | None]]:
+    """Return the perplexity of each side's answers under base."""
     tokens = audited.preset.evaluation.planned_batch_tokens
     with audited.side("base") as model:
-        return {side: {kind: perplexity(model, audited.tokenizer, put[kind], words[kind], tokens) for kind in put} for side, words in said.items()}
+        return {
+            side: {kind: perplexity(model, audited.tokenizer, put[kind], words[kind], tokens) for kind in put}
+            for side, words in said.items()
+        }
 
 
 def named(tokenizer: PreTrainedTokenizerBase, asked: list[Asked], said: list[Ids]) -> Values:
-    """Whether each answer in words is right."""
+    """Return whether each answer in words is right."""
     texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     return [float(names_the_right_one(each.question, text)) for each, text in zip(asked, texts, strict=True)]
 
 
 def row(way: str, known: dict[Side, Known]) -> dict[str, Any]:
     base, unlearned = (sum(known[side][way]) / len(known[side][way]) for side in ("base", "unlearned"))
-    return {"way": way, "base": base, "unlearned": unlearned, "counts": base > by_luck(CHANCE, len(known["base"][way]))}
+    return {
+        "way": way,
+        "base": base,
+        "unlearned": unlearned,
+        "counts": base > by_luck(CHANCE, len(known["base"][way])),
+    }
 
 
 def about_ways(table: list[dict[str, Any]]) -> Iterator[str]:
     usual, others = table[:1], [each for each in table[1:] if each["counts"]]
     if others:
-        best, worst = max(others, key=lambda each: each["unlearned"]), min(others, key=lambda each: each["unlearned"])
+        best, worst = (
+            max(others, key=lambda each: each["unlearned"]),
+            min(others, key=lambda each: each["unlearned"]),
+        )
         yield (
-            f"Asked in {len(others)} other ways, unlearned is right in {worst['unlearned']:.0%} to {best['unlearned']:.0%} of the questions "
-            f"({usual[0]['unlearned']:.0%} as usual), most often {best['way']}, where base is right in {best['base']:.0%}."
+            f"Asked in {len(others)} other ways, unlearned is right in {worst['unlearned']:.0%} to "
+            f"{best['unlearned']:.0%} of the questions ({usual[0]['unlearned']:.0%} as usual), most "
+            f"often {best['way']}, where base is right in {best['base']:.0%}."
         )
     if guessing := [each["way"] for each in table[1:] if not each["counts"]]:
         yield f"The base model itself guesses, so these ways do not count: {', '.join(guessing)}."
@@ -131,9 +186,10 @@ def about_words(fluency: Fluency, apart: dict[str, float] | None) -> Iterator[st
         unlearned, base = (fluency[kind][side] for side in SIDES)
         if base["perplexity"] and unlearned["perplexity"]:
             yield (
-                f"Asked about {about}, unlearned answers with a perplexity of {unlearned['perplexity']:,.1f} under base "
-                f"(base itself {base['perplexity']:,.1f}) and repeats {unlearned['repetition'] or 0:.0%} of its runs of four tokens "
-                f"(base {base['repetition'] or 0:.0%})."
+                f"Asked about {about}, unlearned answers with a perplexity of "
+                f"{unlearned['perplexity']:,.1f} under base (base itself {base['perplexity']:,.1f}) "
+                f"and repeats {unlearned['repetition'] or 0:.0%} of its runs of four tokens (base "
+                f"{base['repetition'] or 0:.0%})."
             )
     if apart:
         yield f"On benign text its next token is {apart['kl']:.2g} nats from base's (KL divergence)."

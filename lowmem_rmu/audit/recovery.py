@@ -28,11 +28,16 @@ class Recovery:
 
 
 def recovery(
-    base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool,
-    chance: float | None = None, z: float = NOISE,
-) -> Recovery:  # fmt: skip
-    """Of the same items on three sides. `chance` is what guessing gives; `z` is the standard errors to either
-    side."""
+    base: Sequence[float],
+    unlearned: Sequence[float],
+    attacked: Sequence[float],
+    are_questions: bool,
+    chance: float | None = None,
+    z: float = NOISE,
+) -> Recovery:
+    """Return the recovered share of the same items on three sides, with its interval of `z` standard errors
+    to either side.
+    """
     n = len(base)
     floor = max(sum(unlearned) / n, chance or 0.0) if are_questions else sum(unlearned) / n
     lost = sum(base) / n - floor
@@ -50,11 +55,15 @@ def recovery(
 
 
 def fieller(
-    base: Sequence[float], unlearned: Sequence[float], attacked: Sequence[float], are_questions: bool,
-    z: float = NOISE, floor: float | None = None,
-) -> tuple[float, float] | None:  # fmt: skip
-    """The interval of a ratio of two paired mean differences (Fieller 1954), 95% by default; None where the
-    denominator may be 0.
+    base: Sequence[float],
+    unlearned: Sequence[float],
+    attacked: Sequence[float],
+    are_questions: bool,
+    z: float = NOISE,
+    floor: float | None = None,
+) -> tuple[float, float] | None:
+    """Return the interval of a ratio of two paired mean differences (Fieller 1954), 95% by default; None
+    where the denominator may be 0.
 
     With a `floor`, what unlearned knows is that number instead, known exactly. Of questions, a quarter more
     of each of the eight ways to answer them on three sides is added: half a question more of each kind for
@@ -85,19 +94,24 @@ def fieller(
 
 
 def attack_recovery(
-    conditions: Mapping[str, Values], base: Values, unlearned: Values, are_questions: bool, chance: float | None,
+    conditions: Mapping[str, Values],
+    base: Values,
+    unlearned: Values,
+    are_questions: bool,
+    chance: float | None,
     family: int,
-) -> tuple[Values, list[str], Recovery]:  # fmt: skip
-    """What the fairly chosen best condition of an attack knows, which those are, and the bounds that decide.
+) -> tuple[Values, list[str], Recovery]:
+    """Return the values under an attack's best condition, chosen without bias, the conditions that were
+    chosen, and the recovered share.
 
-    - `low` is the highest lower bound of all conditions, by Bonferroni's correction for them and for a `family`
-      of attacks: where none recovers more than a limit, one of these bounds lies above it in 2.5% of cases at
-      most.
+    - `low` is the highest lower bound of all conditions, by Bonferroni's correction for them and for a
+      `family` of attacks: where none recovers more than a limit, one of these bounds lies above it in 2.5% of
+      cases at most.
     - `high` is the highest upper bound. Each must lie below the limit, so there is nothing to correct (an
       intersection-union test).
 
-    Bounds of the fairly best alone would not do: where both halves choose the same condition by luck, that luck
-    counts in both of them.
+    Bounds of the fairly best alone would not do: where both halves choose the same condition by luck, that
+    luck counts in both of them.
     """
     values, chosen = fairly_best(conditions)
     how = are_questions, chance
@@ -112,9 +126,11 @@ def attack_recovery(
 
 
 def less_what_base_gains(attacked: Values, same: Values | None, base: Values) -> Values:
-    """Of texts: without what the same attack adds to a model that never forgot (`same`, where it was measured; beside `base`).
+    """Return the losses on texts without what the same attack gains on a model that never forgot (`same`, if
+    measured).
 
-    Text is known better in a finer precision, or once its style is learned, whether or not anything was forgotten.
+    Text is known better in a finer precision, or once its style is learned, whether or not anything was
+    forgotten.
     """
     if same is None or sum(same) <= sum(base):
         return attacked
@@ -122,9 +138,11 @@ def less_what_base_gains(attacked: Values, same: Values | None, base: Values) ->
 
 
 def fairly_best(conditions: Mapping[str, Values]) -> tuple[Values, list[str]]:
-    """What the best condition gives where it is not known beforehand which that is, and what was chosen.
+    """Return the values under the best condition, chosen on the other half of the items each, and the
+    conditions chosen.
 
-    Items of odd number choose for those of even number, and the other way round: the luck that chooses is not the luck that is counted.
+    Items of odd number choose for those of even number, and the other way round: the luck that chooses is not
+    the luck that is counted.
     """
     values, chosen = dict[int, float](), []
     for half in (0, 1):

@@ -1,7 +1,8 @@
 """Requantisation: does it come back when the weights are kept in other precisions?
 
-The adapter on the base in 4 bits, 8 bits, bfloat16 and float32, and merged into the checkpoint as it is stored, then in 8 and in 4 bits:
-rounding to few bits may undo a small update (Zhang et al. 2024, arXiv 2410.16454). Each is loaded anew, alone in memory.
+The adapter on the base in 4 bits, 8 bits, bfloat16 and float32, and merged into the checkpoint as it is
+stored, then in 8 and in 4 bits: rounding to few bits may undo a small update (Zhang et al. 2024, arXiv
+2410.16454). Each is loaded anew, alone in memory.
 """
 
 import shutil
@@ -44,23 +45,27 @@ class Way:
 
 
 def ways_of(audited: Audited) -> list[Way]:
-    """Every precision but the one in which the run itself was measured."""
+    """Return every precision except the run's own."""
     subject, adapter = subject_of(audited), isinstance(audited.sides.unlearned, Path)
     own = str(subject.dtype(audited.device)).removeprefix("torch.")
     plain = [Way("nf4", own), Way("int8", own), Way("none", "bfloat16"), Way("none", "float32")]
     stored = subject.stored_dtype
-    merged = [Way("none", stored, True), Way("int8", stored, True), Way("nf4", stored, True)] if adapter else []
+    merged = (
+        [Way("none", stored, True), Way("int8", stored, True), Way("nf4", stored, True)] if adapter else []
+    )
     return [way for way in plain if way != Way(subject.settings.quantisation, own)] + merged
 
 
 def subject_of(audited: Audited) -> ModelSpec:
-    """The checkpoint that is loaded: with the adapter put on it, or unlearned itself."""
+    """Return the checkpoint that is loaded: with the adapter put on it, or unlearned itself."""
     unlearned = audited.sides.unlearned
     return unlearned if isinstance(unlearned, ModelSpec) else audited.sides.base
 
 
 def cost(audited: Audited) -> Cost:
-    sides = [1 if way.merged or isinstance(audited.sides.unlearned, ModelSpec) else 2 for way in ways_of(audited)]
+    sides = [
+        1 if way.merged or isinstance(audited.sides.unlearned, ModelSpec) else 2 for way in ways_of(audited)
+    ]
     return Cost(sum(sides))
 
 
@@ -72,15 +77,27 @@ def requantise(audited: Audited, pieces: Pieces) -> Tried:
                 found[way.name] = pieces.get(way.name, partial(alone, audited, way, merged))
             except NotAsked as reason:
                 not_asked[way.name] = str(reason)
-    table = {name: {side: audited.knowledge.figure(values) if values else None for side, values in sides.items()} for name, sides in found.items()}
+    table = {
+        name: {side: audited.knowledge.figure(values) if values else None for side, values in sides.items()}
+        for name, sides in found.items()
+    }
     conditions = {name: sides["unlearned"] or [] for name, sides in found.items()}
-    base = {name: same for name in found if (same := found.get(name.removeprefix(f"{MERGED}, "), {}).get("base"))}
-    return Tried(conditions, {"precisions": table, "not_asked": not_asked}, list(sentences(audited, conditions, not_asked)), base)
+    base = {
+        name: same for name in found if (same := found.get(name.removeprefix(f"{MERGED}, "), {}).get("base"))
+    }
+    return Tried(
+        conditions,
+        {"precisions": table, "not_asked": not_asked},
+        list(sentences(audited, conditions, not_asked)),
+        base,
+    )
 
 
 @contextmanager
 def merged_when_asked(audited: Audited, pieces: Pieces) -> Iterator[Callable[[], ModelSettings]]:
-    """Within, merges the update at the first call and gives the merged model, which is gone afterwards (a killed audit's with the next)."""
+    """Within, merges the update at the first call and gives the merged model, which is gone afterwards (a
+    killed audit's with the next).
+    """
     folder = pieces.path.with_name(f".{pieces.path.stem}-merged").resolve()
 
     run = RunFolder(Path(str(audited.sides.unlearned)).parent)
@@ -103,8 +120,9 @@ def merged_when_asked(audited: Audited, pieces: Pieces) -> Iterator[Callable[[],
 
 
 def alone(audited: Audited, way: Way, merged: Callable[[], ModelSettings]) -> dict[str, Values | None]:
-    """What is known of each item on either side (None where base would have to be loaded for itself), in this precision and with no
-    other model in memory. Raises NotAsked where it does not fit."""
+    """Measure each item in this precision with no other model in memory (base: None where it would have to be
+    loaded separately). Raises NotAsked where it does not fit.
+    """
     audited.free()
     try:
         return answers(audited, way, merged)
@@ -135,7 +153,10 @@ def sentences(audited: Audited, conditions: dict[str, Values], not_asked: dict[s
     if conditions:
         least, most = (choose(conditions, key=lambda name: sum(conditions[name])) for choose in (min, max))
         shown = [f"{in_words(audited, conditions[name])} as {name}" for name in (least, most)]
-        yield f"In {len(conditions)} other precisions the unlearned model gives between {shown[0]} and {shown[1]}."
+        yield (
+            f"In {len(conditions)} other precisions the unlearned model gives between {shown[0]} and "
+            f"{shown[1]}."
+        )
     for name, reason in not_asked.items():
         yield f"Not asked as {name}: {reason}."
 

@@ -11,7 +11,7 @@ from lowmem_rmu.model.layers import decoder_layers
 
 
 def layer_count(audited: Audited) -> int:
-    """Of the model, which need not be in memory."""
+    """Return the number of layers of the model, which need not be in memory."""
     return audited.sides.base.layer_count
 
 
@@ -22,13 +22,23 @@ def spread(first: int, last: int, most: int) -> list[int]:
 
 
 @contextmanager
-def leaving(model: nn.Module, layers: Sequence[int], see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Within, `see(layer, hidden)` hears what leaves each of the layers, `(batch, sequence, hidden)`; what it gives, if anything, goes on instead."""
+def leaving(
+    model: nn.Module, layers: Sequence[int], see: Callable[[int, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Within, `see(layer, hidden)` hears what leaves each of the layers, `(batch, sequence, hidden)`; what it
+    gives, if anything, goes on instead.
+    """
 
     def hook(layer: int) -> Callable[..., Any]:
         def called(module: nn.Module, inputs: Any, output: Any) -> Any:
             changed = see(layer, output[0] if isinstance(output, tuple) else output)
-            return output if changed is None else (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return (
+                output
+                if changed is None
+                else (changed, *output[1:])
+                if isinstance(output, tuple)
+                else changed
+            )
 
         return called
 

@@ -1,11 +1,14 @@
-"""An adversarial suffix: can a few tokens after a question force the base model's answer, and do they open other questions?
+"""An adversarial suffix: can a few tokens after a question force the base model's answer, and do they open
+other questions?
 
-GCG (Zou et al. 2023, arXiv 2307.15043), the attack that RMU's own paper tries. Here the best suffix so far is kept, so that the loss never rises.
+GCG (Zou et al. 2023, arXiv 2307.15043), the attack that RMU's own paper tries. Here the best suffix so far is
+kept, so that the loss never rises.
 
-    prompt | suffix, optimised | end of the turn | target: what base answered -> mean next-token loss of the target
+    prompt | suffix, optimized | end of the turn | target: what base answered -> mean loss of the target
 
-Enough search makes an ignorant model say anything: a forced answer is no proof. What counts as recovery is that a suffix found on one
-question helps with the others. (Own code: nanogcg 0.3.0 wants transformers<=4.47.1 and scipy, and sets up logging when it is imported.)
+Enough search makes an ignorant model say anything: a forced answer is no proof. What counts as recovery is
+that a suffix found on one question helps with the others. (Own code: nanogcg 0.3.0 wants transformers<=4.47.1
+and scipy, and sets up logging when it is imported.)
 """
 
 from collections.abc import Callable, Iterator
@@ -47,12 +50,16 @@ LONGEST = 128
 """Tokens of a question that is a prompt: a row of tokens goes through the model for every candidate."""
 
 Found = dict[str, Any]
-"""What a search came to: `steps` (0: none was needed; None: not within the budget), `suffix` as text, and `losses`, the first before any step."""
+"""What a search came to: `steps` (0: none was needed; None: not within the budget), `suffix` as text, and
+`losses`, the first before any step.
+"""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a suffix goes: token ids before and after it, and what the model is to say then. `encode` gives the ids for a suffix's text."""
+    """Where a suffix goes: token ids before and after it, and what the model is to say then. `encode` gives
+    the ids for a suffix's text.
+    """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
@@ -65,23 +72,31 @@ class Slot:
         return [*self.before, *suffix, *self.after]
 
     def survives(self, suffix: list[int]) -> bool:
-        """Whether the suffix, typed as text, is read as the same tokens."""
+        """Return whether the suffix, typed as text, is read as the same tokens."""
         return self.encode(self.decode(suffix)) == self.around(suffix)
 
 
 def prompts_of(audited: Audited) -> list[str]:
-    """Questions from different places of the list; where knowledge is text, beginnings of texts about what was forgotten."""
+    """Return questions from different places of the list; where knowledge is text, beginnings of texts about
+    what was forgotten.
+    """
     tokenizer = audited.tokenizer
     if isinstance(audited.knowledge, Questions):
         asked = [each.question.question.strip() for each in audited.knowledge.asked]
         texts = [text for text in asked if len(tokenizer(text)["input_ids"]) <= LONGEST]
     else:
-        texts = [str(tokenizer.decode(ids[:BEGINNING], skip_special_tokens=True)).strip() for ids in audited.forget if len(ids) > BEGINNING]
+        texts = [
+            str(tokenizer.decode(ids[:BEGINNING], skip_special_tokens=True)).strip()
+            for ids in audited.forget
+            if len(ids) > BEGINNING
+        ]
     return evenly(list(dict.fromkeys(filter(None, texts))), PROMPTS)
 
 
 def slot_of(audited: Audited, text: str, target: list[int]) -> Slot:
-    """A question is put in the chat template, a text goes on as it is; the suffix follows after a space."""
+    """Return a question is put in the chat template, a text goes on as it is; the suffix follows after a
+    space.
+    """
 
     def encode(suffix: str) -> list[int]:
         written = f"{text} {suffix}" if suffix else text
@@ -100,16 +115,25 @@ def slot_of(audited: Audited, text: str, target: list[int]) -> Slot:
 
 
 def cost(audited: Audited) -> Cost:
-    """As if each search took all steps on the unlearned model, and none on base. A candidate is a row of prompt, suffix and target."""
+    """Estimate the cost as if every search took all of its steps on the unlearned model, and none on base. A
+    candidate is a row of prompt, suffix and target.
+    """
     rows = [len(slot_of(audited, text, []).encode("")) + SUFFIX + TARGET for text in prompts_of(audited)]
     transfer = 2 * len(rows) if audited.knowledge.are_questions else 0
-    return Cost(transfer + sum(rows) * STEPS * CANDIDATES / max(1, audited.knowledge.tokens), sum(rows) * STEPS, max(rows, default=0))
+    return Cost(
+        transfer + sum(rows) * STEPS * CANDIDATES / max(1, audited.knowledge.tokens),
+        sum(rows) * STEPS,
+        max(rows, default=0),
+    )
 
 
 def lacks(audited: Audited) -> str | None:
     if prompts_of(audited):
         return None
-    return f"it needs questions of at most {LONGEST} tokens, or texts of more than {BEGINNING} about what was forgotten"
+    return (
+        f"it needs questions of at most {LONGEST} tokens, or texts of more than {BEGINNING} about what "
+        "was forgotten"
+    )
 
 
 def attack(audited: Audited, pieces: Pieces) -> Tried:
@@ -118,49 +142,78 @@ def attack(audited: Audited, pieces: Pieces) -> Tried:
     slots = [slot_of(audited, text, target) for text, target in zip(texts, targets, strict=True)]
     found: dict[Side, list[Found]] = {
         side: [
-            pieces.get(f"{side}, prompt {number}", partial(search_on, audited, side, slot, allowed, f"suffix {number}"))
+            pieces.get(
+                f"{side}, prompt {number}",
+                partial(search_on, audited, side, slot, allowed, f"suffix {number}"),
+            )
             for number, slot in enumerate(slots, 1)
         ]
         for side in SIDES
     }
-    suffixes = {f"suffix of prompt {number}": each["suffix"] for number, each in enumerate(found["unlearned"], 1) if each["suffix"]}
+    suffixes = {
+        f"suffix of prompt {number}": each["suffix"]
+        for number, each in enumerate(found["unlearned"], 1)
+        if each["suffix"]
+    }
     known: dict[Side, dict[str, Values]] = {side: {} for side in SIDES}
     if audited.knowledge.are_questions:
         known = {
-            side: {name: pieces.get(f"{side}, {name}", partial(known_with, audited, side, suffix)) for name, suffix in suffixes.items()}
+            side: {
+                name: pieces.get(f"{side}, {name}", partial(known_with, audited, side, suffix))
+                for name, suffix in suffixes.items()
+            }
             for side in SIDES
         }
     details = {
-        "prompts": [row(audited, *each) for each in zip(texts, slots, found["base"], found["unlearned"], strict=True)],
-        "accuracy_with": {side: {name: sum(values) / len(values) for name, values in each.items()} for side, each in known.items()},
+        "prompts": [
+            row(audited, *each) for each in zip(texts, slots, found["base"], found["unlearned"], strict=True)
+        ],
+        "accuracy_with": {
+            side: {name: sum(values) / len(values) for name, values in each.items()}
+            for side, each in known.items()
+        },
         "budget": {"steps": STEPS, "candidates": CANDIDATES, "suffix_tokens": SUFFIX},
     }
     return Tried(known["unlearned"], details, list(sentences(found, bool(known["unlearned"]))))
 
 
 def base_answer(audited: Audited, text: str) -> list[int]:
-    """The first tokens of what base says of itself."""
+    """Return the first tokens of what base says of itself."""
     ids = torch.tensor([slot_of(audited, text, []).encode("")], device=audited.device)
-    with audited.side("base") as model, torch.inference_mode():  # in this order: what is loaded in that mode never learns
+    # In this order: what is loaded in that mode never learns.
+    with (
+        audited.side("base") as model,
+        torch.inference_mode(),
+    ):
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TARGET, do_sample=False, temperature=None, top_p=None, top_k=None,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TARGET,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
             pad_token_id=audited.tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
     return list(output[0, ids.shape[1] :].tolist())
 
 
 def search_on(audited: Audited, side: Side, slot: Slot, allowed: Tensor, key: str) -> Found:
-    """The same draws on both sides."""
+    """Return the same draws on both sides."""
     with audited.side(side) as model:
-        return search(model, slot, allowed, audited.preset.evaluation.planned_batch_tokens, seed_of(audited, key))
+        return search(
+            model, slot, allowed, audited.preset.evaluation.planned_batch_tokens, seed_of(audited, key)
+        )
 
 
 def typable(audited: Audited) -> Tensor:
-    """Which tokens `(vocabulary,)` are plain printable text: a suffix is to be something that one can type."""
+    """Return which tokens `(vocabulary,)` are printable text, so that the suffix can be typed."""
     tokenizer = audited.tokenizer
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return torch.tensor([token not in special and text.isascii() and text.isprintable() for token, text in enumerate(texts)])
+    return torch.tensor(
+        [token not in special and text.isascii() and text.isprintable() for token, text in enumerate(texts)]
+    )
 
 
 def search(model: Any, slot: Slot, allowed: Tensor, batch_tokens: int, seed: int) -> Found:
@@ -176,7 +229,11 @@ def search(model: Any, slot: Slot, allowed: Tensor, batch_tokens: int, seed: int
         step += 1
         candidates = list(replacements(slot, suffix, promising(model, slot, suffix, allowed), draw))
         results = tried(model, slot, [slot.around(each) for each in candidates], batch_tokens)
-        better = [(not says, found, each) for each, (found, says) in zip(candidates, results, strict=True) if found < loss]
+        better = [
+            (not says, found, each)
+            for each, (found, says) in zip(candidates, results, strict=True)
+            if found < loss
+        ]
         if better:
             unsaid, loss, suffix = min(better)
             said = not unsaid
@@ -185,7 +242,9 @@ def search(model: Any, slot: Slot, allowed: Tensor, batch_tokens: int, seed: int
 
 
 def inputs_of(model: Any, slot: Slot, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids `(rows, sequence)`, each with all of the target but its last token, and the positions that predict the target."""
+    """Token ids `(rows, sequence)`, each with all of the target but its last token, and the positions that
+    predict the target.
+    """
     ids = torch.tensor([row + slot.target[:-1] for row in rows], device=model.device)
     positions = torch.zeros_like(ids, dtype=torch.bool)
     positions[:, -len(slot.target) :] = True
@@ -194,7 +253,9 @@ def inputs_of(model: Any, slot: Slot, rows: list[list[int]]) -> tuple[Tensor, Te
 
 @torch.inference_mode()
 def tried(model: Any, slot: Slot, rows: list[list[int]], batch_tokens: int) -> list[tuple[float, bool]]:
-    """Of each row (all of one length) the mean loss of the target after it, and whether the model says just that."""
+    """Return the mean loss of the target after each row (all of one length), and whether the model generates
+    exactly that target.
+    """
     target, found = torch.tensor(slot.target, device=model.device), list[tuple[float, bool]]()
     size = max(1, batch_tokens // (max(map(len, rows), default=0) + len(target)))
     for start in range(0, len(rows), size):
@@ -210,7 +271,8 @@ def tried(model: Any, slot: Slot, rows: list[list[int]], batch_tokens: int) -> l
 
 
 def promising(model: Any, slot: Slot, suffix: list[int], allowed: Tensor) -> list[list[int]]:
-    """For each position of the suffix the tokens that would lower the loss most, going by its gradient at their one-hot vectors.
+    """Return, for each position of the suffix, the tokens that would lower the loss most by the gradient at
+    their one-hot vectors.
 
     That is the gradient at the embedding, times the embedding matrix: no one-hot vector is made.
     """
@@ -221,14 +283,21 @@ def promising(model: Any, slot: Slot, suffix: list[int], allowed: Tensor) -> lis
     with torch.enable_grad():
         inputs = torch.cat([embedded[:, :begin], varied, embedded[:, end:]], dim=1)
         logits = head_of(model, hidden_at(model, positions, inputs_embeds=inputs), input_ids=ids)
-        (gradient,) = torch.autograd.grad(cross_entropy(logits, torch.tensor(slot.target, device=logits.device)), varied)
+        (gradient,) = torch.autograd.grad(
+            cross_entropy(logits, torch.tensor(slot.target, device=logits.device)), varied
+        )
     rise = (gradient[0].to(layer.weight.dtype) @ layer.weight.T)[:, : len(allowed)]
-    rise[:, ~allowed[: rise.shape[1]].to(rise.device)] = torch.inf  # a tokenizer may have more tokens than the model
+    # A tokenizer may have more tokens than the model.
+    rise[:, ~allowed[: rise.shape[1]].to(rise.device)] = torch.inf
     return list(rise.topk(TOP, largest=False).indices.tolist())
 
 
-def replacements(slot: Slot, suffix: list[int], tokens: list[list[int]], draw: torch.Generator) -> Iterator[list[int]]:
-    """Suffixes with one other token at a random place; fewer where too many draws do not survive being typed."""
+def replacements(
+    slot: Slot, suffix: list[int], tokens: list[list[int]], draw: torch.Generator
+) -> Iterator[list[int]]:
+    """Yield suffixes with one other token at a random place; fewer where too many draws change when they are
+    typed.
+    """
     left = CANDIDATES
     for _ in range(4 * CANDIDATES):
         position, rank = (int(torch.randint(size, (), generator=draw)) for size in (len(suffix), TOP))
@@ -239,10 +308,12 @@ def replacements(slot: Slot, suffix: list[int], tokens: list[list[int]], draw: t
 
 
 def known_with(audited: Audited, side: Side, suffix: str) -> Values:
-    """What is known of each question where the suffix follows it, before the choices."""
+    """Measure each question with the suffix between it and the choices."""
     knowledge: Any = audited.knowledge
     with audited.side(side) as model:
-        return list(replace(knowledge, asked=[with_suffix(each, suffix) for each in knowledge.asked]).of(model))
+        return list(
+            replace(knowledge, asked=[with_suffix(each, suffix) for each in knowledge.asked]).of(model)
+        )
 
 
 def with_suffix(each: Asked, suffix: str) -> Asked:
@@ -263,7 +334,10 @@ def row(audited: Audited, text: str, slot: Slot, base: Found, unlearned: Found) 
 
 
 def sentences(found: dict[Side, list[Found]], transferred: bool) -> Iterator[str]:
-    yield f"A prompt's budget was {STEPS} steps of {CANDIDATES} candidates; the attack's authors take {BUDGET_OF_ITS_AUTHORS}."
+    yield (
+        f"A prompt's budget was {STEPS} steps of {CANDIDATES} candidates; the attack's authors take "
+        f"{BUDGET_OF_ITS_AUTHORS}."
+    )
     for side, each in found.items():
         steps = [one["steps"] for one in each if one["steps"] is not None]
         when = f", after {max(steps)} steps at most" if any(steps) else ", without a suffix" if steps else ""

@@ -1,4 +1,6 @@
-"""The audit of a run: its attacks in order, each told beforehand, within memory and the time that is left, and kept piece by piece."""
+"""The audit of a run: its attacks in order, each told beforehand, within memory and the time that is left,
+and kept piece by piece.
+"""
 
 import shutil
 import time
@@ -11,7 +13,15 @@ from typing import Any
 import torch
 
 from lowmem_rmu import __version__
-from lowmem_rmu.audit import ablation, collateral, prompting, relearning, representation, requantisation, suffix
+from lowmem_rmu.audit import (
+    ablation,
+    collateral,
+    prompting,
+    relearning,
+    representation,
+    requantisation,
+    suffix,
+)
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import QUESTIONS, RANK, SIDES, Audited, linear_names, prepare
 from lowmem_rmu.audit.power import Power, questions_for_gone
@@ -30,10 +40,13 @@ from lowmem_rmu.records import Object, read_record
 from lowmem_rmu.runs import RunFolder, Stopped, Watcher, write_json
 
 ATTACKS: dict[str, Attack] = {
-    module.ATTACK.name: module.ATTACK for module in (relearning, ablation, requantisation, representation, prompting, suffix, collateral)
+    module.ATTACK.name: module.ATTACK
+    for module in (relearning, ablation, requantisation, representation, prompting, suffix, collateral)
 }
 BACKWARD = 6.0
-"""Forward passes that a training step on the same tokens costs, the forward one among them: a LoRA in every module, matrices dequantised twice."""
+"""Forward passes that a training step on the same tokens costs, the forward one among them: a LoRA in every
+module, matrices dequantised twice.
+"""
 MEASURED = "measured"
 """The pieces that are measured before any attack."""
 MOST_QUESTIONS = 300
@@ -83,11 +96,11 @@ def open_audit(
     power: float | None = None,
     scratch: Path | None = None,
 ) -> "Audit":
-    """The audit of a run, measured but not yet attacked. Without a limit it asks as many questions as `power`
-    takes (`planned`).
+    """Return the audit of a run, measured but not yet attacked. Without a limit it asks as many questions as
+    `power` takes (`planned`).
 
-    With a `scratch` folder everything is written there and the run's folder stays as it is: enough for a
-    cost estimate. Raises UserError where the run has forgotten nothing, or was audited with other settings
+    With a `scratch` folder everything is written there and the run's folder stays as it is: enough for a cost
+    estimate. Raises UserError where the run has forgotten nothing, or was audited with other settings
     (`again` discards those results).
     """
     forgotten = read_forgotten(folder)
@@ -103,8 +116,8 @@ def open_audit(
 def planned(
     settings: Settings, forgotten: Forgotten, earlier: Path, again: bool, power: float | None
 ) -> Settings:
-    """The settings with a limit: the one given, that of the audit that this one continues, or what the power
-    takes.
+    """Return the settings with a limit: the one given, that of the audit that this one continues, or what the
+    power takes.
 
     If no power is given, POWER with QUESTIONS to MOST_QUESTIONS of each task.
     """
@@ -119,7 +132,7 @@ def planned(
 
 
 def read_forgotten(folder: RunFolder) -> Forgotten:
-    """Raises UserError where the run has unlearned nothing, or forgot nothing."""
+    """Raise UserError where the run has unlearned nothing, or forgot nothing."""
     name = folder.path.name
     preset = read_preset(folder)
     if not folder.adapter.exists():
@@ -131,7 +144,11 @@ def read_forgotten(folder: RunFolder) -> Forgotten:
     if not any(task.role == "forgotten" for task in preset.evaluation.tasks.values()):
         return Forgotten(preset, [])
     run = read_run(folder)
-    rows = [row for row in compare_tasks(run.sets, run.base, run.unlearned) if row.role == "forgotten" and not row.is_average]
+    rows = [
+        row
+        for row in compare_tasks(run.sets, run.base, run.unlearned)
+        if row.role == "forgotten" and not row.is_average
+    ]
     fell = [row for row in rows if (pairs := Pairs.of(row)) and pairs.change < 0 and pairs.p_value < LUCK]
     if not fell:
         raise UserError(
@@ -146,7 +163,9 @@ def read_forgotten(folder: RunFolder) -> Forgotten:
 
 
 def claim(place: Path, result: Path, settings: Settings, again: bool) -> None:
-    """Makes the folder of an audit's pieces, or takes it up again. Raises UserError for one of other settings."""
+    """Make the folder of an audit's pieces, or take it up again. Raises UserError for one of other
+    settings.
+    """
     path, mine = place / "settings.json", asdict(settings) | {"version": __version__}
     if again:
         shutil.rmtree(place, ignore_errors=True)
@@ -173,30 +192,45 @@ class Audit:
         self.done = 0
         watcher.started("measuring", 3)
         pieces = self._pieces(MEASURED)
-        self.plain: dict[str, Values] = {side: pieces.get(side, partial(self.audited.measure, side)) for side in SIDES}
+        self.plain: dict[str, Values] = {
+            side: pieces.get(side, partial(self.audited.measure, side)) for side in SIDES
+        }
         self.pace = pieces.get("seconds", self._time)
 
     @staticmethod
     def choose(names: Sequence[str]) -> list[Attack]:
-        """Attacks by their names. Raises UserError for one that there is not."""
+        """Attack by their names. Raises UserError for one that there is not."""
         for name in names:
             if name not in ATTACKS:
                 raise UserError(f'There is no attack "{name}". {nearest(name, ATTACKS)}')
         return [attack for name, attack in ATTACKS.items() if name in names]
 
     def run(self, attacks: list[Attack], budget: float | None = None) -> dict[str, Any]:
-        """One after the other; what does not fit into memory or the `budget` (seconds) is named instead. Writes what `audit.json` holds.
+        """Run the attacks one after the other, and name those that do not fit into memory or the `budget`
+        (seconds). Writes `audit.json`.
 
-        What an earlier audit found by other attacks stays there. Raises Stopped where the watcher asks to stop.
+        What an earlier audit found by other attacks stays there. Raises Stopped where the watcher asks to
+        stop.
         """
         ends = None if budget is None else time.monotonic() + budget
-        results = {name: self._not_run(each, "not asked for") for name, each in ATTACKS.items()} | self._earlier()
-        results |= {each.name: self._not_run(each, NOT_YET) for each in attacks if results[each.name].state != "done"}
+        results = {
+            name: self._not_run(each, "not asked for") for name, each in ATTACKS.items()
+        } | self._earlier()
+        results |= {
+            each.name: self._not_run(each, NOT_YET) for each in attacks if results[each.name].state != "done"
+        }
         for attack in attacks:
             foretold = self.foretell(attack)
             reason = attack.lacks(self.audited) or self._too_large(foretold)
-            if reason is None and ends is not None and (left := max(0.0, ends - time.monotonic())) < foretold.seconds:
-                reason = f"it would take about {duration(foretold.seconds)}, and {duration(left)} of the budget are left"
+            if (
+                reason is None
+                and ends is not None
+                and (left := max(0.0, ends - time.monotonic())) < foretold.seconds
+            ):
+                reason = (
+                    f"it would take about {duration(foretold.seconds)}, and {duration(left)} of the "
+                    "budget are left"
+                )
             results[attack.name] = self._not_run(attack, reason) if reason else self._run(attack, foretold)
             write_json(self.result, self._content(list(results.values())))
         return self._content(list(results.values()))
@@ -208,7 +242,7 @@ class Audit:
         return {row["attack"]: result_of(row) for row in rows if row["attack"] in ATTACKS}
 
     def _content(self, results: list[Result]) -> dict[str, Any]:
-        """What `audit.json` holds."""
+        """Return the content of `audit.json`."""
         knowledge = self.audited.knowledge
         base, unlearned = (knowledge.figure(self.plain[side]) for side in SIDES)
         return as_json(self.audited.name, len(knowledge), knowledge.are_questions, base, unlearned, results)
@@ -216,7 +250,8 @@ class Audit:
     @property
     def power(self) -> Power | None:
         """What its questions can tell, by what base and unlearned answered to them; None where knowledge is
-        text."""
+        text.
+        """
         if not self.audited.knowledge.are_questions:
             return None
         base, unlearned = (self.audited.knowledge.figure(self.plain[side]) for side in SIDES)
@@ -228,7 +263,12 @@ class Audit:
             return Foretold(attack.name, attack.asks, 0.0, 0)
         cost = attack.cost(self.audited)
         training = BACKWARD * cost.training_tokens * self.pace / max(1, self.audited.knowledge.tokens)
-        return Foretold(attack.name, attack.asks, cost.measurements * self.pace + training, bytes_needed(self.audited, cost))
+        return Foretold(
+            attack.name,
+            attack.asks,
+            cost.measurements * self.pace + training,
+            bytes_needed(self.audited, cost),
+        )
 
     def _run(self, attack: Attack, foretold: Foretold) -> Result:
         self.done = 0
@@ -242,14 +282,19 @@ class Audit:
             if not is_out_of_memory(error):
                 raise
             self.audited.free()
-            return self._not_run(attack, f"out of memory on {self.audited.device}; {gib(foretold.bytes)} were foretold")
+            return self._not_run(
+                attack, f"out of memory on {self.audited.device}; {gib(foretold.bytes)} were foretold"
+            )
         finally:
             pieces.keep("seconds so far", before + time.monotonic() - began)
         return self._result(attack, tried, foretold, pieces.known["seconds so far"])
 
     def _result(self, attack: Attack, tried: Tried, foretold: Foretold, seconds: float) -> Result:
         best, knowledge = None, self.audited.knowledge
-        known = {name: knowledge.beyond_base(values, tried.base.get(name), self.plain["base"]) for name, values in tried.conditions.items()}
+        known = {
+            name: knowledge.beyond_base(values, tried.base.get(name), self.plain["base"])
+            for name, values in tried.conditions.items()
+        }
         if known:
             sides = self.plain["base"], self.plain["unlearned"]
             how = knowledge.are_questions, knowledge.chance
@@ -297,23 +342,34 @@ class Audit:
         self.done += 1
 
     def _time(self) -> float:
-        """Seconds of one measurement of all knowledge, once everything is warm."""
+        """Return seconds of one measurement of all knowledge, once everything is warm."""
         began = time.monotonic()
         self.audited.measure("unlearned")
         return time.monotonic() - began
 
 
 def bytes_needed(audited: Audited, cost: Cost) -> int:
-    """By the memory plan: the model with its adapter while it answers and, where the attack trains, a LoRA on every layer with its gradients."""
+    """By the memory plan: the model with its adapter while it answers and, where the attack trains, a LoRA on
+    every layer with its gradients.
+    """
     preset, spec, device = audited.preset, audited.sides.base, audited.device
     needed = plan(preset, spec, device, ["evaluate-base", "evaluate-unlearned"])[-1].total
     if cost.training_batch:
         layers, modules = list(range(spec.layer_count)), linear_names(spec.skeleton)
         rmu = {"target_layer": layers[-1], "adapter_layers": layers, "modules": modules}
-        needs = Needs(preset.model_copy(update={"rmu": preset.rmu.model_copy(update=rmu | {"rank": RANK, "trainable": "lora"})}), spec, device)
-        logits = 3 * cost.training_batch * needs.vocabulary * FLOAT32  # as they are, in float32, and their gradient
+        needs = Needs(
+            preset.model_copy(
+                update={"rmu": preset.rmu.model_copy(update=rmu | {"rank": RANK, "trainable": "lora"})}
+            ),
+            spec,
+            device,
+        )
+        # As they are, in float32, and their gradient.
+        logits = 3 * cost.training_batch * needs.vocabulary * FLOAT32
         learning = needs.weights.learning(needs.rmu) * 4 * FLOAT32  # weights, gradients, two moments
-        needed = max(needed, needs.weights_held(None) + learning + needs.training(cost.training_batch) + logits)
+        needed = max(
+            needed, needs.weights_held(None) + learning + needs.training(cost.training_batch) + logits
+        )
     return needed + cost.extra_bytes
 
 

@@ -13,7 +13,7 @@ from lowmem_rmu.model.memory import gib
 
 
 def cost_table(foretold: list[Foretold]) -> Table:
-    """What each attack will take."""
+    """Make the table of each attack's cost estimate."""
     table = _table("What it will take", "Attack", "Asks", "Time", "Memory")
     for each in foretold:
         cost = (duration(each.seconds), gib(each.bytes)) if each.bytes else ("-", "-")
@@ -22,7 +22,9 @@ def cost_table(foretold: list[Foretold]) -> Table:
 
 
 def audit_tables(audit: dict[str, Any]) -> Group:
-    """Base, unlearned and attacked side by side; the same attacks on models of which the truth is known; the verdict in words."""
+    """Make the tables of an audit: base, unlearned and attacked next to each other; the same attacks on
+    control models; the verdict.
+    """
     sentences = [Text(f"- {sentence}") for sentence in audit["verdict"]["sentences"]]
     return Group(_found(audit), *([_controls(audit)] if audit["controls"] else []), *sentences)
 
@@ -35,7 +37,10 @@ def _found(audit: dict[str, Any]) -> Table:
         if each["state"] == "not run":
             table.add_row(each["attack"], "", "", "", "", f"not run: {each['reason']}")
         elif each["best"]:
-            figures = [known_in_words(audit, value) for value in (audit["base"], audit["unlearned"], each["best"]["attacked"])]
+            figures = [
+                known_in_words(audit, value)
+                for value in (audit["base"], audit["unlearned"], each["best"]["attacked"])
+            ]
             table.add_row(each["attack"], *figures, recovered_in_words(each["best"]), each["finding"])
     return table
 
@@ -45,7 +50,9 @@ def _controls(audit: dict[str, Any]) -> Table:
     table = _table("Recovered, beside models of which the truth is known", "Attack", "This run", *names)
     for each in audit["attacks"]:
         if each["best"]:
-            known = [recovered_in_words(control["attacks"].get(each["attack"])) for control in audit["controls"]]
+            known = [
+                recovered_in_words(control["attacks"].get(each["attack"])) for control in audit["controls"]
+            ]
             table.add_row(each["attack"], recovered_in_words(each["best"]), *known)
     table.add_row("Verdict", audit["verdict"]["mark"], *(control["mark"] for control in audit["controls"]))
     return table
@@ -55,5 +62,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         numeric = column in ("Base", "Unlearned", "Attacked", "Recovered", "Time", "Memory")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "Attack", overflow="fold")
+        table.add_column(
+            column, justify="right" if numeric else "left", no_wrap=column == "Attack", overflow="fold"
+        )
     return table

@@ -21,26 +21,43 @@ if TYPE_CHECKING:
 
 
 def audit(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")
+    ],
     attacks: Annotated[str, typer.Option(help="Which ones, with commas between them; all if left out.")] = "",
-    budget: Annotated[float | None, typer.Option(min=0, help="Minutes it may take; what does not fit is named.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Minutes it may take; what does not fit is named.")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions per forgotten task at most; what --power takes if left out.")
+        int | None,
+        typer.Option(min=1, help="Questions per forgotten task at most; what --power takes if left out."),
     ] = None,
     power: Annotated[
         float | None,
-        typer.Option(min=0.01, max=0.99, help="Probability to find what is gone; 0.8 with 100 to 300 questions per task."),
+        typer.Option(
+            min=0.01,
+            max=0.99,
+            help="Probability to find what is gone; 0.8 with 100 to 300 questions per task.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what each attack will take; try nothing.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Discard what an earlier audit of the run found.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what each attack will take; try nothing.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Discard what an earlier audit of the run found.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print audit.json.")] = False,
 ) -> None:
-    """Attacks a run's model: is what it forgot gone, or only hidden?"""
+    """Attack a run's model: is what it forgot gone, or only hidden?"""
     quiet_libraries()
     with friendly_exit():
-        from lowmem_rmu.audit.suite import ATTACKS, Settings  # heavy libraries load only once there is work for them
+        # Heavy libraries load only once there is work for them.
+        from lowmem_rmu.audit.suite import (
+            ATTACKS,
+            Settings,
+        )
 
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         names = [name.strip() for name in attacks.split(",") if name.strip()] or list(ATTACKS)
@@ -48,10 +65,18 @@ def audit(
 
 
 def run_attacks(
-    folder: RunFolder, names: list[str], budget: float | None, settings: "Settings", plan: bool, again: bool, device: str,
-    as_json: bool, power: float | None = None,
-) -> None:  # fmt: skip
-    """Waits for its turn, for attacks take the device; prints what they will take and, unless that is all that is asked, what they found.
+    folder: RunFolder,
+    names: list[str],
+    budget: float | None,
+    settings: "Settings",
+    plan: bool,
+    again: bool,
+    device: str,
+    as_json: bool,
+    power: float | None = None,
+) -> None:
+    """Wait for its turn, for attacks take the device; print what they will take and, unless that is all that
+    is asked, what they found.
 
     All is printed before the turn ends: who sees that it has ended reads there how.
     """
@@ -65,12 +90,25 @@ def run_attacks(
         with (
             watched(folder.path, "Audit") as watcher,
             StatusWriter(None if plan else folder.job_status("audit"), watcher) as status,
-            turn(folder.path.parent.resolve(), folder.audit_name, os.getpid(), wait_for(status, folder.path, "audit")),
+            turn(
+                folder.path.parent.resolve(),
+                folder.audit_name,
+                os.getpid(),
+                wait_for(status, folder.path, "audit"),
+            ),
             present(folder.path),
             TemporaryDirectory() as scratch,
         ):
             chosen = Audit.choose(names)
-            opened = open_audit(folder, resolve_device(device), settings, status, again, power, Path(scratch) if plan else None)
+            opened = open_audit(
+                folder,
+                resolve_device(device),
+                settings,
+                status,
+                again,
+                power,
+                Path(scratch) if plan else None,
+            )
             Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
             if opened.power:
                 print(opened.power.words, file=sys.stderr)

@@ -15,12 +15,16 @@ from lowmem_rmu.runs import RunFolder
 
 
 def chat(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
-    prompt: Annotated[str | None, typer.Option(help="Ask this once and end; without it, ask as often as you like.")] = None,
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask this once and end; without it, ask as often as you like.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Puts the same prompt to base and unlearned, streamed, from one model in memory."""
+    """Put the same prompt to base and unlearned, streamed, from one model in memory."""
     quiet_libraries()
     with friendly_exit():
         # Heavy libraries load only once there is work for them.
@@ -67,7 +71,7 @@ class SideWriter:
 
 
 def questions() -> Iterator[str]:
-    """What the user types, until an empty line or the end of the input."""
+    """Yield the lines that the user types, until an empty line or the end of the input."""
     print("Ask both models. An empty line ends.", file=sys.stderr)
     while True:
         try:

@@ -14,22 +14,30 @@ INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 @contextmanager
 def friendly_exit() -> Iterator[None]:
-    """A user's mistake: one message and exit code 2. A stop: how to go on, and 130."""
+    """End with one message and exit code 2 for a user's mistake; with the command to resume and 130 for a
+    stop.
+    """
     try:
         yield
     except UserError as error:
         print(printable(str(error)), file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as stopped:
-        print(f"Stopped. Nothing is lost; go on with: {stopped.go_on or resume_command(stopped.folder)}", file=sys.stderr)
+        print(
+            f"Stopped. Nothing is lost; go on with: {stopped.go_on or resume_command(stopped.folder)}",
+            file=sys.stderr,
+        )
         raise SystemExit(INTERRUPTED) from None
     except KeyboardInterrupt:
-        print("Stopped at once. Go on from the last checkpoint with the same command and --resume.", file=sys.stderr)
+        print(
+            "Stopped at once. Go on from the last checkpoint with the same command and --resume.",
+            file=sys.stderr,
+        )
         raise SystemExit(INTERRUPTED) from None
 
 
 def resume_command(folder: Path) -> str:
-    """The command that was given, with what it takes to go on."""
+    """Return the command that was given, with what it takes to go on."""
     is_verb = Path(sys.argv[0]).parts[-2:] == ("lowmem_rmu", "__main__.py")
     module = "lowmem_rmu" if is_verb else "lowmem_rmu.run"
     given = [argument for argument in sys.argv[1:] if argument != "--resume"]

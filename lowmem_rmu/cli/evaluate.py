@@ -20,26 +20,59 @@ EVALUATIONS = Path("evaluations")
 
 
 def evaluate(
-    model_or_run: Annotated[str | None, typer.Argument(help="A Hub id, or the folder of a model, of an adapter or of a run.")] = None,
-    tasks: Annotated[str, typer.Option(help="With commas: wmdp, wmdp_bio, mmlu, mmlu_stem, mmlu_virology, ...")] = "wmdp,mmlu",
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Answered examples before each question; what the task says if left out.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task at most: a sample over its subjects, always the same.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="TASK.KEY=VALUE", help="Change a task, e.g. mmlu.source=./mmlu.")] = None,
-    quantisation: Annotated[Literal["nf4", "none"] | None, typer.Option(help="nf4 or none; the run's, or nf4, if left out.")] = None,
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    batch_tokens: Annotated[str, typer.Option(help="Tokens in a forward pass at most; auto tries what is fastest.")] = "auto",
-    endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Ask an OpenAI-compatible server instead (key: OPENAI_API_KEY).")] = None,
+    model_or_run: Annotated[
+        str | None, typer.Argument(help="A Hub id, or the folder of a model, of an adapter or of a run.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="With commas: wmdp, wmdp_bio, mmlu, mmlu_stem, mmlu_virology, ...")
+    ] = "wmdp,mmlu",
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Answered examples before each question; what the task says if left out."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions a task at most: a sample over its subjects, always the same."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TASK.KEY=VALUE", help="Change a task, e.g. mmlu.source=./mmlu."),
+    ] = None,
+    quantisation: Annotated[
+        Literal["nf4", "none"] | None, typer.Option(help="nf4 or none; the run's, or nf4, if left out.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="bfloat16, float16 or float32.")
+    ] = None,
+    batch_tokens: Annotated[
+        str, typer.Option(help="Tokens in a forward pass at most; auto tries what is fastest.")
+    ] = "auto",
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Ask an OpenAI-compatible server instead (key: OPENAI_API_KEY)."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The model's name on that server.")] = None,
-    to: Annotated[Path | None, typer.Option(help="Where results go; evaluations/<model>-<time> if left out. An old one is gone on with.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where results go; evaluations/<model>-<time> if left out. An old one is gone on with."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Asks any model, adapter or run A-D questions, as lm-evaluation-harness does."""
+    """Ask any model, adapter or run A-D questions, as lm-evaluation-harness does."""
     quiet_libraries()
     with friendly_exit():
         from lowmem_rmu.measure import choose_tasks  # heavy libraries load only once there is work for them
 
-        asked = choose_tasks(tasks, num_fewshot, set_ or [], limit, int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens)
+        asked = choose_tasks(
+            tasks,
+            num_fewshot,
+            set_ or [],
+            limit,
+            int(batch_tokens) if batch_tokens.isdecimal() else batch_tokens,
+        )
         if model_or_run is not None and endpoint is None and model is None:
             summary = ask_model(model_or_run, quantisation, dtype, device, asked, to)
         elif model_or_run is None and endpoint is not None and model is not None:
@@ -50,8 +83,10 @@ def evaluate(
             print_json(summary) if as_json else Console().print(accuracy_table(summary))
 
 
-def ask_model(name: str, quantisation: str | None, dtype: str | None, device: str, asked: Evaluation, to: Path | None) -> dict[str, Any]:
-    """The summary; empty in all processes but the first."""
+def ask_model(
+    name: str, quantisation: str | None, dtype: str | None, device: str, asked: Evaluation, to: Path | None
+) -> dict[str, Any]:
+    """Return the summary; empty in all processes but the first."""
     from lowmem_rmu.data.sources import find_task_sources
     from lowmem_rmu.distributed import Distributed
     from lowmem_rmu.measure import find_subject, measure
@@ -62,7 +97,9 @@ def ask_model(name: str, quantisation: str | None, dtype: str | None, device: st
     if distributed.is_main_process:
         print_left_out(find_task_sources(asked))
     with watched(folder) if distributed.is_main_process else nullcontext() as watcher:
-        return measure(subject, asked, resolve_device(distributed.device(device)), folder, watcher, distributed)
+        return measure(
+            subject, asked, resolve_device(distributed.device(device)), folder, watcher, distributed
+        )
 
 
 def ask_server(url: str, model: str, asked: Evaluation, to: Path | None) -> dict[str, Any]:

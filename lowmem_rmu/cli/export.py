@@ -21,22 +21,44 @@ if TYPE_CHECKING:
 
 
 def export(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")],
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/tiny-20261121-101500.")
+    ],
     to: Annotated[Path, typer.Option(help="The folder to write: a new or an empty one.")],
     format_: Annotated[
-        Literal["adapter", "merged", "gguf"], typer.Option("--format", help="adapter alone, merged into the whole model, or as GGUF for llama.cpp.")
+        Literal["adapter", "merged", "gguf"],
+        typer.Option(
+            "--format", help="adapter alone, merged into the whole model, or as GGUF for llama.cpp."
+        ),
     ] = "merged",
-    kind: Annotated[Literal["f16", "bf16", "q8_0", "q4_0"], typer.Option("--gguf-type", help="How a GGUF file stores its matrices.")] = "q8_0",
+    kind: Annotated[
+        Literal["f16", "bf16", "q8_0", "q4_0"],
+        typer.Option("--gguf-type", help="How a GGUF file stores its matrices."),
+    ] = "q8_0",
     base: Annotated[
-        Literal["original", "dequantised"], typer.Option(help="Merge into the checkpoint, or into the 4-bit weights that were trained on.")
+        Literal["original", "dequantised"],
+        typer.Option(help="Merge into the checkpoint, or into the 4-bit weights that were trained on."),
     ] = "original",
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the files that stay as they are, too; without it they are links.")] = False,
-    verify: Annotated[bool, typer.Option(help="Load what was written and ask it the run's questions.")] = True,
-    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hub, where only you can read it.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read what --push uploads, the run's own texts in reproduce/ too.")] = False,
+    copy: Annotated[
+        bool,
+        typer.Option("--copy", help="Copy the files that stay as they are, too; without it they are links."),
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Load what was written and ask it the run's questions.")
+    ] = True,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload it to the Hub, where only you can read it."),
+    ] = None,
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public", help="Let everybody read what --push uploads, the run's own texts in reproduce/ too."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="Where it is verified: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Writes a run's model for other programs, and asks what was written whether it has forgotten too."""
+    """Write a run's model for other programs, and ask what was written whether it has forgotten too."""
     quiet_libraries()
     with friendly_exit():
         from lowmem_rmu.export.formats import Wanted  # heavy libraries load only once there is work for them
@@ -58,7 +80,9 @@ def export(
 
 
 def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> str | None:
-    """Waits for its turn, for verifying takes the device; then prints what was done and found, and gives the mark."""
+    """Wait for its turn, for verifying takes the device; then print what was done and found, and give the
+    mark.
+    """
     from lowmem_rmu.evaluation.multiple_choice import Interrupted
     from lowmem_rmu.export.formats import export as write
     from lowmem_rmu.export.verification import verification_tables
@@ -72,7 +96,12 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
         with (
             watched(to, "Export") as watcher,
             StatusWriter(status_file, watcher) as status,
-            turn(folder.path.parent.resolve(), folder.export_name, os.getpid(), wait_for(status, folder.path, "export")),
+            turn(
+                folder.path.parent.resolve(),
+                folder.export_name,
+                os.getpid(),
+                wait_for(status, folder.path, "export"),
+            ),
             present(folder.path),
         ):
             status.started("write")

@@ -12,12 +12,20 @@ from lowmem_rmu.errors import UserError
 
 
 def neighbors(
-    preset: Annotated[str, typer.Argument(help="The name of a preset, or the path of a YAML file: its model writes.")],
-    subjects: Annotated[list[str], typer.Argument(help="Subjects next to the topic that must stay, e.g. marketing accounting.")],
+    preset: Annotated[
+        str, typer.Argument(help="The name of a preset, or the path of a YAML file: its model writes.")
+    ],
+    subjects: Annotated[
+        list[str],
+        typer.Argument(help="Subjects next to the topic that must stay, e.g. marketing accounting."),
+    ],
     count: Annotated[int, typer.Option(min=1, help="Passages per subject.")] = 40,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a passage.")] = 100,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting of the preset.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting of the preset."),
+    ] = None,
     to: Annotated[Path, typer.Option(help="The file to write.")] = Path("neighbors.jsonl"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
@@ -54,8 +62,16 @@ def neighbors(
             print(f"Stopped. {to} was not written.", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
         save_passages(passages, to)
-        print(f"Wrote {len(passages)} passages to {to}. Read some of them: delete those that are about the topic itself.")
-        print(f"Then add the file to the retain set of the preset:\n  retain:\n    corpora:\n      - {{source: {as_source(to)}, share: 0.3}}")
+        print(
+            f"Wrote {len(passages)} passages to {to}. Read some of them: delete those that are about "
+            "the topic itself."
+        )
+        print(
+            "Then add the file to the retain set of the preset:\n"
+            "  retain:\n"
+            "    corpora:\n"
+            f"      - {{source: {as_source(to)}, share: 0.3}}"
+        )
 
 
 def as_source(file: Path) -> str:

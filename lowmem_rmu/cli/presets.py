@@ -10,13 +10,13 @@ from lowmem_rmu.presets import load_preset, preset_names
 
 
 def presets() -> None:
-    """Lists the presets."""
+    """List the presets."""
     quiet_libraries()
     Console().print(presets_table())
 
 
 def presets_table() -> Table:
-    """Every preset: model, size, memory, what is forgotten."""
+    """Make the table of the presets: model, size, memory, topics."""
     import torch
 
     from lowmem_rmu.model.memory import gib

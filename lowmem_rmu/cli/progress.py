@@ -64,13 +64,18 @@ class Bars:
     def __init__(self, console: Console, interrupts: Interrupts) -> None:
         # On a narrow terminal the figures are cut, not the counts.
         name = TextColumn("{task.description}", markup=False, table_column=Column(min_width=18, no_wrap=True))
-        count, left = MofNCompleteColumn(table_column=Column(min_width=9)), TimeRemainingColumn(table_column=Column(min_width=7))
+        count, left = (
+            MofNCompleteColumn(table_column=Column(min_width=9)),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+        )
         figures = TextColumn(
             "{task.fields[figures]}",
             markup=False,
             table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
         )
-        self.progress = Progress(name, BarColumn(bar_width=10), count, left, figures, console=console, expand=True)
+        self.progress = Progress(
+            name, BarColumn(bar_width=10), count, left, figures, console=console, expand=True
+        )
         self.interrupts = interrupts
         self.task = TaskID(0)
         self.stage = ""
@@ -115,7 +120,9 @@ class Lines:
             self._print(f"{self.stage}: {format_figures(figures)}")
         elif done and (now - self.last >= PLAIN_SECONDS or done == self.total):
             left = (now - self.began) / done * (self.total - done)
-            self._print(f"{self.stage} {done}/{self.total}  {format_figures(figures)}  about {left:.0f} s left")
+            self._print(
+                f"{self.stage} {done}/{self.total}  {format_figures(figures)}  about {left:.0f} s left"
+            )
             self.last = now
 
     def noted(self, sentence: str) -> None:
@@ -136,7 +143,7 @@ class Lines:
 
 @contextmanager
 def watched(folder: Path, called: str = "Run folder") -> Iterator[Bars | Lines]:
-    """Shows on stderr how far the work in a folder is, and hears Ctrl-C."""
+    """Show on stderr how far the work in a folder is, and hear Ctrl-C."""
     console, interrupts = Console(stderr=True), Interrupts()
     console.print(f"{called}: {folder}", highlight=False, soft_wrap=True)
     with interrupts.watched(), (Bars if console.is_terminal else Lines)(console, interrupts) as watcher:
@@ -144,11 +151,15 @@ def watched(folder: Path, called: str = "Run folder") -> Iterator[Bars | Lines]:
 
 
 def format_figures(figures: dict[str, float | str]) -> str:
-    return "  ".join(f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else str(value) for key, value in figures.items())
+    return "  ".join(
+        f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else str(value)
+        for key, value in figures.items()
+    )
 
 
 def wait_for(watcher: Watcher, folder: Path, job: str) -> Callable[[list[str]], None]:
-    """Return what a job does while others come first: show which, whenever that changes, and stop when asked to.
+    """Return what a job does while others come first: show which, whenever that changes, and stop when asked
+    to.
 
     The returned function raises Stopped.
     """

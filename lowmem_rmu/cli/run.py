@@ -24,18 +24,35 @@ from lowmem_rmu.turns import check_free, free_name, one_at_a_time, process_of, t
 
 
 def run(
-    preset: Annotated[str | None, typer.Argument(help="The name of a preset (see --list), or the path of a YAML file.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting; may be given again.")] = None,
+    preset: Annotated[
+        str | None, typer.Argument(help="The name of a preset (see --list), or the path of a YAML file.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a setting; may be given again."),
+    ] = None,
     runs_dir: Annotated[Path, typer.Option(help="Where run folders are kept.")] = Path("runs"),
-    name: Annotated[str | None, typer.Option(help="The run's name; the preset and the time if left out.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The run's name; the preset and the time if left out.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    stages: Annotated[str, typer.Option(help="Which stages to go through, with commas between them.")] = ",".join(STAGES),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run --name, or with the newest one of this preset.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would be loaded, downloaded and trained, and the memory; load nothing.")] = False,
+    stages: Annotated[
+        str, typer.Option(help="Which stages to go through, with commas between them.")
+    ] = ",".join(STAGES),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run --name, or with the newest one of this preset."),
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Print what would be loaded, downloaded and trained, and the memory; load nothing."
+        ),
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Loads a model in 4-bit, measures it, makes it forget, measures it again and writes a report."""
+    """Load a model in 4-bit, measures it, make it forget, measures it again and write a report."""
     quiet_libraries()
     with friendly_exit():
         if list_:
@@ -57,7 +74,7 @@ def run(
 
 
 def parse_stages(text: str) -> list[str]:
-    """The stages in their own order, whatever order they are named in."""
+    """Return the stages in their own order, whatever order they are named in."""
     named = [stage.strip() for stage in text.split(",") if stage.strip()]
     for stage in named:
         if stage not in STAGES:
@@ -68,7 +85,13 @@ def parse_stages(text: str) -> list[str]:
 
 
 def main_job(
-    preset_name: str, preset: Preset, runs_dir: Path, name: str | None, device: str, stages: list[str], resume: bool
+    preset_name: str,
+    preset: Preset,
+    runs_dir: Path,
+    name: str | None,
+    device: str,
+    stages: list[str],
+    resume: bool,
 ) -> RunFolder | None:
     """Go through the stages in a new run folder, or resume an old one, once the device is free.
 
@@ -117,10 +140,13 @@ def main_job(
 
 
 @contextmanager
-def device_turn(runs_dir: Path, name: str | None, preset_name: str, existing: RunFolder | None) -> Iterator[Path]:
+def device_turn(
+    runs_dir: Path, name: str | None, preset_name: str, existing: RunFolder | None
+) -> Iterator[Path]:
     """Choose the folder of a run and wait until the device is free. Yields the folder's path.
 
-    Raises UserError for a name that is taken and a run that is under way, and Stopped where a stop was requested meanwhile.
+    Raises UserError for a name that is taken and a run that is under way, and Stopped where a stop was
+    requested meanwhile.
     """
     if world_size() > 1:  # the processes of `accelerate launch` must not wait for each other
         yield existing.path if existing else new_path(runs_dir, name, preset_name)
@@ -153,14 +179,18 @@ def new_path(runs_dir: Path, name: str | None, preset_name: str) -> Path:
 
 
 def forget_old_stop(stop: Path) -> None:
-    """A stop that was asked for since this process started counts; an older one was for the process before it."""
+    """Remove the request to stop of an earlier process. One that was made since this process started
+    counts.
+    """
     with suppress(OSError):
         if stop.stat().st_mtime < psutil.Process().create_time():
             stop.unlink()
 
 
 class Waiting:
-    """What a run does while others come first: says so when their number changes, and hears when it is to stop."""
+    """What a run does while others come first: says so when their number changes, and hears when it is to
+    stop.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.before = path, list[str]()
@@ -175,12 +205,18 @@ class Waiting:
         self.check_stop()
         if before != self.before:
             self.before = before
-            print(f"Waiting: {', '.join(before)} in {self.path.parent} before this run.", file=sys.stderr, flush=True)
+            print(
+                f"Waiting: {', '.join(before)} in {self.path.parent} before this run.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextmanager
 def refusals_noted(path: Path) -> Iterator[None]:
-    """Why a run of the app could not begin, or not go on, stays in its folder: the app has written there that it waits."""
+    """Why a run of the app could not begin, or not go on, stays in its folder: the app has written there that
+    it waits.
+    """
     try:
         yield
     except UserError as error:
@@ -190,7 +226,9 @@ def refusals_noted(path: Path) -> Iterator[None]:
 
 
 def find_run(runs_dir: Path, name: str | None, preset_name: str, preset: Preset) -> RunFolder:
-    """The run to go on with. Raises UserError where there is none, or where its settings are others."""
+    """Return the run to go on with. Raises UserError where there is none, or where its settings are
+    others.
+    """
     if name is None:
         presets = {run: _preset_named_in(run) for run in RunFolder.all(runs_dir)}
         runs = [run for run, named in presets.items() if named == preset_name]
@@ -222,7 +260,7 @@ def _preset_named_in(run: RunFolder) -> str | None:
 
 
 def print_summary(folder: RunFolder, as_json: bool) -> None:
-    """The closing table and the verdict, or the summary as JSON."""
+    """Print the tables and the verdict, or the summary as JSON."""
     # Heavy libraries load only once there is work for them.
     from lowmem_rmu.evaluation.summary import NOT_AUDITED, Headline
 

@@ -7,7 +7,9 @@ from rich.table import Table
 
 
 def accuracy_table(summary: dict[str, Any]) -> Table:
-    """Accuracy in percent with its standard error; subjects only where they are few, or next to what is forgotten."""
+    """Accuracy in percent with its standard error; subjects only where they are few, or next to what is
+    forgotten.
+    """
     from lowmem_rmu.evaluation.compare import counted
     from lowmem_rmu.evaluation.statistics import LUCK
 
@@ -30,7 +32,9 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
 
 
 def _task(row: dict[str, Any]) -> str:
-    """A task, and how it was asked where that is unusual; its averages and subjects stand under it, without its name."""
+    """Return a task, and how it was asked where that is unusual; its averages and subjects stand under it,
+    without its name.
+    """
     from lowmem_rmu.evaluation.compare import asked_how
 
     if row["group"] is None:
@@ -39,23 +43,42 @@ def _task(row: dict[str, Any]) -> str:
 
 
 def text_table(summary: dict[str, Any]) -> Table:
-    """Losses on texts that training never saw; below them how far unlearned predicts from base, where that was measured."""
+    """Return losses on texts that training never saw; below them how far unlearned predicts from base, where
+    that was measured.
+    """
     title = "Loss on held-out text in nats a token (change ± standard error)"
     table = _table(title, ["Text", "Should be"], ["Tokens", "Base", "Unlearned", "Change", "Bits a byte"])
     for row in summary["texts"]:
-        base, unlearned, *bits = (_nats(row[key]) for key in ("base", "unlearned", "base_bits_per_byte", "unlearned_bits_per_byte"))
+        base, unlearned, *bits = (
+            _nats(row[key]) for key in ("base", "unlearned", "base_bits_per_byte", "unlearned_bits_per_byte")
+        )
         change = "-" if row["change"] is None else f"{_nats(row['change'])} ± {_nats(row['change_stderr'])}"
-        table.add_row(row["name"], row["role"], f"{row['tokens']:,}", base, unlearned, change, " → ".join(bits))
-    far = [f"{row['name']} {row['kl']:.4f} ± {row['kl_stderr']:.4f}" for row in summary["texts"] if row["kl"] is not None]
+        table.add_row(
+            row["name"], row["role"], f"{row['tokens']:,}", base, unlearned, change, " → ".join(bits)
+        )
+    far = [
+        f"{row['name']} {row['kl']:.4f} ± {row['kl_stderr']:.4f}"
+        for row in summary["texts"]
+        if row["kl"] is not None
+    ]
     table.caption = f"KL from base to unlearned in nats a token: {', '.join(far)}" if far else None
     return table
 
 
 def _table(title: str, left: list[str], right: list[str]) -> Table:
     """Narrow enough for 80 columns; where that is not enough, the names are folded, not the numbers."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in left + right:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=column != left[0], overflow="fold")
+        table.add_column(
+            column, justify="left" if column in left else "right", no_wrap=column != left[0], overflow="fold"
+        )
     return table
 
 

@@ -41,7 +41,9 @@ class Samples:
     prompts: list[list[int]] = field(default_factory=list)
     """Questions made of documents that training does not see, where there are any: for the guard."""
     guarded: list[list[int]] = field(default_factory=list)
-    """Sequences that training does not see either way: a few of those held out, or a few put aside for the guard."""
+    """Sequences that training does not see either way: a few of those held out, or a few put aside for the
+    guard.
+    """
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ PROSE = FormShares()
 
 @dataclass(frozen=True)
 class Batch:
-    """`input_ids` and `is_token` (False at padding) are `(batch, sequence)`; `attention_mask` is None where causality hides the padding."""
+    """`input_ids` and `is_token` (False at padding) are `(batch, sequence)`; `attention_mask` is None where
+    causality hides the padding.
+    """
 
     input_ids: Tensor
     is_token: Tensor
@@ -82,7 +86,11 @@ class Batch:
 
 
 def load_samples(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int, shares: FormShares = PROSE, is_guarded: bool = False
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    shares: FormShares = PROSE,
+    is_guarded: bool = False,
 ) -> Samples:
     """Read, split and tokenise a corpus, and add the samples in other forms that `shares` asks for.
 
@@ -103,7 +111,11 @@ def load_samples(
         train=prose + in_other_forms(passages, tokenizer, max_tokens, len(prose), shares),
         held_out=[piece.ids for piece in pieces],
         held_out_bytes=[piece.written for piece in pieces],
-        prompts=question_prompts(find_passages(held_out) if held_out else passages, GUARDED, tokenizer, "prompts") if is_guarded else [],
+        prompts=question_prompts(
+            find_passages(held_out) if held_out else passages, GUARDED, tokenizer, "prompts"
+        )
+        if is_guarded
+        else [],
         guarded=guarded,
     )
     if not samples.train:
@@ -112,22 +124,27 @@ def load_samples(
 
 
 def spread(sequences: list[list[int]], count: int) -> list[list[int]]:
-    """Return up to `count` of the sequences at equal distances: neighbors often come from the same document."""
+    """Return up to `count` of the sequences at equal distances: neighbors often come from the same
+    document.
+    """
     return [sequences[index] for index in _places(len(sequences), count)]
 
 
 def put_aside(sequences: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return what is left to train on, and up to `count` sequences that are not: at most one in `PUT_ASIDE`."""
+    """Return what is left to train on, and up to `count` sequences that are not: at most one in
+    `PUT_ASIDE`.
+    """
     chosen = set(_places(len(sequences), min(count, len(sequences) // PUT_ASIDE)))
     left = [ids for index, ids in enumerate(sequences) if index not in chosen]
     return left, [sequences[index] for index in sorted(chosen)]
 
 
 def mix(corpora: Sequence[list[list[int]]], shares: Sequence[float | None]) -> list[list[int]]:
-    """Return the samples of several corpora together, one corpus after the other, with some in given shares of the whole.
+    """Return the samples of several corpora together, one corpus after the other, with some in given shares
+    of the whole.
 
-    A corpus without a share keeps all of its samples, once. A corpus with one has its samples repeated or thinned out until
-    they make up that share; at least one corpus must have none.
+    A corpus without a share keeps all of its samples, once. A corpus with one has its samples repeated or
+    thinned out until they make up that share; at least one corpus must have none.
     """
     free = sum(len(samples) for samples, share in zip(corpora, shares, strict=True) if share is None)
     total = free / (1 - sum(share for share in shares if share is not None))
@@ -147,9 +164,15 @@ def _places(length: int, count: int) -> list[int]:
 
 
 def in_other_forms(
-    passages: list[Passage], tokenizer: PreTrainedTokenizerBase, max_tokens: int, prose: int, shares: FormShares
+    passages: list[Passage],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    prose: int,
+    shares: FormShares,
 ) -> list[list[int]]:
-    """Return questions and chat turns made of the passages of documents that give `prose` samples of prose."""
+    """Return questions and chat turns made of the passages of documents that give `prose` samples of
+    prose.
+    """
     return [
         *question_samples(passages, round(shares.questions * prose), tokenizer, max_tokens, "questions"),
         *chat_samples(passages, round(shares.chat * prose), tokenizer, max_tokens, "chat"),
@@ -160,9 +183,10 @@ def _why_nothing_is_trained_on(corpus: Corpus, documents: list[str], train: list
     source, count = corpus.source, len(documents)
     if documents and not train:
         return (
-            f"The corpus {source} has {count} document{'' if count == 1 else 's'}, "
-            f"and held_out ({corpus.held_out:g}) takes whole documents: none is left to train on.\n"
-            "Set held_out to 0, or give several documents: several files, or a .jsonl file with a text per line."
+            f"The corpus {source} has {count} document{'' if count == 1 else 's'}, and held_out ("
+            f"{corpus.held_out:g}) takes whole documents: none is left to train on.\n"
+            "Set held_out to 0, or give several documents: several files, or a .jsonl file with a "
+            "text per line."
         )
     if not documents and corpus.min_characters:
         least = corpus.min_characters
@@ -171,7 +195,7 @@ def _why_nothing_is_trained_on(corpus: Corpus, documents: list[str], train: list
 
 
 def read_documents(corpus: Corpus) -> list[str]:
-    """The documents of a corpus that hold any text, in their order."""
+    """Return the documents of a corpus that hold any text, in their order."""
     texts = list(_local_texts(corpus) if is_local(corpus.source) else _hub_texts(corpus))
     if corpus.title_matches is not None or corpus.title_excludes is not None:
         articles = wikitext_articles("\n".join(text.rstrip("\n") for text in texts))
@@ -191,7 +215,7 @@ def read_documents(corpus: Corpus) -> list[str]:
 
 
 def find_documents(corpus: Corpus) -> SourceFiles:
-    """The files of a local corpus. Raises UserError where there are none that can be read."""
+    """Return the files of a local corpus. Raises UserError where there are none that can be read."""
     path = Path(corpus.source)
     try:
         found = find_files(path, TEXT_FILES)
@@ -203,13 +227,18 @@ def find_documents(corpus: Corpus) -> SourceFiles:
 
 
 def wikitext_articles(text: str) -> list[tuple[str, str]]:
-    """Splits WikiText into `(title, article)`: a title stands as ` = Title = ` between empty lines."""
-    parts = _WIKITEXT_TITLE.split("\n" + text)  # so that a title in the first line has an empty one above it too
-    return [(title, f" = {title} = \n{article}") for title, article in zip(parts[1::2], parts[2::2], strict=True)]
+    """Split WikiText into `(title, article)`: a title stands as ` = Title = ` between empty lines."""
+    # So that a title in the first line has an empty one above it too.
+    parts = _WIKITEXT_TITLE.split("\n" + text)
+    return [
+        (title, f" = {title} = \n{article}") for title, article in zip(parts[1::2], parts[2::2], strict=True)
+    ]
 
 
 def split_held_out(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """`(train, held out)`: at least one document is held out where a share is asked for, the same ones every time."""
+    """`(train, held out)`: at least one document is held out where a share is asked for, the same ones every
+    time.
+    """
     if share == 0:
         return documents, []
     count = max(1, round(share * len(documents)))
@@ -220,12 +249,18 @@ def split_held_out(documents: list[str], share: float) -> tuple[list[str], list[
     )
 
 
-def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, split: bool) -> list[list[int]]:
-    """Sequences of 2 to `max_tokens` tokens; each starts with what the tokenizer puts in front of a text."""
+def tokenise(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, split: bool
+) -> list[list[int]]:
+    """Return sequences of 2 to `max_tokens` tokens; each starts with what the tokenizer puts in front of a
+    text.
+    """
     front = special_tokens(tokenizer).prefix
     room = max_tokens - len(front)
     sequences = []
-    for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
+    for ids in (
+        tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
+    ):
         pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
         sequences += [front + piece for piece in (pieces if split else pieces[:1])]
     return [sequence for sequence in sequences if len(sequence) >= 2]
@@ -234,18 +269,21 @@ def tokenise(documents: list[str], tokenizer: PreTrainedTokenizerBase, max_token
 class Batches:
     """The distinct batches of a corpus, and which of them comes at each position of an endless pass over it.
 
-    Both are functions of the arguments alone, so that a run can resume anywhere and what a batch gives can be cached. With a
-    `seed`, samples of like length share a batch (less padding) and every epoch has its own order; None keeps the corpus's order.
-    The last batch is filled up with the samples before it.
+    Both are functions of the arguments alone, so that a run can resume anywhere and what a batch gives can be
+    cached. With a `seed`, samples of like length share a batch (less padding) and every epoch has its own
+    order; None keeps the corpus's order. The last batch is filled up with the samples before it.
     """
 
     def __init__(self, sequences: list[list[int]], batch_size: int, seed: str | None) -> None:
         self.sequences, self.seed = sequences, seed
         order = list(range(len(sequences))) if seed is None else by_length(sequences, POOL * batch_size, seed)
-        self.members = [order[min(start, len(order) - batch_size) :][:batch_size] for start in range(0, len(order), batch_size)]
+        self.members = [
+            order[min(start, len(order) - batch_size) :][:batch_size]
+            for start in range(0, len(order), batch_size)
+        ]
 
     def at(self, position: int) -> int:
-        """The number of the batch at a position."""
+        """Return the number of the batch at a position."""
         epoch, place = divmod(position, len(self.members))
         return place if self.seed is None else _order(len(self.members), f"{self.seed} {epoch}")[place]
 
@@ -254,14 +292,18 @@ class Batches:
 
 
 def by_length(sequences: list[list[int]], pool: int, seed: str) -> list[int]:
-    """Indices of all sequences, shuffled; within every `pool` of them sorted by length, so that neighbours are of like length."""
+    """Return indices of all sequences, shuffled; within every `pool` of them sorted by length, so that
+    neighbours are of like length.
+    """
     shuffled = _order(len(sequences), seed)
     pools = [shuffled[start : start + pool] for start in range(0, len(shuffled), pool)]
     return [index for each in pools for index in sorted(each, key=lambda index: len(sequences[index]))]
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str, device: torch.device) -> Batch:
-    """One batch: padded on the right, causal attention already hides the padding and needs no mask; on the left it takes one."""
+    """Make one batch. Padding on the right is hidden by causal attention and needs no mask; on the left it
+    takes one.
+    """
     longest = max(map(len, sequences))
     input_ids = torch.full((len(sequences), longest), pad_id)
     is_token = torch.zeros((len(sequences), longest), dtype=torch.bool)
@@ -291,7 +333,7 @@ def _local_texts(corpus: Corpus) -> Iterator[str]:
 
 
 def _file_texts(path: Path, text_field: str) -> Iterator[str]:
-    """The documents of a file: all of it, or of a .jsonl file one per line."""
+    """Yield the documents of a file: all of it or, of a .jsonl file, one per line."""
     content = read_utf8(path).replace("\r\n", "\n").replace("\r", "\n")
     if path.suffix.lower() != ".jsonl":
         yield content
@@ -306,7 +348,9 @@ def _file_texts(path: Path, text_field: str) -> Iterator[str]:
                     f'{path}, line {line}: expected a JSON object with the key "{text_field}".{problem}'
                 ) from error
             except (LookupError, TypeError) as error:
-                raise UserError(f'{path}, line {line}: expected a JSON object with the key "{text_field}".') from error
+                raise UserError(
+                    f'{path}, line {line}: expected a JSON object with the key "{text_field}".'
+                ) from error
             if not isinstance(value, str):
                 raise UserError(f'{path}, line {line}: "{text_field}" is no text.')
             yield value

@@ -1,12 +1,16 @@
-"""Ordinary spelling for text that was taken apart into tokens, as WikiText is: `film , television` becomes `film, television`.
+"""Ordinary spelling for text that was taken apart into tokens, as WikiText is: `film , television` becomes
+`film, television`.
 
-A retain set of such text does not stand for ordinary English, and a model held in place on it alone may move on everything else.
+A retain set of such text does not stand for ordinary English, and a model held in place on it alone may move
+on everything else.
 """
 
 import re
 
 MARKS = re.compile(r" @([-,.])@ ")
-"""WikiText's signs for a hyphen, a comma or a full stop inside a word or number: `co @-@ star`, `2 @,@ 000`."""
+"""WikiText's signs for a hyphen, a comma or a full stop inside a word or number: `co @-@ star`, `2 @,@
+000`.
+"""
 HOLE = "<unk>"
 """WikiText's word for every rare word."""
 SPACED = re.compile(r"[^\s] [,.](?=\s|$)")
@@ -22,7 +26,9 @@ LOOKED_AT = 20_000
 
 
 def is_tokenized(text: str) -> bool:
-    """Tell whether commas and full stops of a text mostly stand apart from the words before them, or WikiText's marks are in it."""
+    """Tell whether commas and full stops of a text mostly stand apart from the words before them, or
+    WikiText's marks are in it.
+    """
     start = text[:LOOKED_AT]
     if MARKS.search(start):
         return True

@@ -73,16 +73,16 @@ class SourceFiles:
         return [readable(file.relative_to(self.path).as_posix()) for file in self.read]
 
     def sentence(self) -> str:
-        """What is read and what is left out, for people."""
+        """Return in words what is read and what is left out."""
         words = f"{len(self.read):,} file{'' if len(self.read) == 1 else 's'} ({_some(self.names)})"
         return f"{words}. Left out: {self.left_out_in_words()}" if self.left_out else words
 
     def left_out_in_words(self) -> str:
-        """Names and reasons."""
+        """Return names and reasons."""
         return _some([f"{name} ({reason})" for name, reason in self.left_out.items()])
 
     def record(self) -> dict[str, Any]:
-        """The same for `config.json`: names within the folder, and no path of the machine."""
+        """Return the same for `config.json`: names within the folder, and no path of the machine."""
         return {
             "files": len(self.read),
             "read": self.names[:NAMES_KEPT],
@@ -99,8 +99,8 @@ class SourceFiles:
 def find_files(path: Path, kinds: tuple[str, ...], recursive: bool = True) -> SourceFiles:
     """Sort out the files of a folder, and of its subfolders where `recursive`.
 
-    A file that was named itself is taken whatever its name. `kinds` are the suffixes that are read, in lower case.
-    Raises UserError where the path is neither a file nor a folder, or a file of another kind.
+    A file that was named itself is taken whatever its name. `kinds` are the suffixes that are read, in lower
+    case. Raises UserError where the path is neither a file nor a folder, or a file of another kind.
     """
     try:
         is_folder = path.is_dir()
@@ -134,7 +134,7 @@ def find_files(path: Path, kinds: tuple[str, ...], recursive: bool = True) -> So
 
 
 def _walk(folder: Path, found: SourceFiles, recursive: bool) -> Iterator[Path]:
-    """The files below a folder; folders that are not entered are noted as left out."""
+    """Yield the files below a folder; folders that are not entered are noted as left out."""
     for parent, folders, files in os.walk(folder, onerror=_unreadable):
         for name in sorted(folders):
             path = Path(parent) / name
@@ -165,7 +165,7 @@ def why_left_out(name: PurePath, kinds: tuple[str, ...]) -> str | None:
 
 
 def what_it_is(name: PurePath) -> str:
-    """What a file that is not read seems to be, by its name."""
+    """Return what a file that is not read seems to be, by its name."""
     suffix = name.suffix.lower()
     if suffix in OTHER_KINDS:
         return OTHER_KINDS[suffix][0]
@@ -173,12 +173,12 @@ def what_it_is(name: PurePath) -> str:
 
 
 def what_to_do(name: PurePath, kinds: tuple[str, ...]) -> str:
-    """How to make a file readable, by its name."""
+    """Return how to make a file readable, by its name."""
     return OTHER_KINDS.get(name.suffix.lower(), ("", f"Give a {in_words(kinds)} file."))[1]
 
 
 def nothing_to_read(found: SourceFiles, what: str, kinds: tuple[str, ...]) -> UserError:
-    """The mistake of a folder in which nothing can be read: what it holds instead, and what to do."""
+    """Return the mistake of a folder in which nothing can be read: what it holds instead, and what to do."""
     lines = [f"The {what} folder {found.path} holds no {in_words(kinds)} file."]
     if found.left_out:
         lines.append(f"Not read: {found.left_out_in_words()}.")
@@ -228,7 +228,7 @@ def _not_text(path: Path, content: bytes, why: str) -> UserError:
 
 
 def is_text(value: str) -> bool:
-    """Whether a tokenizer takes it: NUL characters and halves of surrogate pairs are no text."""
+    """Return whether a tokenizer takes it: NUL characters and halves of surrogate pairs are no text."""
     return not _NO_TEXT.search(value)
 
 
@@ -237,6 +237,6 @@ def in_words(kinds: tuple[str, ...]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,7 +1,8 @@
-"""Questions and chat turns made from running text, so that a retain set holds the forms in which a model is used.
+"""Questions and chat turns made from running text, so that a retain set holds the forms in which a model is
+used.
 
-A model that was only ever held in place on prose may treat every question as part of the topic. What these samples
-say matters little; that they have the form of a multiple-choice question or of a conversation does.
+A model that was only ever held in place on prose may treat every question as part of the topic. What these
+samples say matters little; that they have the form of a multiple-choice question or of a conversation does.
 """
 
 import random
@@ -47,20 +48,24 @@ Kind = Callable[[Passage, Sequence[Passage], int, random.Random], str | None]
 def find_passages(documents: Sequence[str]) -> list[Passage]:
     """Return the pairs of neighboring sentences of all documents, in their order.
 
-    Headings, tables, formulas and lists are left out: both sentences need at least `FEWEST_WORDS` words, most of them in
-    lower case, and an end such as a full stop.
+    Headings, tables, formulas and lists are left out: both sentences need at least `FEWEST_WORDS` words, most
+    of them in lower case, and an end such as a full stop.
     """
     passages = []
     for document in documents:
         for paragraph in document.split("\n"):
             sentences = SENTENCE_END.split(paragraph.strip())
             pairs = zip(sentences, sentences[1:], strict=False)
-            passages += [Passage(first, second) for first, second in pairs if _is_ordinary(first) and _is_ordinary(second)]
+            passages += [
+                Passage(first, second)
+                for first, second in pairs
+                if _is_ordinary(first) and _is_ordinary(second)
+            ]
     return passages
 
 
 def _is_ordinary(sentence: str) -> bool:
-    if len(sentence) > MOST_CHARACTERS or not sentence.rstrip("\"”’)").endswith((".", "!", "?")):
+    if len(sentence) > MOST_CHARACTERS or not sentence.rstrip('"”’)').endswith((".", "!", "?")):
         return False
     words = WORD.findall(sentence)
     in_lower_case = sum(word.islower() for word in words)
@@ -70,11 +75,13 @@ def _is_ordinary(sentence: str) -> bool:
 def question_samples(
     passages: Sequence[Passage], count: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: str
 ) -> list[list[int]]:
-    """Return up to `count` multiple-choice questions with their answers, as token ids, in the form of `evaluation.prompts`.
+    """Return up to `count` multiple-choice questions with their answers, as token ids, in the form of
+    `evaluation.prompts`.
 
-    Half ask which sentence follows another, half which word is missing. The other choices come from other passages, and
-    every letter is the right one equally often. A question that is longer than `max_tokens` gives way to one of the other
-    kind, or is left out: cut short it would lack its answer. Fewer than four passages make none.
+    Half ask which sentence follows another, half which word is missing. The other choices come from other
+    passages, and every letter is the right one equally often. A question that is longer than `max_tokens`
+    gives way to one of the other kind, or is left out: cut short it would lack its answer. Fewer than four
+    passages make none.
     """
     if len(passages) < len(LETTERS):
         return []
@@ -96,8 +103,12 @@ def question_samples(
     return list(fitting.values())
 
 
-def question_prompts(passages: Sequence[Passage], count: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> list[list[int]]:
-    """Return up to `count` questions about a missing word as token ids that end where the answer's letter would follow."""
+def question_prompts(
+    passages: Sequence[Passage], count: int, tokenizer: PreTrainedTokenizerBase, seed: str
+) -> list[list[int]]:
+    """Return up to `count` questions about a missing word as token ids that end where the answer's letter
+    would follow.
+    """
     if len(passages) < len(LETTERS):
         return []
     drawn = random.Random(seed)
@@ -108,13 +119,17 @@ def question_prompts(passages: Sequence[Passage], count: int, tokenizer: PreTrai
     return encode_texts(tokenizer, [text.rpartition(" ")[0] for text in texts if text])
 
 
-def _which_follows(passage: Passage, passages: Sequence[Passage], gold: int, drawn: random.Random) -> str | None:
+def _which_follows(
+    passage: Passage, passages: Sequence[Passage], gold: int, drawn: random.Random
+) -> str | None:
     others = [other.second for other in drawn.sample(passages, min(len(passages), DRAWN))]
     question = f"Which sentence follows this one? {passage.first}"
     return _question(_keyword(passage.first, drawn), question, passage.second, others, gold)
 
 
-def _which_is_missing(passage: Passage, passages: Sequence[Passage], gold: int, drawn: random.Random) -> str | None:
+def _which_is_missing(
+    passage: Passage, passages: Sequence[Passage], gold: int, drawn: random.Random
+) -> str | None:
     missing = _keyword(passage.second, drawn)
     with_gap = re.sub(rf"\b{re.escape(missing)}\b", "____", passage.second, count=1)
     others = [_keyword(other.first, drawn) for other in drawn.sample(passages, min(len(passages), DRAWN))]
@@ -123,7 +138,9 @@ def _which_is_missing(passage: Passage, passages: Sequence[Passage], gold: int, 
 
 
 def _question(about: str, question: str, right: str, others: Sequence[str], gold: int) -> str | None:
-    """Write a question with the right choice in the place `gold`; None where there are too few other choices."""
+    """Write a question with the right choice in the place `gold`; None where there are too few other
+    choices.
+    """
     choices = [choice for choice in dict.fromkeys(others) if choice != right][: len(LETTERS) - 1]
     if len(choices) < len(LETTERS) - 1:
         return None
@@ -141,15 +158,18 @@ def _keyword(sentence: str, drawn: random.Random) -> str:
 def chat_samples(
     passages: Sequence[Passage], count: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: str
 ) -> list[list[int]]:
-    """Return up to `count` conversations of one request and one answer as token ids, in the model's own chat template.
+    """Return up to `count` conversations of one request and one answer as token ids, in the model's own chat
+    template.
 
-    Those longer than `max_tokens` are cut there. A model without a template, or with one that cannot write such a
-    conversation, has none.
+    Those longer than `max_tokens` are cut there. A model without a template, or with one that cannot write
+    such a conversation, has none.
     """
     if not passages or not tokenizer.chat_template:
         return []
     order = _endless(passages, count, random.Random(seed))
-    conversations = [_conversation(passage, REQUESTS[number % len(REQUESTS)]) for number, passage in enumerate(order)]
+    conversations = [
+        _conversation(passage, REQUESTS[number % len(REQUESTS)]) for number, passage in enumerate(order)
+    ]
     try:
         texts = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in conversations]
     except Exception:  # templates are programs of their own: they raise whatever they like
@@ -160,7 +180,10 @@ def chat_samples(
 
 
 def _conversation(passage: Passage, request: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": request.format(passage.first)}, {"role": "assistant", "content": passage.second}]
+    return [
+        {"role": "user", "content": request.format(passage.first)},
+        {"role": "assistant", "content": passage.second},
+    ]
 
 
 def _endless(items: Sequence[Passage], count: int, drawn: random.Random) -> list[Passage]:

@@ -68,7 +68,7 @@ class QuestionSet:
 
 
 def load_questions(evaluation: Evaluation) -> list[QuestionSet]:
-    """Every task's questions, at most `limit` per task: the same sample every time.
+    """Load every task's questions, at most `limit` per task: the same sample every time.
 
     Raises UserError where two sets would have the same name: their answers would be taken for one another's.
     """
@@ -86,7 +86,9 @@ def load_questions(evaluation: Evaluation) -> list[QuestionSet]:
 
 
 def load_task(name: str, task: Task) -> list[QuestionSet]:
-    """One set, or one a subject. Raises UserError for what is missing, empty or malformed, with file and line."""
+    """Load a task as one set, or as one per subject. Raises UserError for what is missing, empty or
+    malformed, with file and line.
+    """
     where = f"evaluation.tasks.{name}"
     subjects = _chosen(_read(task, task.split), task.subjects, f"{where}.subjects", task.source)
     _chosen(subjects, task.adjacent, f"{where}.adjacent", task.source)
@@ -102,7 +104,10 @@ def load_task(name: str, task: Task) -> list[QuestionSet]:
             questions=tuple(subjects[subject]),
             examples=examples.get(subject, ()),
             scoring=task.scoring,
-            averages=(*([task.group] if task.group else []), *(average for average, within in task.averages.items() if subject in within)),
+            averages=(
+                *([task.group] if task.group else []),
+                *(average for average, within in task.averages.items() if subject in within),
+            ),
         )
 
     return [question_set(subject) for subject in sorted(subjects, key=str)]
@@ -151,11 +156,15 @@ def unasked_subjects(sets: list[QuestionSet]) -> dict[str, list[str]]:
 def _sample(each: QuestionSet, count: int) -> QuestionSet:
     there = len(each.questions)
     chosen = sorted(random.Random(0).sample(range(there), count))
-    return replace(each, questions=tuple(each.questions[index] for index in chosen), sampled_from=there if count < there else None)
+    return replace(
+        each,
+        questions=tuple(each.questions[index] for index in chosen),
+        sampled_from=there if count < there else None,
+    )
 
 
 def _chosen(subjects: Subjects, names: list[str] | None, where: str, source: str) -> Subjects:
-    """Raises UserError where one of the names is no subject."""
+    """Raise UserError where one of the names is no subject."""
     unknown = sorted(set(names or []) - {subject for subject in subjects if subject})
     if unknown:
         raise UserError(f"{where} names {', '.join(unknown)}, which {source} does not hold.")
@@ -163,7 +172,7 @@ def _chosen(subjects: Subjects, names: list[str] | None, where: str, source: str
 
 
 def _examples(task: Task, subjects: list[str | None]) -> dict[str | None, tuple[Question, ...]]:
-    """The first questions of the examples' split, as the harness's `first_n` takes them."""
+    """Return the first questions of the examples' split, as the harness's `first_n` takes them."""
     if is_local(task.source) and Path(task.source).is_file():
         raise UserError(
             f"num_fewshot is {task.num_fewshot}, but {task.source} is a single file: its questions would be "
@@ -190,9 +199,9 @@ def _read(task: Task, split: str) -> Subjects:
 def find_questions(task: Task, split: str) -> tuple[SourceFiles, dict[str | None, Path]]:
     """Find the files of a local task for one split, and the file of each subject.
 
-    A single file has the subject None. In a folder, `owls_dev.jsonl` and `dev.jsonl` belong to the split `dev`
-    alone; a name without a split belongs to the task's own split. Raises UserError where there are none, or two
-    are the same subject.
+    A single file has the subject None. In a folder, `owls_dev.jsonl` and `dev.jsonl` belong to the split
+    `dev` alone; a name without a split belongs to the task's own split. Raises UserError where there are
+    none, or two are the same subject.
     """
     path = Path(task.source)
     has_folder = os.path.isdir(path / split)
@@ -259,7 +268,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a CSV file with MMLU's columns in any order under a header, or in MMLU's order without one."""
+    """Yield the rows of a CSV file: MMLU's columns in any order under a header, or in MMLU's order without
+    one.
+    """
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""))
     columns: list[str] | None = None
     try:
@@ -287,7 +298,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _columns(first: list[str], where: str) -> list[str]:
-    """The columns by the first row of a file: a header's names, or MMLU's where it is a question already."""
+    """Return the columns by the first row of a file: a header's names, or MMLU's where it is a question
+    already.
+    """
     names = [_name(field) for field in first]
     if {"question", "answer"} <= set(names):
         if len(set(names)) < len(names):
@@ -303,7 +316,7 @@ def _columns(first: list[str], where: str) -> list[str]:
 
 
 def _name(field: str) -> str:
-    """A column's name: in any case, and the choices also by their letters."""
+    """Return a column's name: in any case, and the choices also by their letters."""
     name = field.strip().lower()
     return f"choice{LETTERS.lower().index(name)}" if name in tuple(LETTERS.lower()) else name
 
@@ -319,13 +332,17 @@ def _from_hub(task: Task, split: str) -> Subjects:
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
-    """Checks one row: `answer` is 0 to 3 (0 is the first choice), or a letter."""
+    """Check one row: `answer` is 0 to 3 (0 is the first choice), or a letter."""
     if not isinstance(row, dict) or not {"question", "choices", "answer"} <= row.keys():
         raise UserError(f"{where}: a question needs the keys question, choices and answer.")
     question, choices, gold = row["question"], row["choices"], _gold(row["answer"])
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: the question is empty or no text.")
-    if not isinstance(choices, list) or len(choices) != len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) != len(LETTERS)
+        or not all(isinstance(choice, str) for choice in choices)
+    ):
         raise UserError(f"{where}: a question needs {len(LETTERS)} choices, all of them text.")
     if not is_text("".join((question, *choices))):
         raise UserError(
@@ -340,7 +357,9 @@ def _question(row: dict[str, Any], where: str) -> Question:
 
 
 def _gold(answer: Any) -> int | None:
-    """The index of the right choice, of a letter or of a number from 0, also written 1.0; None for anything else."""
+    """Return the index of the right choice, of a letter or of a number from 0, also written 1.0; None for
+    anything else.
+    """
     if isinstance(answer, str):
         text = answer.strip()
         if text in tuple(LETTERS):

@@ -12,7 +12,7 @@ Sources = dict[str, list[SourceFiles]]
 
 
 def corpora_of(preset: Preset) -> dict[str, Corpus]:
-    """Every corpus of a preset, by its dotted path."""
+    """Return every corpus of a preset by its dotted path."""
     corpora = {f"topics.{name}.corpus": topic.corpus for name, topic in preset.topics.items()}
     return corpora | {f"retain.corpora.{index}": corpus for index, corpus in enumerate(preset.retain.corpora)}
 
@@ -25,7 +25,7 @@ def find_sources(preset: Preset, with_texts: bool) -> Sources:
 
 
 def find_task_sources(evaluation: Evaluation) -> Sources:
-    """The local files of all tasks. Raises UserError for what cannot be read."""
+    """Return the local files of all tasks. Raises UserError for what cannot be read."""
     sources: Sources = {}
     for name, task in evaluation.tasks.items():
         if is_local(task.source):
@@ -37,12 +37,12 @@ def find_task_sources(evaluation: Evaluation) -> Sources:
 
 
 def sources_record(sources: Sources) -> dict[str, list[dict[str, Any]]]:
-    """The same for `config.json`."""
+    """Return the same for `config.json`."""
     return {place: [found.record() for found in several] for place, several in sources.items()}
 
 
 def sentences(sources: Sources, only_partly_read: bool) -> list[str]:
-    """A line per source for people: of all, or only of those that leave something out."""
+    """Return a line per source for people: of all, or only of those that leave something out."""
     return [
         f"{place}: {found.sentence()}"
         for place, several in sources.items()

@@ -11,7 +11,9 @@ from lowmem_rmu.model.special_tokens import special_tokens
 
 @dataclass(frozen=True)
 class Piece:
-    """A sequence of a text's tokens, and the bytes of the text that are predicted in it (a first token is not)."""
+    """A sequence of a text's tokens, and the bytes of the text that are predicted in it (a first token is
+    not).
+    """
 
     ids: list[int]
     written: int
@@ -26,9 +28,11 @@ def encode_texts(tokenizer: Callable[..., Any], texts: Sequence[str]) -> list[li
 
 
 def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, split: bool) -> list[Piece]:
-    """Return a text's pieces of 2 to `max_tokens` tokens (without `split` only the first), each with the tokenizer's prefix.
+    """Return a text's pieces of 2 to `max_tokens` tokens (without `split` only the first), each with the
+    tokenizer's prefix.
 
-    Where tokens part inside a character of several bytes, all of it counts for the later piece, so that the pieces' bytes add up.
+    Where tokens part inside a character of several bytes, all of it counts for the later piece, so that the
+    pieces' bytes add up.
     """
     prefix = special_tokens(tokenizer).prefix
     room = max_tokens - len(prefix)
@@ -44,8 +48,12 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, s
 
 
 def _with_places(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Callable[[int], int]]:
-    """Return a text's token ids, and a function from a token's number to the character of the text where it begins."""
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    """Return a text's token ids, and a function from a token's number to the character of the text where it
+    begins.
+    """
+    encoded = tokenizer(
+        text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
+    )
     ids: list[int] = list(encoded["input_ids"])
 
     def character_of(number: int) -> int:
@@ -53,7 +61,8 @@ def _with_places(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
             return 0 if number == 0 else len(text)
         if tokenizer.is_fast:
             return int(encoded["offset_mapping"][number][0])
-        # A tokenizer written in Python knows no places: what its tokens decode to, without half a character at the end.
+        # A tokenizer written in Python knows no places: what its tokens decode to, without half a character
+        # at the end.
         return min(len(str(tokenizer.decode(ids[:number])).rstrip("\ufffd")), len(text))
 
     return ids, character_of

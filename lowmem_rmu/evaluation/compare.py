@@ -62,12 +62,16 @@ Grade = Literal["yes", "partly", "no", "inconclusive", "unknown"]
 
 @dataclass(frozen=True)
 class Row:
-    """One task or subject, or several together. Accuracies and their changes are shares; None is what was not measured."""
+    """One task or subject, or several together. Accuracies and their changes are shares; None is what was not
+    measured.
+    """
 
     task: str
     group: str | None
     is_group: bool
-    """Whether it sums up other rows: all subjects of a task or, where `is_average` too, some of them or several tasks."""
+    """Whether it sums up other rows: all subjects of a task or, where `is_average` too, some of them or
+    several tasks.
+    """
     role: Role
     questions: int
     base: float
@@ -118,7 +122,7 @@ class Pairs:
 
     @classmethod
     def together(cls, several: Iterable["Pairs"]) -> "Pairs":
-        """The same questions in one."""
+        """Return the same questions in one."""
         sums = [(each.questions, each.known, each.lost, each.gained) for each in several]
         return cls(*(sum(column) for column in zip(*sums, strict=True)))
 
@@ -158,7 +162,8 @@ class Pairs:
     @property
     def undecided(self) -> float:
         """The statistic that leaves a loss inconclusive: against what may be lost or, where more was lost,
-        against no loss at all."""
+        against no loss at all.
+        """
         score = change_score(self.lost, self.gained, self.questions, -KEPT_LOSS)
         if self.change >= -KEPT_LOSS:
             return score
@@ -187,53 +192,65 @@ class Side:
 
     @classmethod
     def of(cls, sets: list[QuestionSet], answers: list[Answer]) -> "Side":
-        return cls(score(sets, answers, seconds=1.0), _gathered((row["task"], row["correct"]) for row in answers))
+        return cls(
+            score(sets, answers, seconds=1.0), _gathered((row["task"], row["correct"]) for row in answers)
+        )
 
     def figures(self, part: Part) -> dict[str, Any]:
         """Accuracy, standard error, letters and confidence."""
         return self.scores["groups" if part.is_group else "tasks"][part.name]
 
     def marks(self, part: Part) -> list[bool]:
-        """Whether each answer is right."""
+        """Return whether each answer is right."""
         return [mark for each in part.sets for mark in self.correct[each.name]]
 
 
-def compare_tasks(sets: list[QuestionSet], answers_base: list[Answer], answers_unlearned: list[Answer] | None) -> list[Row]:
-    """A row a set, and one for all that several sets are told together; the change's standard error is that of the paired differences."""
+def compare_tasks(
+    sets: list[QuestionSet], answers_base: list[Answer], answers_unlearned: list[Answer] | None
+) -> list[Row]:
+    """Return a row a set, and one for all that several sets are told together; the change's standard error is
+    that of the paired differences.
+    """
     base = Side.of(sets, answers_base)
     unlearned = Side.of(sets, answers_unlearned) if answers_unlearned else None
     return [_row(part, base, unlearned) for part in _parts(sets)]
 
 
-def compare_texts(roles: dict[str, Role], base: dict[str, Any], unlearned: dict[str, Any] | None) -> list[dict[str, Any]]:
+def compare_texts(
+    roles: dict[str, Role], base: dict[str, Any], unlearned: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     """Held-out losses in nats per token, and how far unlearned predicts from base (`kl`, in nats too) where
-    that was measured."""
+    that was measured.
+    """
     rows = []
     for name, before in base.items():
         after = (unlearned or {}).get(name)
         change, change_stderr = _text_change(before, after) if after else (None, None)
-        rows.append({
-            "name": name,
-            "role": roles[name],
-            "tokens": before["tokens"],
-            "sequences": before.get("sequences"),
-            "base": before["loss"],
-            "base_stderr": before["stderr"],
-            "unlearned": after and after["loss"],
-            "unlearned_stderr": after and after["stderr"],
-            "change": change,
-            "change_stderr": change_stderr,
-            "base_bits_per_byte": before["bits_per_byte"],
-            "unlearned_bits_per_byte": after and after["bits_per_byte"],
-            "kl": after and after.get("kl"),
-            "kl_stderr": after and after.get("kl_stderr"),
-        })
+        rows.append(
+            {
+                "name": name,
+                "role": roles[name],
+                "tokens": before["tokens"],
+                "sequences": before.get("sequences"),
+                "base": before["loss"],
+                "base_stderr": before["stderr"],
+                "unlearned": after and after["loss"],
+                "unlearned_stderr": after and after["stderr"],
+                "change": change,
+                "change_stderr": change_stderr,
+                "base_bits_per_byte": before["bits_per_byte"],
+                "unlearned_bits_per_byte": after and after["bits_per_byte"],
+                "kl": after and after.get("kl"),
+                "kl_stderr": after and after.get("kl_stderr"),
+            }
+        )
     return rows
 
 
 def _text_change(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]:
-    """The change of the loss per token with its standard error: paired by sequence or, of older measurements,
-    an upper bound."""
+    """Return the change of the loss per token with its standard error: paired by sequence or, of older
+    measurements, an upper bound.
+    """
     change = after["loss"] - before["loss"]
     sums, counts = [each.get("sequence_losses") for each in (before, after)], before.get("sequence_tokens")
     if not counts or not all(sums):
@@ -244,7 +261,8 @@ def _text_change(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, 
 
 def verdict(rows: list[Row], texts: list[dict[str, Any]]) -> dict[str, Any]:
     """`forgotten` and `kept`, a `Grade` each by the rule above, and sentences that say what was lost and what
-    was not."""
+    was not.
+    """
     forgotten: list[Grade] = []
     kept: list[Grade] = []
     sentences: list[str] = []
@@ -302,20 +320,28 @@ def asked_how(num_fewshot: int | None, scoring: str | None) -> str:
 
 
 def _parts(sets: list[QuestionSet]) -> Iterator[Part]:
-    """Every task; one with subjects as a whole, then its averages, then its subjects; averages over tasks after the last of these."""
+    """Yield every task: one with subjects as a whole, then its averages, then its subjects; averages over
+    tasks after the last of these.
+    """
     tasks = _gathered((each.group or each.name, each) for each in sets)
     averages = sorted(_gathered((name, each) for each in sets for name in each.averages).items())
     for task, members in tasks.items():
         if members[0].group:
             yield Part(task, None, members, is_group=True)
-            yield from (Part(name, task, some, True, True) for name, some in averages if _are_some_of(some, members))
+            yield from (
+                Part(name, task, some, True, True) for name, some in averages if _are_some_of(some, members)
+            )
         for each in sorted(members, key=lambda each: each.role != "adjacent"):  # damage shows there first
             yield Part(each.name, each.group, [each])
-        yield from (Part(name, None, over, True, True) for name, over in averages if over[0] not in members and over[-1] in members)
+        yield from (
+            Part(name, None, over, True, True)
+            for name, over in averages
+            if over[0] not in members and over[-1] in members
+        )
 
 
 def _gathered(named: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
-    """All that goes by the same name, in its order."""
+    """Group by name, in the order of first occurrence."""
     by_name: dict[str, list[Any]] = {}
     for name, each in named:
         by_name.setdefault(name, []).append(each)
@@ -323,14 +349,24 @@ def _gathered(named: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _are_some_of(some: list[QuestionSet], members: list[QuestionSet]) -> bool:
-    """Whether an average says what neither a subject nor the whole does."""
+    """Return whether an average says what neither a subject nor the whole does."""
     return 1 < len(some) < len(members) and all(each in members for each in some)
 
 
 def _row(part: Part, base: Side, unlearned: Side | None) -> Row:
     figures, sets = base.figures(part), part.sets
     row = Row(
-        part.name, part.group, part.is_group, _role(sets), figures["questions"], figures["accuracy"], figures["stderr"], None, None, None, None,
+        part.name,
+        part.group,
+        part.is_group,
+        _role(sets),
+        figures["questions"],
+        figures["accuracy"],
+        figures["stderr"],
+        None,
+        None,
+        None,
+        None,
         is_average=part.is_average,
         sampled_from=_sampled_from(part),
         num_fewshot=_same(len(each.examples) for each in sets),
@@ -338,24 +374,26 @@ def _row(part: Part, base: Side, unlearned: Side | None) -> Row:
         base_letters=_letters(figures),
         base_confidence=figures["confidence"],
         base_balanced=figures["balanced"],
-    )  # fmt: skip
+    )
     return row if unlearned is None else replace(row, **_measured_after(part, base, unlearned))
 
 
 def _role(sets: list[QuestionSet]) -> Role:
-    """The expectation of those that are not singled out as adjacent; none where theirs differ."""
+    """Return the expectation of those that are not singled out as adjacent; none where theirs differ."""
     roles = {each.role for each in sets}
     return "adjacent" if roles == {"adjacent"} else _same(roles - {"adjacent"}) or "measured"
 
 
 def _same(values: Iterable[Any]) -> Any:
-    """The value that all share; None where they differ."""
+    """Return the value that all share; None where they differ."""
     different = set(values)
     return different.pop() if len(different) == 1 else None
 
 
 def _sampled_from(part: Part) -> int | None:
-    """Questions before `limit`, with those of subjects that got none; None where it left nothing out."""
+    """Return questions before `limit`, with those of subjects that got none; None where it left nothing
+    out.
+    """
     there = sum(each.sampled_from or len(each.questions) for each in part.sets)
     unasked = {subject for each in part.sets for subject in each.unasked} if part.is_group else set()
     if part.is_average:
@@ -366,7 +404,7 @@ def _sampled_from(part: Part) -> int | None:
 
 
 def _measured_after(part: Part, base: Side, unlearned: Side) -> dict[str, Any]:
-    """What a row says of unlearned, and of how it differs from base."""
+    """Return the fields of a row about unlearned, and about its difference from base."""
     figures, pairs = unlearned.figures(part), list(zip(base.marks(part), unlearned.marks(part), strict=True))
     lost, gained = pairs.count((True, False)), pairs.count((False, True))
     change, change_stderr = _mean([after - before for before, after in pairs])
@@ -396,7 +434,7 @@ def _mean(values: list[int]) -> tuple[float, float]:
 
 
 def _titled(row: Row) -> str:
-    """The name, with what its numbers must not be read without."""
+    """Return the name, with what its numbers must not be read without."""
     sample = f"{counted(row.questions, row.sampled_from)} questions" if row.sampled_from else ""
     notes = ", ".join(filter(None, (asked_how(row.num_fewshot, row.scoring), sample)))
     return f"{row.task} ({notes})" if notes else row.task
@@ -439,7 +477,8 @@ def _judge_forgotten(row: Row, pairs: Pairs) -> tuple[Grade, str]:
 
 def _judge_kept(row: Row, pairs: Pairs, among_others: bool) -> tuple[Grade, str]:
     """`among_others`: it is graded together with others, so that it may be too small to say something for
-    itself."""
+    itself.
+    """
     grade, is_significant = pairs.kept, pairs.p_value < LUCK
     if not is_significant and (grade == "yes" or row.role == "measured"):
         kept = "kept: " if grade == "yes" else ""
@@ -459,7 +498,8 @@ def _judge_kept(row: Row, pairs: Pairs, among_others: bool) -> tuple[Grade, str]
 
 def _judge_together(staying: list[tuple[Row, Pairs]], is_some_kept: bool) -> tuple[Grade, list[str]]:
     """Grade all questions that should stay, and look for damage in each task and subject; `is_some_kept`: a
-    task is kept for itself."""
+    task is kept for itself.
+    """
     leaves = [pairs for row, pairs in staying if not row.is_group]
     whole = Pairs.together(leaves)
     grade = whole.kept
@@ -490,7 +530,7 @@ def _judge_together(staying: list[tuple[Row, Pairs]], is_some_kept: bool) -> tup
 
 
 def _needed(asked: int, score: float, unit: str = "questions") -> str:
-    """How many would decide, in words."""
+    """Return in words how many questions would decide."""
     number = questions_needed(asked, score)
     if number is None:
         return f"More {unit} would hardly decide it: what was measured is the limit itself."
@@ -508,10 +548,16 @@ def _hardly_chooses(row: Row) -> str:
     letter = row.unlearned_letters.index(share)
     if share <= most or row.base_letters[letter] > most:
         return ""
-    words = f"unlearned answers {LETTERS[letter]} to {share:.0%} of the questions: it hardly chooses any more, which is not the same as guessing."
+    words = (
+        f"unlearned answers {LETTERS[letter]} to {share:.0%} of the questions: it hardly chooses any "
+        "more, which is not the same as guessing."
+    )
     if row.unlearned_balanced is None:
         return words
-    return f"{words} With every right letter weighted the same, {row.unlearned_balanced:.1%} are right (guessing: {row.chance:.0%})."
+    return (
+        f"{words} With every right letter weighted the same, {row.unlearned_balanced:.1%} are right "
+        f"(guessing: {row.chance:.0%})."
+    )
 
 
 def _judge_text(text: dict[str, Any]) -> tuple[Grade, str]:
@@ -539,7 +585,7 @@ def _judge_text(text: dict[str, Any]) -> tuple[Grade, str]:
 
 
 def _overall(grades: list[Grade]) -> Grade:
-    """One grade for all: *yes* only where all are; what is inconclusive hides neither a *no* nor a *partly*."""
+    """Combine grades: *yes* only where all are; an inconclusive one hides neither a *no* nor a *partly*."""
     known = set(grades) - {"unknown"}
     if not known:
         return "unknown"

@@ -1,4 +1,6 @@
-"""A model behind an OpenAI-compatible server is asked the same prompts over HTTP: the way to models that are not there to be loaded."""
+"""A model behind an OpenAI-compatible server is asked the same prompts over HTTP: the way to models that are
+not there to be loaded.
+"""
 
 import math
 import os
@@ -19,24 +21,40 @@ import httpx
 
 from lowmem_rmu.data.questions import LETTERS, QuestionSet
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, Interrupted, as_row, ask, by_prompt, score
+from lowmem_rmu.evaluation.multiple_choice import (
+    Answer,
+    Evaluated,
+    Interrupted,
+    as_row,
+    ask,
+    by_prompt,
+    score,
+)
 
 KEY = "OPENAI_API_KEY"
 AT_ONCE = 8  # requests
-TRIES, FIRST_TRIES = 7, 3  # the second, as long as the server has never been heard of: its address may be wrong
+# The second, as long as the server has never been heard of: its address may be wrong.
+TRIES, FIRST_TRIES = (
+    7,
+    3,
+)
 FIRST_WAIT = 1.0  # seconds; every further one takes twice as long
 LONGEST_WAIT = 300.0  # a server that asks for more is asked again another day
 TIMEOUT = httpx.Timeout(180.0, connect=20.0)  # a small machine takes its time over a few-shot prompt
 LONGEST_REPLY = 2**20  # bytes; one token with 20 log-probabilities takes a few thousand
 LONGEST_READING = 300.0  # seconds from the first byte of a reply to its last
 FEWER: dict[int, int | None] = {20: 5, 5: None}
-"""How many of the likeliest tokens to ask for next where a server refuses so many: chats give 20 at most, old completions 5."""
+"""How many of the likeliest tokens to ask for next where a server refuses so many: chats give 20 at most, old
+completions 5.
+"""
 REFUSED = (400, 403, 422)
 KEPT = "The answers so far are kept: the same command goes on from there."
 
 
 class Reply(NamedTuple):
-    """Log-probabilities of the four letters, and the index of the one that is answered; None where the server gives none, or no letter."""
+    """Log-probabilities of the four letters, and the index of the one that is answered; None where the server
+    gives none, or no letter.
+    """
 
     logprobs: list[float] | None
     chosen: int | None
@@ -44,14 +62,17 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model by its name on a server. A `url` may name `/completions` or `/chat/completions` itself; of one that ends in `/v1` the latter
-    is asked."""
+    """A model by its name on a server. A `url` may name `/completions` or `/chat/completions` itself; of one
+    that ends in `/v1` the latter is asked.
+    """
 
     url: str
     model: str
 
     def __post_init__(self) -> None:
-        """Raises UserError for what is no such URL, and for one that holds a secret: it would be written down with the URL."""
+        """Raise UserError for what is no such URL, and for one that holds a secret: it would be written down
+        with the URL.
+        """
         try:
             url = httpx.URL(self.address)
             url.raw_host.decode().encode("idna")
@@ -79,14 +100,16 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Form:
-    """How a server is asked: for a chat or a completion, under what name for the length, and for how many of the likeliest tokens."""
+    """How a server is asked: for a chat or a completion, under what name for the length, and for how many of
+    the likeliest tokens.
+    """
 
     chat: bool
     length: str = "max_tokens"
     top: int | None = 20
 
     def request(self, model: str, context: str) -> dict[str, Any]:
-        """Asks for one token, the likeliest."""
+        """Ask for one token, the likeliest."""
         body = {"model": model, self.length: 1, "temperature": 0}
         if self.chat:
             body |= {"messages": [{"role": "user", "content": context}]}
@@ -94,7 +117,9 @@ class Form:
         return body | {"prompt": context} | ({"logprobs": self.top} if self.top else {})
 
     def lesser(self, complaint: str) -> "Form | None":
-        """What to ask instead, without what the server's complaint names; None where it names nothing that can be left out."""
+        """Return the request without the parameters that the server's complaint names; None where none of
+        them can be left out.
+        """
         if self.chat and self.length == "max_tokens" and "max_tokens" in complaint:
             return replace(self, length="max_completion_tokens")
         if self.top and "logprobs" in complaint:
@@ -109,15 +134,20 @@ def evaluate_endpoint(
     keep: Callable[[list[Answer]], None] = lambda answers: None,
     progress: Callable[[int, float], bool] = lambda done, accuracy: False,
 ) -> Evaluated:
-    """Asks every question of the sets, as `multiple_choice.evaluate` does of a model in memory.
+    """Ask every question of the sets, as `multiple_choice.evaluate` does of a model in memory.
 
-    `known` are rows of an earlier evaluation of this endpoint by the digest of their prompt, which is not asked again (whole rows, since
-    not every server gives log-probabilities); `keep` and `progress` as there. Raises UserError and Interrupted.
+    `known` are rows of an earlier evaluation of this endpoint by the digest of their prompt, which is not
+    asked again (whole rows, since not every server gives log-probabilities); `keep` and `progress` as there.
+    Raises UserError and Interrupted.
     """
     _refuse_cloze(sets)
     started, everything = time.monotonic(), ask(sets)
     places = by_prompt(everything)
-    replies = {digest: Reply(row["logprobs"], row["answer"]) for digest, row in (known or {}).items() if digest in places}
+    replies = {
+        digest: Reply(row["logprobs"], row["answer"])
+        for digest, row in (known or {}).items()
+        if digest in places
+    }
     before = [as_row(each, *reply) for digest, reply in replies.items() for each in places[digest]]
     done, correct = len(before), sum(row["correct"] for row in before)
     contexts = {digest: same[0].prompt.context for digest, same in places.items() if digest not in replies}
@@ -132,7 +162,9 @@ def evaluate_endpoint(
     answers = [as_row(each, *replies[each.prompt.digest]) for each in everything]
     scores = score(sets, answers, time.monotonic() - started)
     unanswered = sum(row["answer"] is None for row in answers)
-    return Evaluated(scores | {"known_before": len(before), "cut_prompts": 0, "unanswered": unanswered}, answers)
+    return Evaluated(
+        scores | {"known_before": len(before), "cut_prompts": 0, "unanswered": unanswered}, answers
+    )
 
 
 def _refuse_cloze(sets: list[QuestionSet]) -> None:
@@ -146,10 +178,15 @@ def _refuse_cloze(sets: list[QuestionSet]) -> None:
 
 
 def _ask_all(endpoint: Endpoint, contexts: Mapping[str, str]) -> Generator[tuple[str, Reply]]:
-    """Digests and replies, as they come. The first prompt is asked alone, so that what is wrong, or refused, is found out only once."""
+    """Yield digests and replies as they come. The first prompt is asked alone, so that a refusal is found out
+    only once.
+    """
     url = httpx.URL(endpoint.address)
-    direct = {f"all://{url.netloc.decode()}": None} if _is_loopback(url.host) else {}  # a proxy would be told the key in plain text
-    with httpx.Client(headers=_authorisation(url), timeout=TIMEOUT, mounts=direct, follow_redirects=False) as client:
+    # A proxy would be told the key in plain text.
+    direct = {f"all://{url.netloc.decode()}": None} if _is_loopback(url.host) else {}
+    with httpx.Client(
+        headers=_authorisation(url), timeout=TIMEOUT, mounts=direct, follow_redirects=False
+    ) as client:
         server, waiting = _Server(endpoint, client), iter(contexts.items())
         for digest, context in islice(waiting, 1):
             yield digest, server.reply(context)
@@ -168,7 +205,9 @@ def _key() -> str:
 
 
 def _authorisation(url: httpx.URL) -> dict[str, str]:
-    """The header that holds the key, where there is one: nothing but the client gets to hold it. Raises UserError rather than tell it."""
+    """Return the header that holds the key, where there is one: nothing but the client gets to hold it.
+    Raises UserError rather than tell it.
+    """
     key = _key()
     if key and re.search(r"[^!-~]", key):
         raise UserError(
@@ -213,7 +252,7 @@ class _Server:
             self.form = lesser
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
-        """Asks again as long as the server is busy or away; UserError where it stays so."""
+        """Ask again as long as the server is busy or away; UserError where it stays so."""
         tried = 0
         while True:
             wait = 0.0
@@ -222,19 +261,25 @@ class _Server:
                 self.heard = True
                 if response.status_code not in (408, 429) and response.status_code < 500:
                     return response
-                trouble, wait = f"answers with error {response.status_code}: {_quote(response.text)}", _retry_after(response)
+                trouble, wait = (
+                    f"answers with error {response.status_code}: {_quote(response.text)}",
+                    _retry_after(response),
+                )
             except httpx.RequestError as error:
                 trouble = f"cannot be reached: {type(error).__name__}, {_quote(str(error))}"
             tried += 1
             if tried >= (TRIES if self.heard else FIRST_TRIES) or wait > LONGEST_WAIT:
-                patience = f"It asks for {wait:.0f} seconds of patience." if wait > LONGEST_WAIT else f"It was asked {tried} times."
+                patience = (
+                    f"It asks for {wait:.0f} seconds of patience."
+                    if wait > LONGEST_WAIT
+                    else f"It was asked {tried} times."
+                )
                 raise UserError(
                     f"{self.endpoint.address} {trouble}",
                     f"{patience} {KEPT}",
                 )
             if self.stopped.wait(wait + random.uniform(0.5, 1) * FIRST_WAIT * 2 ** (tried - 1)):
                 raise Interrupted
-
 
     def _read_whole(self, body: dict[str, Any]) -> httpx.Response:
         """Return the complete reply.
@@ -266,7 +311,7 @@ class _Server:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait: it gives them, or a date; 0 where it gives neither."""
+    """Return seconds that the server asks to wait: it gives them, or a date; 0 where it gives neither."""
     asked = response.headers.get("Retry-After", "")
     with suppress(ValueError):
         return max(0.0, float(asked))
@@ -276,7 +321,7 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 def _quote(text: str) -> str:
-    """What a server has said, on one line and cut; without the key, should it send that back."""
+    """Return a server's message on one line, shortened, and without the key."""
     if _key():
         text = text.replace(_key(), f"({KEY})")
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
@@ -311,7 +356,9 @@ def _refusal(endpoint: Endpoint, response: httpx.Response) -> UserError:
 
 
 def _read(response: httpx.Response) -> Reply:
-    """The letter with the highest log-probability; where there are none, the letter that was written."""
+    """Return the letter with the highest log-probability; where there are none, the letter that was
+    written.
+    """
     try:
         choice = response.json()["choices"][0]
         logprobs = _letters(_top(choice.get("logprobs") or {}))
@@ -329,7 +376,9 @@ def _read(response: httpx.Response) -> Reply:
 
 
 def _top(logprobs: dict[str, Any]) -> list[tuple[str, float]]:
-    """The likeliest first tokens. Servers give them in the form of chats or in that of completions, not always in the one that was asked."""
+    """Return the likeliest first tokens. Servers give them in the form of chats or in that of completions,
+    not always in the one that was asked.
+    """
     pairs: list[tuple[str, float]] = []
     if logprobs.get("content"):
         pairs = [(each["token"], each["logprob"]) for each in logprobs["content"][0]["top_logprobs"]]
@@ -339,11 +388,14 @@ def _top(logprobs: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _letters(top: list[tuple[str, float]]) -> list[float] | None:
-    """A letter has the log-probability of the best token that is this letter but for spaces; None where no token is any letter.
+    """Return a letter has the log-probability of the best token that is this letter but for spaces; None
+    where no token is any letter.
 
     A letter that is not among the tokens gets an upper bound: what is just below the least likely of them.
     """
-    found = [max((value for token, value in top if token.strip() == letter), default=None) for letter in LETTERS]
+    found = [
+        max((value for token, value in top if token.strip() == letter), default=None) for letter in LETTERS
+    ]
     if all(value is None for value in found):
         return None
     bound = math.nextafter(min(value for _, value in top), -math.inf)

@@ -1,6 +1,8 @@
-"""Scores in the layout of lm-evaluation-harness 0.4.13 (`results_*.json`), so that what reads its files reads ours.
+"""Scores in the layout of lm-evaluation-harness 0.4.13 (`results_*.json`), so that what reads its files reads
+ours.
 
-Where the harness measures several things, there is the one that decides here: `acc` for letters, `acc_norm` for the cloze form.
+Where the harness measures several things, there is the one that decides here: `acc` for letters, `acc_norm`
+for the cloze form.
 """
 
 import re
@@ -12,33 +14,52 @@ from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.presets import known_tasks
 
 METRICS = {"letters": "acc", "cloze": "acc_norm"}
-UNKNOWN = "N/A"  # the harness's own word: for a version that there is not, and for the standard error of a single question
+# The harness's own word: for a version that there is not, and for the standard error of a single question.
+UNKNOWN = "N/A"
 TASK_VERSIONS = {"mmlu": 1.0, "wmdp_bio": 1, "wmdp_chem": 1, "wmdp_cyber": 1}
 GROUP_VERSIONS = {"mmlu": "2", "wmdp": "1"}
 TEMPLATES: dict[str, dict[str, Any]] = {
     "letters": {
-        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:",
+        "doc_to_text": (
+            "{{question.strip()}}\n"
+            "A. {{choices[0]}}\n"
+            "B. {{choices[1]}}\n"
+            "C. {{choices[2]}}\n"
+            "D. {{choices[3]}}\n"
+            "Answer:"
+        ),
         "doc_to_choice": list(LETTERS),
         "doc_to_target": "answer",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     },
-    "cloze": {"doc_to_text": "Question: {{question.strip()}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"},
+    "cloze": {
+        "doc_to_text": "Question: {{question.strip()}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+    },
 }
 
 Row = dict[str, Any]
 """A task or group in `results`."""
 
 
-def harness_results(scores: dict[str, Any], sets: list[QuestionSet], model: str, date: float) -> dict[str, Any]:
-    """What the harness would write about the same answers.
+def harness_results(
+    scores: dict[str, Any], sets: list[QuestionSet], model: str, date: float
+) -> dict[str, Any]:
+    """Return the results file that lm-evaluation-harness would write about the same answers.
 
-    `scores` are those of `evaluation/base.json` for `sets`; `date` is when they were measured, in seconds since 1970. Groups whose members
-    are scored in different forms are left out, as the harness has no average of them.
+    `scores` are those of `evaluation/base.json` for `sets`; `date` is when they were measured, in seconds
+    since 1970. Groups whose members are scored in different forms are left out, as the harness has no average
+    of them.
     """
-    members = {name: each for name, each in _members(sets).items() if len({member.scoring for member in each}) == 1}
+    members = {
+        name: each for name, each in _members(sets).items() if len({member.scoring for member in each}) == 1
+    }
     subtasks = _subtasks(members)
     tasks = {each.name: _row(each.name, _alias(each), [each], scores["tasks"][each.name]) for each in sets}
-    groups = {name: _group_row(name, subtasks, each, scores["groups"][name]) for name, each in members.items()}
+    groups = {
+        name: _group_row(name, subtasks, each, scores["groups"][name]) for name, each in members.items()
+    }
     together = {each.name: [each] for each in sets} | members
     shots = {name: {len(each.examples) for each in within} for name, within in together.items()}
     return {
@@ -46,11 +67,23 @@ def harness_results(scores: dict[str, Any], sets: list[QuestionSet], model: str,
         **({"groups": groups} if groups else {}),
         "group_subtasks": subtasks,
         "configs": {each.name: _config(each) for each in sets},
-        "versions": {each.name: _version(each) for each in sets} | {name: _group_version(name) for name in members},
+        "versions": {each.name: _version(each) for each in sets}
+        | {name: _group_version(name) for name in members},
         "n-shot": {name: counts.pop() for name, counts in shots.items() if len(counts) == 1},
         "higher_is_better": {name: {METRICS[within[0].scoring]: True} for name, within in together.items()},
-        "n-samples": {each.name: {"original": each.sampled_from or len(each.questions), "effective": len(each.questions)} for each in sets},
-        "config": {"model": "lowmem-rmu", "model_args": {"pretrained": model}, "limit": _limit(sets), "gen_kwargs": None},
+        "n-samples": {
+            each.name: {
+                "original": each.sampled_from or len(each.questions),
+                "effective": len(each.questions),
+            }
+            for each in sets
+        },
+        "config": {
+            "model": "lowmem-rmu",
+            "model_args": {"pretrained": model},
+            "limit": _limit(sets),
+            "gen_kwargs": None,
+        },
         "date": date,
         "system_instruction": None,
         "chat_template": None,
@@ -62,7 +95,7 @@ def harness_results(scores: dict[str, Any], sets: list[QuestionSet], model: str,
 
 
 def _members(sets: list[QuestionSet]) -> dict[str, list[QuestionSet]]:
-    """Groups by name, the largest first; of two that hold the same, the one with the shorter name."""
+    """Return groups by name, the largest first; of two that hold the same, the one with the shorter name."""
     members: dict[str, list[QuestionSet]] = {}
     for each in sets:
         for group in filter(None, (each.group, *each.averages)):
@@ -71,7 +104,9 @@ def _members(sets: list[QuestionSet]) -> dict[str, list[QuestionSet]]:
 
 
 def _subtasks(members: dict[str, list[QuestionSet]]) -> dict[str, list[str]]:
-    """What each group consists of: the groups that lie in it and in no smaller one, and the sets that are in none of those."""
+    """Return the members of each group: the groups that lie in it and in no smaller one, and the sets that
+    are in none of those.
+    """
     names = {group: {each.name for each in within} for group, within in members.items()}
     subtasks: dict[str, list[str]] = {}
     for group in members:
@@ -96,10 +131,14 @@ def _row(name: str, alias: str, within: list[QuestionSet], summary: dict[str, An
     }
 
 
-def _group_row(name: str, subtasks: dict[str, list[str]], within: list[QuestionSet], summary: dict[str, Any]) -> Row:
+def _group_row(
+    name: str, subtasks: dict[str, list[str]], within: list[QuestionSet], summary: dict[str, Any]
+) -> Row:
     outer = next((group for group, inner in subtasks.items() if name in inner), "")
     alias = name.removeprefix(f"{outer}_").replace("_", " ") if outer else name
-    return _row(name, alias, within, summary) | {"sample_count": {f"{METRICS[within[0].scoring]},none": summary["questions"]}}
+    return _row(name, alias, within, summary) | {
+        "sample_count": {f"{METRICS[within[0].scoring]},none": summary["questions"]}
+    }
 
 
 def _alias(each: QuestionSet) -> str:
@@ -107,7 +146,9 @@ def _alias(each: QuestionSet) -> str:
 
 
 def _version(each: QuestionSet) -> float | str:
-    """Of the harness's task of this name; its version is that of the form with letters and of the cloze form alike."""
+    """Return the version of the harness's task of this name, which is that of the form with letters for the
+    cloze form too.
+    """
     return TASK_VERSIONS.get(each.group or each.name, UNKNOWN)
 
 
@@ -116,20 +157,26 @@ def _group_version(name: str) -> str:
 
 
 def _config(each: QuestionSet) -> dict[str, Any]:
-    """What decides the prompts, in the words of the harness's task definitions."""
+    """Return the settings that decide the prompts, in the terms of the harness's task definitions."""
     context = prompt(replace(each, examples=()), each.questions[0]).context
-    return TEMPLATES[each.scoring] | {
-        "task": each.name,
-        "task_alias": _alias(each),
-        "output_type": "multiple_choice",
-        "description": context[: context.index("\n\n") + 2],
-        "target_delimiter": " ",
-        "fewshot_delimiter": "\n\n",
-        "num_fewshot": len(each.examples),
-        "metadata": {"version": _version(each)},
-    } | ({"fewshot_config": {"sampler": "first_n"}} if each.examples else {})
+    return (
+        TEMPLATES[each.scoring]
+        | {
+            "task": each.name,
+            "task_alias": _alias(each),
+            "output_type": "multiple_choice",
+            "description": context[: context.index("\n\n") + 2],
+            "target_delimiter": " ",
+            "fewshot_delimiter": "\n\n",
+            "num_fewshot": len(each.examples),
+            "metadata": {"version": _version(each)},
+        }
+        | ({"fewshot_config": {"sampler": "first_n"}} if each.examples else {})
+    )
 
 
 def _limit(sets: list[QuestionSet]) -> int | None:
-    """Questions that a task has at most where some were left out, which is what the harness calls the limit."""
+    """Return questions that a task has at most where some were left out, which is what the harness calls the
+    limit.
+    """
     return max((len(each.questions) for each in sets if each.sampled_from), default=None)

@@ -1,4 +1,6 @@
-"""An evaluation that loses nothing: answers are written as they come, and those that are there already are not asked for again."""
+"""An evaluation that loses nothing: answers are written as they come, and those that are there already are
+not asked for again.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,15 +29,22 @@ def evaluate_and_keep(
     progress: Callable[[int, float], bool],
     distributed: Distributed,
 ) -> Evaluated:
-    """As `evaluate`, with the answers in `path`, in the order of the questions once all are there.
+    """Evaluate, and keep the answers in `path` as they come, in the order of the questions once all are
+    there.
 
-    `shared` holds what the same model has answered elsewhere, and gets what is new. Only the first process reads and writes.
+    `shared` holds what the same model has answered elsewhere, and gets what is new. Only the first process
+    reads and writes.
     """
     if not distributed.is_main_process:
         return evaluate(model, tokenizer, sets, batch_tokens, distributed=distributed)
     before = read_lines(path, AnswerRow)
-    write_lines(path, before)  # without the line that a kill may have torn, and without damaged ones: they are asked again
-    known = {row["prompt"]: row["logprobs"] for row in (read_lines(shared, KnownAnswer) if shared else []) + before if row["logprobs"]}
+    # Without the line that a kill may have torn, and without damaged ones: they are asked again.
+    write_lines(path, before)
+    known = {
+        row["prompt"]: row["logprobs"]
+        for row in (read_lines(shared, KnownAnswer) if shared else []) + before
+        if row["logprobs"]
+    }
 
     def keep(answers: list[Answer]) -> None:
         # The shared file comes first: after a kill in between, the run finds there what it lacks itself.
@@ -45,12 +54,15 @@ def evaluate_and_keep(
 
     evaluated = evaluate(model, tokenizer, sets, batch_tokens, known, keep, progress, distributed)
     write_lines(path, evaluated.answers)
-    evaluated.scores["answers_sha256"] = file_digest(path)  # so that a later reader sees whether the file is still whole
+    # So that a later reader sees whether the file is still whole.
+    evaluated.scores["answers_sha256"] = file_digest(path)
     return evaluated
 
 
 def fixed_batch_tokens(asked: int | str, model: nn.Module, pad_id: int, folder: Path) -> int:
-    """What was asked for; or, where that is `auto`, what is fastest, kept so that an evaluation that goes on makes the same batches."""
+    """Return the tokens per forward pass: those asked for or, for `auto`, the fastest, kept so that a resumed
+    evaluation makes the same batches.
+    """
     if isinstance(asked, int):
         return asked
     path = folder / "batch_tokens.json"
@@ -61,7 +73,7 @@ def fixed_batch_tokens(asked: int | str, model: nn.Module, pad_id: int, folder: 
 
 
 def shared_answers(folder: Path, digest: str) -> Path:
-    """Where the answers of the model with this digest are kept, in a folder of runs."""
+    """Return the file that keeps the answers of the model with this digest, in a folder of runs."""
     path = folder / BASE_ANSWERS / f"{digest}.jsonl"
     make_private(path.parent, exist_ok=True)
     return path

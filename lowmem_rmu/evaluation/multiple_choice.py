@@ -1,4 +1,6 @@
-"""A-D questions scored as lm-evaluation-harness does: the choice whose letter, or whose text, is the most likely continuation."""
+"""A-D questions scored as lm-evaluation-harness does: the choice whose letter, or whose text, is the most
+likely continuation.
+"""
 
 import math
 import time
@@ -61,26 +63,34 @@ def evaluate(
     progress: Progress = lambda done, accuracy: False,
     distributed: Distributed | None = None,
 ) -> Evaluated:
-    """Asks the model every question as it stands (adapter on or off); of `processes`, each asks its share of them.
+    """Ask the model every question as it stands (adapter on or off); of `processes`, each asks its share of
+    them.
 
-    `known` are log-probabilities by the digest of their prompt, which are not asked again; `keep` gets new answers as they come;
-    `progress` hears questions done and accuracy so far, and may ask to stop: then Interrupted is raised. Of several processes, those
-    of the first one count.
+    `known` are log-probabilities by the digest of their prompt, which are not asked again; `keep` gets new
+    answers as they come; `progress` hears questions done and accuracy so far, and may ask to stop: then
+    Interrupted is raised. Of several processes, those of the first one count.
     """
     distributed = distributed or Distributed()
     known = distributed.broadcast(known)
     started, everything = time.monotonic(), ask(sets)
     places = by_prompt(everything)
     fitting = {digest: len(same[0].question.choices) for digest, same in places.items()}
-    logprobs = {digest: values for digest, values in (known or {}).items() if len(values) == fitting.get(digest)}
+    logprobs = {
+        digest: values for digest, values in (known or {}).items() if len(values) == fitting.get(digest)
+    }
     done = [answer(each, values) for digest, values in logprobs.items() for each in places[digest]]
-    known_before, work = len(done), Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens)
+    known_before, work = (
+        len(done),
+        Work(model, tokenizer, [same[0] for same in places.values()], batch_tokens),
+    )
     for found in work.results(set(logprobs), distributed):
         new = [answer(each, values) for digest, values in found.items() for each in places[digest]]
         logprobs |= found
         done += new
         keep(new)
-        if distributed.broadcast(progress(len(done), sum(each["correct"] for each in done) / max(1, len(done)))):
+        if distributed.broadcast(
+            progress(len(done), sum(each["correct"] for each in done) / max(1, len(done)))
+        ):
             raise Interrupted
     answers = [answer(each, logprobs[each.prompt.digest]) for each in everything]
     scores = score(sets, answers, time.monotonic() - started)
@@ -88,8 +98,12 @@ def evaluate(
 
 
 def ask(sets: list[QuestionSet]) -> list[Asked]:
-    """Every question in its place, with its prompt."""
-    return [Asked(each, index, question, prompt(each, question)) for each in sets for index, question in enumerate(each.questions)]
+    """Return every question in its place, with its prompt."""
+    return [
+        Asked(each, index, question, prompt(each, question))
+        for each in sets
+        for index, question in enumerate(each.questions)
+    ]
 
 
 def by_prompt(everything: list[Asked]) -> dict[str, list[Asked]]:
@@ -101,15 +115,24 @@ def by_prompt(everything: list[Asked]) -> dict[str, list[Asked]]:
 
 
 def answer(each: Asked, logprobs: list[float]) -> Answer:
-    """The choice with the highest log-probability; in the cloze form a character of its text, as the harness's `acc_norm` has it: an empty
-    text is never chosen. Raises UserError where a log-probability is not a number."""
+    """Return the choice with the highest log-probability; in the cloze form a character of its text, as the
+    harness's `acc_norm` has it: an empty text is never chosen. Raises UserError where a log-probability is
+    not a number.
+    """
     if any(math.isnan(value) for value in logprobs):
         raise UserError(
             f"The model gives no finite log-probabilities for question {each.index} of {each.asked.name}.",
             f"{NOT_FINITE}",
         )
-    lengths = [len(choice) for choice in each.question.choices] if each.asked.scoring == "cloze" else [1] * len(logprobs)
-    chosen = max(range(len(logprobs)), key=lambda choice: logprobs[choice] / lengths[choice] if lengths[choice] else -math.inf)
+    lengths = (
+        [len(choice) for choice in each.question.choices]
+        if each.asked.scoring == "cloze"
+        else [1] * len(logprobs)
+    )
+    chosen = max(
+        range(len(logprobs)),
+        key=lambda choice: logprobs[choice] / lengths[choice] if lengths[choice] else -math.inf,
+    )
     return as_row(each, logprobs, chosen)
 
 
@@ -122,7 +145,9 @@ def as_row(each: Asked, logprobs: list[float] | None, chosen: int | None) -> Ans
 class Work:
     """Distinct prompts as batches of requests to a model."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, distinct: list[Asked], batch_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, distinct: list[Asked], batch_tokens: int
+    ) -> None:
         self.scorer = Scorer(model, tokenizer.pad_token_id)
         self.requests: list[Request] = []
         self.numbers: dict[str, range] = {}
@@ -132,17 +157,19 @@ class Work:
         room = getattr(model.config, "max_position_embeddings", None)
         groups: dict[str, list[int]] = {}
         for each, requests in zip(distinct, encode(tokenizer, distinct), strict=True):
-            kept = [Request(request.ids[-room:], request.wanted) for request in requests] if room else requests
+            kept = (
+                [Request(request.ids[-room:], request.wanted) for request in requests] if room else requests
+            )
             numbers = range(len(self.requests), len(self.requests) + len(kept))
             self.numbers[each.prompt.digest] = numbers
             self.cut += kept != requests
-            groups.setdefault(each.asked.name if kept == requests else "", []).extend(numbers)  # a cut prompt begins like no other
+            # A cut prompt begins like no other.
+            groups.setdefault(each.asked.name if kept == requests else "", []).extend(numbers)
             self.requests += kept
         self.batches = plan_batches(self.requests, groups.values(), batch_tokens, can_share_prefix(model))
 
     def results(self, known: set[str], distributed: Distributed) -> Iterator[dict[str, list[float]]]:
-        """Log-probabilities by prompt, as they come. A batch is computed whole where any prompt in it is not known, so that its figures
-        are the same to the bit whatever was known before."""
+        """Yield log-probabilities by prompt, as they come."""
         have = {number for digest in known for number in self.numbers[digest]}
         batches = [batch for batch in self.batches if not have.issuperset(batch.numbers)]
         missing = [digest for digest in self.numbers if digest not in known]
@@ -150,15 +177,27 @@ class Work:
         size = 1 if distributed.num_processes == 1 else distributed.num_processes * ROUND
         for start in range(0, len(batches), size):
             mine = distributed.split(batches[start : start + size])
-            for part in distributed.gather([dict(zip(batch.numbers, self.scorer.score(self.requests, batch), strict=True)) for batch in mine]):
+            for part in distributed.gather(
+                [
+                    dict(zip(batch.numbers, self.scorer.score(self.requests, batch), strict=True))
+                    for batch in mine
+                ]
+            ):
                 found |= part
-            complete = [digest for digest in missing if all(number in found for number in self.numbers[digest])]
+            complete = [
+                digest for digest in missing if all(number in found for number in self.numbers[digest])
+            ]
             missing = [digest for digest in missing if digest not in set(complete)]
-            yield {digest: [value for number in self.numbers[digest] for value in found[number]] for digest in complete}
+            yield {
+                digest: [value for number in self.numbers[digest] for value in found[number]]
+                for digest in complete
+            }
 
 
 def encode(tokenizer: Callable[..., Any], distinct: list[Asked]) -> Iterator[list[Request]]:
-    """The requests of each prompt. Context and continuation are tokenised together and then parted, as the harness does it."""
+    """Yield the requests of each prompt. Context and continuation are tokenized together and then separated,
+    as the harness does.
+    """
     contexts = encode_texts(tokenizer, [each.prompt.context for each in distinct])
     letters: tuple[int, ...] | None = None
     for each, context in zip(distinct, contexts, strict=True):
@@ -166,8 +205,13 @@ def encode(tokenizer: Callable[..., Any], distinct: list[Asked]) -> Iterator[lis
             letters = letters or _letters(tokenizer, each.prompt.context, context)
             yield [Request(tuple(context), (letters,))]
         else:
-            whole = encode_texts(tokenizer, [each.prompt.context + continuation for continuation in each.prompt.continuations])
-            yield [Request((*context, *ids[len(context) : -1]), tuple((token,) for token in ids[len(context) :])) for ids in whole]
+            whole = encode_texts(
+                tokenizer, [each.prompt.context + continuation for continuation in each.prompt.continuations]
+            )
+            yield [
+                Request((*context, *ids[len(context) : -1]), tuple((token,) for token in ids[len(context) :]))
+                for ids in whole
+            ]
 
 
 def _letters(tokenizer: Callable[..., Any], context: str, ids: list[int]) -> tuple[int, ...]:
@@ -182,7 +226,7 @@ def _letters(tokenizer: Callable[..., Any], context: str, ids: list[int]) -> tup
 
 
 def score(sets: list[QuestionSet], answers: list[Answer], seconds: float) -> dict[str, Any]:
-    """The sums over all answers, as `evaluation/base.json` holds them."""
+    """Return the sums over all answers, as `evaluation/base.json` holds them."""
     by_task = {each.name: [row for row in answers if row["task"] == each.name] for each in sets}
     tasks = {each.name: summarise(by_task[each.name]) | _origin(each) for each in sets}
     groups: dict[str, list[str]] = {}
@@ -191,20 +235,24 @@ def score(sets: list[QuestionSet], answers: list[Answer], seconds: float) -> dic
             groups.setdefault(group, []).append(each.name)
     return {
         "tasks": tasks,
-        "groups": {group: _pooled([by_task[name] for name in members]) for group, members in sorted(groups.items())},
+        "groups": {
+            group: _pooled([by_task[name] for name in members]) for group, members in sorted(groups.items())
+        },
         "seconds": seconds,
         "questions_per_second": len(answers) / seconds,
     }
 
 
 def _origin(each: QuestionSet) -> dict[str, Any]:
-    """What a number must not be read without."""
+    """Return the settings that a score must not be read without."""
     return {"num_fewshot": len(each.examples), "scoring": each.scoring, "sampled_from": each.sampled_from}
 
 
 def summarise(answers: list[Answer]) -> dict[str, Any]:
-    """Accuracy with its standard error in the n-1 form: sqrt(p (1 - p) / (n - 1)), as the harness computes it; how often each choice
-    was answered; the balanced accuracy; and the mean probability of the answer among the four."""
+    """Accuracy with its standard error in the n-1 form: sqrt(p (1 - p) / (n - 1)), as the harness computes
+    it; how often each choice was answered; the balanced accuracy; and the mean probability of the answer
+    among the four.
+    """
     total, correct = len(answers), sum(row["correct"] for row in answers)
     accuracy = correct / total
     stderr = math.sqrt(accuracy * (1 - accuracy) / (total - 1)) if total > 1 else 0.0
@@ -223,9 +271,9 @@ def summarise(answers: list[Answer]) -> dict[str, Any]:
 def balanced_accuracy(answers: list[Answer]) -> float:
     """Return the share of right answers with every right choice weighted the same (balanced accuracy).
 
-    It is the mean, over the choices A to D, of the accuracy on the questions for which that choice is right. A model that gives
-    the same letter to every question reaches 0.25, whereas its accuracy is that letter's share of the right answers. Choices
-    that are right for no question are left out.
+    It is the mean, over the choices A to D, of the accuracy on the questions for which that choice is right.
+    A model that gives the same letter to every question reaches 0.25, whereas its accuracy is that letter's
+    share of the right answers. Choices that are right for no question are left out.
     """
     recalls = []
     for choice in range(len(LETTERS)):
@@ -238,12 +286,17 @@ def balanced_accuracy(answers: list[Answer]) -> float:
 def _confidence(answers: list[Answer]) -> float | None:
     """None where a model gives no log-probabilities."""
     given = [row for row in answers if row["logprobs"] is not None]
-    shares = [1 / sum(math.exp(min(value - row["logprobs"][row["answer"]], 700.0)) for value in row["logprobs"]) for row in given]
+    shares = [
+        1 / sum(math.exp(min(value - row["logprobs"][row["answer"]], 700.0)) for value in row["logprobs"])
+        for row in given
+    ]
     return sum(shares) / len(shares) if shares else None
 
 
 def _pooled(members: list[list[Answer]]) -> dict[str, Any]:
-    """The average weighted by questions, with the harness's standard error: of the variance within the members."""
+    """Return the average weighted by questions, with the harness's standard error: of the variance within the
+    members.
+    """
     together = [row for rows in members for row in rows]
     within = sum((len(rows) - 1) * len(rows) * summarise(rows)["stderr"] ** 2 for rows in members)
     freedom = len(together) - len(members)

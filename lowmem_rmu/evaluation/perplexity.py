@@ -1,4 +1,6 @@
-"""Held-out text: its loss, for topics that have no questions, and how far the unlearned model's predictions are from base."""
+"""Held-out text: its loss, for topics that have no questions, and how far the unlearned model's predictions
+are from base.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,10 +26,12 @@ def text_loss(
     batch_tokens: int,
     written: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Return the mean next-token loss in nats/token with its standard error over sequences, its exponential (the perplexity), and bits/byte.
+    """Return the mean next-token loss in nats/token with its standard error over sequences, its exponential
+    (the perplexity), and bits/byte.
 
-    At most `batch_tokens` tokens go through the model at once, padding included. `written` are the bytes of the text that are predicted in
-    each sequence, so that models with other tokenizers can be compared; without it there are no bits/byte (None).
+    At most `batch_tokens` tokens go through the model at once, padding included. `written` are the bytes of
+    the text that are predicted in each sequence, so that models with other tokenizers can be compared;
+    without it there are no bits/byte (None).
     """
     sums = sequence_losses(model, tokenizer, sequences, batch_tokens)
     loss, stderr = mean_a_token(sums, sequences)
@@ -38,15 +42,22 @@ def text_loss(
         )
     bits_per_byte = None if written is None else sum(sums) / math.log(2) / max(1, sum(written))
     return {
-        "loss": loss, "stderr": stderr, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte,
-        "tokens": sum(map(len, sequences)) - len(sequences), "sequences": len(sequences),
-        "sequence_losses": sums, "sequence_tokens": [len(each) - 1 for each in sequences],
+        "loss": loss,
+        "stderr": stderr,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits_per_byte,
+        "tokens": sum(map(len, sequences)) - len(sequences),
+        "sequences": len(sequences),
+        "sequence_losses": sums,
+        "sequence_tokens": [len(each) - 1 for each in sequences],
     }
 
 
 @torch.inference_mode()
-def sequence_losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> list[float]:
-    """The sum of the next-token losses of each sequence, in nats."""
+def sequence_losses(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int
+) -> list[float]:
+    """Return the sum of the next-token losses of each sequence, in nats."""
     sums: list[float] = []
     for batch in batches(model, tokenizer, sequences, batch_tokens):
         sums += _sums(batch, _losses(model, batch))
@@ -54,8 +65,12 @@ def sequence_losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequen
 
 
 @torch.inference_mode()
-def divergence(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> dict[str, float]:
-    """KL(base || unlearned) of the next token in nats, mean over tokens with its standard error: 0 where both predict the same."""
+def divergence(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int
+) -> dict[str, float]:
+    """KL(base || unlearned) of the next token in nats, mean over tokens with its standard error: 0 where both
+    predict the same.
+    """
     sums: list[float] = []
     for batch in batches(model, tokenizer, sequences, batch_tokens):
         sums += _sums(batch, _divergences(model, batch))
@@ -63,15 +78,17 @@ def divergence(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: 
     return {"kl": kl, "kl_stderr": stderr}
 
 
-def batches(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int) -> Iterator[Batch]:
-    """All sequences in their order, padded on the right, at most `batch_tokens` tokens at once."""
+def batches(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], batch_tokens: int
+) -> Iterator[Batch]:
+    """Yield all sequences in their order, padded on the right, at most `batch_tokens` tokens per batch."""
     size, device = max(1, batch_tokens // max(map(len, sequences))), next(model.parameters()).device
     for start in range(0, len(sequences), size):
         yield pad(sequences[start : start + size], tokenizer.pad_token_id, "right", device)
 
 
 def _sums(batch: Batch, values: Iterator[Tensor]) -> list[float]:
-    """The sum of a value a predicted token, for each sequence."""
+    """Return the sum of a value a predicted token, for each sequence."""
     counted = batch.is_token[:, 1:]
     placed = torch.zeros(counted.shape, device=counted.device)
     placed[counted] = torch.cat(list(values))
@@ -79,21 +96,27 @@ def _sums(batch: Batch, values: Iterator[Tensor]) -> list[float]:
 
 
 def mean_a_token(sums: list[float], sequences: list[list[int]]) -> tuple[float, float]:
-    """Mean a predicted token of sums a sequence, which weigh by their length; the standard error is that of the ratio of two means."""
+    """Mean a predicted token of sums a sequence, which weigh by their length; the standard error is that of
+    the ratio of two means.
+    """
     return ratio_of_means(sums, [len(each) - 1 for each in sequences])
 
 
 def _losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
-    """The next-token losses of all that follows a first token, row after row, piece by piece."""
+    """Yield the next-token losses of all tokens but the first ones, row after row, piece by piece."""
     targets = batch.input_ids[:, 1:][batch.is_token[:, 1:]]
-    for logits, following in zip(logits_at(model, batch.predicting, input_ids=batch.input_ids), targets.split(POSITIONS), strict=True):
+    for logits, following in zip(
+        logits_at(model, batch.predicting, input_ids=batch.input_ids), targets.split(POSITIONS), strict=True
+    ):
         yield cross_entropy(logits, following, reduction="none")
 
 
 def _divergences(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
-    """The divergence at every position that predicts; the decoder runs once on each side, the head over a few positions at a time.
+    """Yield the divergence at every position that predicts. The decoder runs once on each side, the head over
+    a few positions at a time.
 
-    Two distributions and their product take six times the memory of logits, hence fewer positions than elsewhere.
+    Two distributions and their product take six times the memory of logits, hence fewer positions than
+    elsewhere.
     """
     positions = batch.predicting
     unlearned = hidden_at(model, positions, input_ids=batch.input_ids)

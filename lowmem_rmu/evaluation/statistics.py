@@ -16,9 +16,11 @@ MANY = 1_000_000
 
 def mcnemar(lost: int, gained: int) -> float:
     """Give the two-sided p-value of McNemar's exact test: fair coins, one per question that changed, falling
-    so unevenly or more so."""
+    so unevenly or more so.
+    """
     changed = lost + gained
-    # The ways to choose none of them, then one, two, ...: whole numbers, so that thousands of them are exact too.
+    # The ways to choose none of them, then one, two, ...: whole numbers, so that thousands of them are exact
+    # too.
     ways = together = 1
     for count in range(min(lost, gained)):
         ways = ways * (changed - count) // (count + 1)
@@ -60,7 +62,8 @@ def change_score(lost: int, gained: int, questions: int, change: float) -> float
 
 def change_bounds(lost: int, gained: int, questions: int) -> tuple[float, float]:
     """Give the 95% score interval of a change of accuracy: the changes that Tango's test does not reject, by
-    bisection."""
+    bisection.
+    """
     measured = (gained - lost) / questions
     bounds = []
     for end in (-1.0, 1.0):
@@ -90,13 +93,15 @@ def share_bounds(right: int, questions: int) -> tuple[float, float]:
 
 def by_luck(share: float, questions: int) -> float:
     """Give the highest share that luck makes of a true one (97.5%): a higher one that is measured is really
-    higher."""
+    higher.
+    """
     return share + NOISE * math.sqrt(share * (1 - share) / questions)
 
 
 def ratio_of_means(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
     """Give the mean per counted unit of sums over groups of unequal size, with its standard error (that of
-    the ratio of two means)."""
+    the ratio of two means).
+    """
     total, n = sum(counts), len(counts)
     mean = sum(sums) / total
     residuals = sum((each - mean * count) ** 2 for each, count in zip(sums, counts, strict=True))
@@ -120,13 +125,15 @@ def student(freedom: float, z: float = NOISE) -> float:
 
 def family_noise(members: int) -> float:
     """Give what NOISE is for each of several tests so that all of them together err as rarely as one
-    (Bonferroni)."""
+    (Bonferroni).
+    """
     return NormalDist().inv_cdf(1 - LUCK / 2 / members)
 
 
 def holm(p_values: Sequence[float]) -> list[bool]:
     """Tell which of several p-values are significant together, so that chance makes any of them so less often
-    than LUCK (Holm 1979)."""
+    than LUCK (Holm 1979).
+    """
     significant = [False] * len(p_values)
     for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[index] >= LUCK / (len(p_values) - place):

@@ -1,4 +1,6 @@
-"""What a run measured, as its `summary.json` has it, and what attacks on it found, as its `audit.json` has it."""
+"""What a run measured, as its `summary.json` has it, and what attacks on it found, as its `audit.json` has
+it.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -10,7 +12,13 @@ from lowmem_rmu.evaluation.compare import Row
 from lowmem_rmu.records import Object, StageCost, read_record
 from lowmem_rmu.runs import RunFolder, write_json
 
-GRADES = {"yes": "Yes", "partly": "Partly", "no": "No", "inconclusive": "Inconclusive", "unknown": "Not known"}
+GRADES = {
+    "yes": "Yes",
+    "partly": "Partly",
+    "no": "No",
+    "inconclusive": "Inconclusive",
+    "unknown": "Not known",
+}
 """The grades of a verdict (`compare.Grade`) as they are shown."""
 NOT_AUDITED, UNREADABLE = "not audited", "not readable"
 """What stands for an audit's mark where there is none."""
@@ -18,7 +26,6 @@ ADDED_LATER = {"base_balanced": None, "unlearned_balanced": None}
 """Fields of a row that runs of earlier versions do not have."""
 EARLIER_WORDS = {"cannot be told": "inconclusive"}
 """Marks and findings as earlier versions called them in `audit.json` and `verification.json`."""
-
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ class AuditFile:
 @dataclass(frozen=True)
 class Headline:
     """What is said of a run in one line: two grades, and what attacks found. Every front end shows these
-    words."""
+    words.
+    """
 
     forgotten: str
     kept: str
@@ -181,9 +189,10 @@ class Headline:
 
 
 def read_summary(run: RunFolder) -> dict[str, Any]:
-    """What the run's `summary.json` holds.
+    """Read the run's `summary.json`.
 
-    Raises UserError where it is missing, damaged, or of another version, or where the answers that it sums up are damaged.
+    Raises UserError where it is missing, damaged, or of another version, or where the answers that it sums up
+    are damaged.
     """
     path, again = run.path / "summary.json", ResumeRun(run.path.name)
     if not path.exists():
@@ -207,12 +216,14 @@ def read_summary(run: RunFolder) -> dict[str, Any]:
 
 
 def read_audit(run: RunFolder) -> dict[str, Any] | None:
-    """What the run's `audit.json` holds; None where it was not audited. Raises UserError where that is damaged, or of another version."""
+    """Read the run's `audit.json`; None where it was not audited. Raises UserError where it is damaged, or of
+    another version.
+    """
     return read_audit_file(run.audit_result) if run.audit_result.exists() else None
 
 
 def read_audit_file(path: Path) -> dict[str, Any]:
-    """The same by the path of the file."""
+    """Return the same by the path of the file."""
     again = Fix("Audit it again: {action}", AuditAgain(str(path.parent)))
     audit: dict[str, Any] = read_record(path, AuditFile, again)
     # Earlier versions had other words for the same.
@@ -223,8 +234,9 @@ def read_audit_file(path: Path) -> dict[str, Any]:
 
 
 def audit_mark(run: RunFolder) -> str:
-    """The mark that an audit gave the run; NOT_AUDITED where there was none, UNREADABLE where its file is
-    damaged."""
+    """Return the mark that an audit gave the run; NOT_AUDITED where there was none, UNREADABLE where its file
+    is damaged.
+    """
     try:
         audit = read_audit(run)
         return audit["verdict"]["mark"] if audit else NOT_AUDITED
@@ -240,15 +252,23 @@ def note_audit(run: RunFolder) -> None:
 
 
 def bounds_in_words(best: dict[str, Any]) -> str:
-    """The 95% interval of what an attack recovers, in percent: `61 to 85`."""
-    return "any share" if best["low"] is None or best["high"] is None else f"{100 * best['low']:.0f} to {100 * best['high']:.0f}"
+    """Return the 95% interval of what an attack recovers, in percent: `61 to 85`."""
+    return (
+        "any share"
+        if best["low"] is None or best["high"] is None
+        else f"{100 * best['low']:.0f} to {100 * best['high']:.0f}"
+    )
 
 
 def recovered_in_words(best: dict[str, Any] | None) -> str:
     """`73% (61 to 85)`; a dash where nothing can be recovered, or recovery is not asked."""
-    return "-" if best is None or best["recovered"] is None else f"{best['recovered']:.0%} ({bounds_in_words(best)})"
+    return (
+        "-"
+        if best is None or best["recovered"] is None
+        else f"{best['recovered']:.0%} ({bounds_in_words(best)})"
+    )
 
 
 def known_in_words(audit: dict[str, Any], figure: float) -> str:
-    """What a model knows: accuracy in percent, or the loss in nats a token."""
+    """Return what a model knows in words: accuracy in percent, or the loss in nats/token."""
     return f"{100 * figure:.1f}" if audit["measured_in"] == "accuracy" else f"{figure:.2f}"

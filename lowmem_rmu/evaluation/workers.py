@@ -1,4 +1,5 @@
-"""Evaluation by several processes: the main process announces each evaluation, the others take their share of the questions.
+"""Evaluation by several processes: the main process announces each evaluation, the others take their share of
+the questions.
 
 All of them then call `evaluate` with the same questions; only the main process reads and writes files.
 """
@@ -25,11 +26,15 @@ class Announcement:
     side: str
     batch_tokens: int
     adapter: dict[str, bytes]
-    """The files of the adapter by name: the other processes may run on a machine that does not see the run folder."""
+    """The files of the adapter by name: the other processes may run on a machine that does not see the run
+    folder.
+    """
 
 
 def announce(distributed: Distributed, side: str, batch_tokens: int, adapter: Path) -> None:
-    """Tell the other processes, if there are any, to evaluate a side. `adapter` is read for `unlearned` only."""
+    """Tell the other processes, if there are any, to evaluate a side. `adapter` is read for `unlearned`
+    only.
+    """
     if distributed.num_processes == 1:
         return
     files = {file.name: file.read_bytes() for file in adapter.iterdir()} if side == "unlearned" else {}
@@ -41,8 +46,12 @@ def dismiss(distributed: Distributed) -> None:
     distributed.broadcast(None)
 
 
-def work(spec: ModelSpec, questions: list[QuestionSet], device: torch.device, distributed: Distributed) -> None:
-    """Take this process's share of every announced evaluation, until dismissed. For all processes except the main one."""
+def work(
+    spec: ModelSpec, questions: list[QuestionSet], device: torch.device, distributed: Distributed
+) -> None:
+    """Take this process's share of every announced evaluation, until dismissed. For all processes except the
+    main one.
+    """
     model: Any = spec.load(device) if questions else None
     nothing: Announcement | None = None
     while (announced := distributed.broadcast(nothing)) is not None:

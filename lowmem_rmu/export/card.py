@@ -1,4 +1,6 @@
-"""The model card of an export, and the hashes of its files: what was forgotten and how, what was measured, and what that does not prove."""
+"""The model card of an export, and the hashes of its files: what was forgotten and how, what was measured,
+and what that does not prove.
+"""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +16,13 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import asked_how, counted
 from lowmem_rmu.evaluation.multiple_choice import CHANCE
 from lowmem_rmu.evaluation.statistics import LUCK
-from lowmem_rmu.evaluation.summary import Headline, known_in_words, read_audit, read_summary, recovered_in_words
+from lowmem_rmu.evaluation.summary import (
+    Headline,
+    known_in_words,
+    read_audit,
+    read_summary,
+    recovered_in_words,
+)
 from lowmem_rmu.export.reproduce import sha256
 from lowmem_rmu.export.verification import Compared, Verification
 from lowmem_rmu.model.source import locate
@@ -37,43 +45,62 @@ class Form:
 
 
 FORMS: dict[Kind, Form] = {
-    "adapter": Form("peft", "adapter", "An adapter that makes a model forget, in PEFT's format: it goes on top of the base model."),
-    "merged": Form("transformers", "finetune", "A whole model that was made to forget: the update is merged into the base model's own checkpoint."),
-    "gguf": Form("gguf", "quantized", "A model that was made to forget, its update merged, as GGUF for llama.cpp, Ollama and LM Studio."),
+    "adapter": Form(
+        "peft",
+        "adapter",
+        "An adapter that makes a model forget, in PEFT's format: it goes on top of the base model.",
+    ),
+    "merged": Form(
+        "transformers",
+        "finetune",
+        "A whole model that was made to forget: the update is merged into the base model's own checkpoint.",
+    ),
+    "gguf": Form(
+        "gguf",
+        "quantized",
+        "A model that was made to forget, its update merged, as GGUF for llama.cpp, Ollama and LM Studio.",
+    ),
 }
 
-# Whatever Markdown may take for its own, GitHub's links of bare addresses too; left alone where it can mean nothing, so that the card reads
+# Whatever Markdown may take for its own, GitHub's links of bare addresses too; left alone where it can mean
+# nothing, so that the card reads
 # well as it is: hyphens and underscores within words, points within numbers and at the end.
-_SPECIAL = re.compile(r"[\\`*\[\]<>#|~&@$^!{}=+]|(?<![A-Za-z0-9])[_-]|[_-](?![A-Za-z0-9])|:(?=\S)|(?<!\d)\.(?=\S)|\.(?=[^\s\d])")
+_SPECIAL = re.compile(
+    r"[\\`*\[\]<>#|~&@$^!{}=+]|(?<![A-Za-z0-9])[_-]|[_-](?![A-Za-z0-9])|:(?=\S)|(?<!\d)\.(?=\S)|\.(?=[^\s\d])"
+)
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 
 def write_card(run: RunFolder, artefact: Path, kind: Kind, verification: Verification | None) -> None:
-    """Writes `README.md` and `SHA256SUMS` into the folder of an export that is otherwise complete.
+    """Write `README.md` and `SHA256SUMS` into the folder of an export that is otherwise complete.
 
     Raises UserError where the run's results cannot be read.
     """
     files = {name: sha256(artefact / name) for name in file_names(artefact)}
     write_atomically(artefact / CARD, str(model_card(run, kind, verification, files)))
     sums = files | {CARD: sha256(artefact / CARD)}
-    write_atomically(artefact / SUMS, "".join(sum_line(digest, name) for name, digest in sorted(sums.items())))
+    write_atomically(
+        artefact / SUMS, "".join(sum_line(digest, name) for name, digest in sorted(sums.items()))
+    )
 
 
 def file_names(artefact: Path) -> list[str]:
-    """Every file of an export but the card and the hashes themselves."""
+    """Return every file of an export except the card and the checksums."""
     names = (path.relative_to(artefact).as_posix() for path in artefact.rglob("*") if path.is_file())
     return sorted(name for name in names if name not in (CARD, SUMS))
 
 
 def sum_line(digest: str, name: str) -> str:
-    """A line that `sha256sum -c` takes, with its way to write a name that has a line break in it."""
+    """Return a line that `sha256sum -c` takes, with its way to write a name that has a line break in it."""
     written = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
     mark = "" if written == name else "\\"
     return f"{mark}{digest}  {written}\n"
 
 
-def model_card(run: RunFolder, kind: Kind, verification: Verification | None, files: dict[str, str]) -> ModelCard:
-    """The card of an export with these `files` and their sha256. Raises UserError."""
+def model_card(
+    run: RunFolder, kind: Kind, verification: Verification | None, files: dict[str, str]
+) -> ModelCard:
+    """Return the card of an export with these `files` and their sha256. Raises UserError."""
     config = run.config
     preset = read_preset(run, pinned=False)
     summary = read_summary(run) if (run.path / "summary.json").exists() else None
@@ -111,7 +138,9 @@ def model_card(run: RunFolder, kind: Kind, verification: Verification | None, fi
 
 
 def base_terms(model: ModelSettings, revision: str | None) -> dict[str, str]:
-    """The base model's licence as its own card has it: `license`, `license_name`, `license_link`; nothing where that is not known."""
+    """Return the base model's licence as its own card has it: `license`, `license_name`, `license_link`;
+    nothing where that is not known.
+    """
     try:
         card = locate(model.name, revision).fetch(CARD)
         header = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8")) if card else None
@@ -120,19 +149,32 @@ def base_terms(model: ModelSettings, revision: str | None) -> dict[str, str]:
         return {}
     if not isinstance(data, dict):
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
+    return {
+        key: data[key]
+        for key in ("license", "license_name", "license_link")
+        if isinstance(data.get(key), str)
+    }
 
 
 def eval_results(preset: Preset, summary: dict[str, Any]) -> Iterator[EvalResult]:
-    """Every task's accuracy and every held-out text's loss, unlearned and base, each with its standard error, for the card's `model-index`."""
+    """Yield the accuracy on every task and the loss on every held-out text, unlearned and base, with standard
+    errors, for the card's `model-index`.
+    """
     for row in headline(summary["rows"]):
         task = preset.evaluation.tasks.get(row["task"])
         of: dict[str, Any] = {"dataset_type": row["task"], "dataset_name": row["task"]}
         if task and not is_local(task.source):
             of |= {"dataset_type": task.source, "dataset_config": task.subset, "dataset_split": task.split}
-        yield from _both_sides("accuracy", row, of, ("role", "questions", "sampled_from", "num_fewshot", "scoring"))
+        yield from _both_sides(
+            "accuracy", row, of, ("role", "questions", "sampled_from", "num_fewshot", "scoring")
+        )
     for text in summary["texts"]:
-        yield from _both_sides("loss", text, {"dataset_type": text["name"], "dataset_name": f"{text['name']} (held-out text)"}, ("role", "tokens"))
+        yield from _both_sides(
+            "loss",
+            text,
+            {"dataset_type": text["name"], "dataset_name": f"{text['name']} (held-out text)"},
+            ("role", "tokens"),
+        )
 
 
 def _both_sides(metric: str, row: Row, of: dict[str, Any], told: tuple[str, ...]) -> Iterator[EvalResult]:
@@ -141,20 +183,33 @@ def _both_sides(metric: str, row: Row, of: dict[str, Any], told: tuple[str, ...]
         for name, value in {metric: row[side], f"{metric}_stderr": row[f"{side}_stderr"]}.items():
             if value is not None:
                 called = f"{name} on {of['dataset_name']}, {side}"
-                yield EvalResult(task_type="text-generation", metric_type=name, metric_name=called, metric_value=value, metric_args=how, **of)
+                yield EvalResult(
+                    task_type="text-generation",
+                    metric_type=name,
+                    metric_name=called,
+                    metric_value=value,
+                    metric_args=how,
+                    **of,
+                )
 
 
 def headline(rows: list[Row]) -> list[Row]:
-    """Every task as a whole, and averages over tasks: no subjects."""
+    """Return the rows of whole tasks and of averages over tasks, without subjects."""
     return [row for row in rows if row["group"] is None]
 
 
 def _method(preset: Preset) -> dict[str, Any]:
-    """What was forgotten, and with which settings, without a path of the machine that it was done on."""
+    """Describe what was forgotten and with which settings, without a path of this machine."""
     rmu, model = preset.rmu, preset.model
     low_rank = f"LoRA of rank {rmu.rank}, lora_alpha {rmu.lora_alpha or rmu.rank}"
     topics = [
-        {"name": name, "corpus": _source(topic.corpus), "steering": _steering(topic), "alpha": f"{topic.alpha:g}", "max_tokens": topic.max_tokens}
+        {
+            "name": name,
+            "corpus": _source(topic.corpus),
+            "steering": _steering(topic),
+            "alpha": f"{topic.alpha:g}",
+            "max_tokens": topic.max_tokens,
+        }
         for name, topic in preset.topics.items()
     ]
     settings = {
@@ -162,16 +217,26 @@ def _method(preset: Preset) -> dict[str, Any]:
         "trained": "the matrices themselves" if rmu.trainable == "weights" else low_rank,
         "modules": f"{', '.join(rmu.modules)} of layers {', '.join(map(str, rmu.adapter_layers))}",
         "steered": f"the output of layer {rmu.target_layer} (layers count from 0)",
-        "steps": f"{rmu.steps}, {rmu.batch_size} forget and {rmu.retain_batch_size or rmu.batch_size} retain samples each",
+        "steps": (
+            f"{rmu.steps}, {rmu.batch_size} forget and {rmu.retain_batch_size or rmu.batch_size} retain "
+            "samples each"
+        ),
         "optimiser": f"{rmu.optimizer}, learning rate {rmu.learning_rate:g}",
         "losses over": "real tokens" if rmu.padding == "masked" else "all positions, padding too",
         "seed": rmu.seed,
     }
-    return {"topics": topics, "retain": [_source(corpus) for corpus in preset.retain.corpora], "settings": settings, "precision": _precision(model)}
+    return {
+        "topics": topics,
+        "retain": [_source(corpus) for corpus in preset.retain.corpora],
+        "settings": settings,
+        "precision": _precision(model),
+    }
 
 
 def _precision(model: ModelSettings) -> str:
-    return "4-bit (NF4, double quantisation)" if model.quantisation == "nf4" else f"not quantised, {model.dtype}"
+    return (
+        "4-bit (NF4, double quantisation)" if model.quantisation == "nf4" else f"not quantised, {model.dtype}"
+    )
 
 
 def _source(corpus: Corpus) -> str:
@@ -209,7 +274,12 @@ def _results(summary: dict[str, Any] | None) -> dict[str, Any]:
 
 def _verification(verification: Verification) -> dict[str, Any]:
     checked = [
-        {"name": each.name, "mark": each.mark, "reason": each.reason, "tasks": [_checked_row(task) for task in each.tasks]}
+        {
+            "name": each.name,
+            "mark": each.mark,
+            "reason": each.reason,
+            "tasks": [_checked_row(task) for task in each.tasks],
+        }
         for each in verification.checked
     ]
     return {"mark": verification.mark, "checked": checked}
@@ -228,18 +298,29 @@ def _checked_row(task: Compared) -> dict[str, str]:
 
 
 def _audit(audit: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What attacks on the run found; None where there was no audit."""
+    """Describe what attacks on the run found; None where there was no audit."""
     if audit is None:
         return None
     attacks = [
-        {"attack": each["attack"], "asks": each["asks"], "reason": each["reason"], "finding": each["finding"], "sentences": each["sentences"]}
+        {
+            "attack": each["attack"],
+            "asks": each["asks"],
+            "reason": each["reason"],
+            "finding": each["finding"],
+            "sentences": each["sentences"],
+        }
         | {"attacked": known_in_words(audit, each["best"]["attacked"]) if each["best"] else None}
         | {"recovered": recovered_in_words(each["best"]).replace("-", "−")}
         for each in audit["attacks"]
     ]
-    told = {side: known_in_words(audit, audit[side]) for side in ("base", "unlearned")} | {"sentences": audit["verdict"]["sentences"]}
+    told = {side: known_in_words(audit, audit[side]) for side in ("base", "unlearned")} | {
+        "sentences": audit["verdict"]["sentences"]
+    }
     is_share = audit["measured_in"] == "accuracy"
-    of = {"asked": f"{audit['items']} {'questions' if is_share else 'texts'}", "measured_in": "accuracy in %" if is_share else audit["measured_in"]}
+    of = {
+        "asked": f"{audit['items']} {'questions' if is_share else 'texts'}",
+        "measured_in": "accuracy in %" if is_share else audit["measured_in"],
+    }
     return told | of | {"attacks": attacks, "controls": audit["controls"]}
 
 
@@ -249,15 +330,23 @@ def _signed(value: float) -> str:
 
 
 def _percent(share: float | None, stderr: float | None) -> str:
-    return "not measured" if share is None or stderr is None else f"{100 * share:.1f} ± {100 * stderr:.1f}".replace("-", "−")
+    return (
+        "not measured"
+        if share is None or stderr is None
+        else f"{100 * share:.1f} ± {100 * stderr:.1f}".replace("-", "−")
+    )
 
 
 def _nats(loss: float | None, stderr: float | None) -> str:
-    return "not measured" if loss is None or stderr is None else f"{loss:.2f} ± {stderr:.2f}".replace("-", "−")
+    return (
+        "not measured" if loss is None or stderr is None else f"{loss:.2f} ± {stderr:.2f}".replace("-", "−")
+    )
 
 
 def escaped(value: Any) -> str:
-    """Any text so that Markdown shows it to the letter, on one line: names of topics and files are other people's."""
+    """Any text so that Markdown shows it to the letter, on one line: names of topics and files are other
+    people's.
+    """
     shown = "".join(character for character in " ".join(str(value).split()) if character.isprintable())
     return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", shown))
 
@@ -265,5 +354,10 @@ def escaped(value: Any) -> str:
 def _template() -> jinja2.Template:
     """Whatever stands in `{{ }}` is escaped, wherever it comes from."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    options: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    options: dict[str, Any] = {
+        "undefined": jinja2.StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "keep_trailing_newline": True,
+    }
     return jinja2.Environment(loader=loader, finalize=escaped, **options).get_template("card.md.jinja")

@@ -1,4 +1,6 @@
-"""The weights that a run in 4-bit was trained on: those of the checkpoint, quantised as for the run and dequantised."""
+"""The weights that a run in 4-bit was trained on: those of the checkpoint, quantised as for the run and
+dequantised.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,16 +17,26 @@ from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import Part, StoredTensor
 
 
-def dequantised_weights(spec: ModelSpec, device: torch.device, tensors: Mapping[str, StoredTensor]) -> "Dequantised":
-    """Of everything that is 4-bit when the model is loaded on the device; in the precision that it has there."""
+def dequantised_weights(
+    spec: ModelSpec, device: torch.device, tensors: Mapping[str, StoredTensor]
+) -> "Dequantised":
+    """Return the values of all weights that are 4-bit when the model is loaded on the device, in the
+    precision that it computes in.
+    """
     quantised = quantised_parameters(spec.skeleton, spec.trained_modules)
-    parts = {name: part for name, part in model_parts(spec.skeleton, tensors).items() if part.parameter in quantised}
+    parts = {
+        name: part
+        for name, part in model_parts(spec.skeleton, tensors).items()
+        if part.parameter in quantised
+    }
     return Dequantised(tensors, parts, spec.dtype(device))
 
 
 @dataclass(frozen=True)
 class Dequantised:
-    """`parts` are the tensors that were quantised; those of one parameter were so together, for double quantisation averages over all of it."""
+    """`parts` are the tensors that were quantised; those of one parameter were so together, for double
+    quantisation averages over all of it.
+    """
 
     tensors: Mapping[str, StoredTensor]
     parts: Mapping[str, Part]
@@ -37,25 +49,34 @@ class Dequantised:
         return frozenset(self.parts)
 
     def of(self, name: str, rows: Tensor, first: int) -> Tensor:
-        """`rows` `(n, width)` of the tensor from row `first` on, which must begin with a block of quantisation; in the run's dtype."""
+        """`rows` `(n, width)` of the tensor from row `first` on, which must begin with a block of
+        quantisation; in the run's dtype.
+        """
         start, left_over = divmod(self._before(name) + first * rows.shape[1], BLOCK)
         if left_over:
             raise ValueError(f"row {first} of {name} does not begin with a block")
         blocks = -(-rows.numel() // BLOCK)
-        return as_quantised(rows.to(self.dtype), self._constants(self.parts[name].parameter)[start : start + blocks])
+        return as_quantised(
+            rows.to(self.dtype), self._constants(self.parts[name].parameter)[start : start + blocks]
+        )
 
     def _together(self, parameter: str) -> list[StoredTensor]:
-        """The tensors of a parameter in their order."""
+        """Return the tensors of a parameter in their order."""
         names = [name for name, part in self.parts.items() if part.parameter == parameter]
-        return [self.tensors[name] for name in sorted(names, key=lambda name: (self.parts[name].expert or 0, self.parts[name].share))]
+        return [
+            self.tensors[name]
+            for name in sorted(names, key=lambda name: (self.parts[name].expert or 0, self.parts[name].share))
+        ]
 
     def _before(self, name: str) -> int:
-        """Values of the parameter before the tensor's first."""
+        """Return values of the parameter before the tensor's first."""
         together = self._together(self.parts[name].parameter)
         return sum(prod(tensor.shape) for tensor in takewhile(lambda tensor: tensor.name != name, together))
 
     def _constants(self, parameter: str) -> Tensor:
-        """A checkpoint's order goes to and fro between the two fused weights of a layer's experts: those of two are kept."""
+        """Return a checkpoint's order goes to and fro between the two fused weights of a layer's experts:
+        those of two are kept.
+        """
         if parameter not in self._kept:
             while len(self._kept) > 1:
                 del self._kept[next(iter(self._kept))]

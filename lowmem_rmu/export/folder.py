@@ -1,4 +1,6 @@
-"""The folder of an export: filled beside its place, which it takes once it is whole; linked and copied files; room on the disk."""
+"""The folder of an export: filled beside its place, which it takes once it is whole; linked and copied files;
+room on the disk.
+"""
 
 import errno
 import os
@@ -13,15 +15,20 @@ from lowmem_rmu.model.shards import cut_short
 from lowmem_rmu.runs import folder_replaced
 
 COPIED_AT_ONCE = 2**26  # bytes in one call to the system, which Ctrl-C does not interrupt
-MOVED_AT_ONCE = 2**16  # bytes in one read or write: Linux looks for large free pages for larger writes, which took it four times as long
+MOVED_AT_ONCE = (
+    2**16
+    # Bytes in one read or write: Linux looks for large free pages for larger writes, which took it four times
+    # as long.
+)
 
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """Gives an empty folder beside `to`, which becomes `to` once it has been filled; nothing of it stays if something goes wrong.
+    """Yield an empty folder next to `to`, which becomes `to` once it is filled; nothing of it stays after an
+    error.
 
-    (Only a kill leaves it there, with a hidden name, until the next export to the same place.) Raises UserError where `to` is not
-    free, cannot be written, or its disk becomes full.
+    (Only a kill leaves it there, with a hidden name, until the next export to the same place.) Raises
+    UserError where `to` is not free, cannot be written, or its disk becomes full.
     """
     to = to.expanduser().resolve()
     if to.is_file() or (to.exists() and any(to.iterdir())):
@@ -38,7 +45,11 @@ def new_folder(to: Path) -> Iterator[Path]:
                 f"The disk that holds {to} is full. Nothing was left there.",
                 "Make room, then give the same command again.",
             ) from error
-        if error.filename and Path(os.fsdecode(error.filename)) in {*to.parents, to, to.with_name(f".{to.name}.new")}:
+        if error.filename and Path(os.fsdecode(error.filename)) in {
+            *to.parents,
+            to,
+            to.with_name(f".{to.name}.new"),
+        }:
             raise UserError(
                 f"{to} cannot be written: {error.strerror}.",
                 "Give another folder with --to.",
@@ -52,7 +63,7 @@ def _is_full(error: OSError) -> bool:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raises UserError where the disk has not so many bytes left."""
+    """Raise UserError where the disk has not so many bytes left."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -63,12 +74,14 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def same_disk(file: Path, folder: Path) -> bool:
-    """Whether a link in the folder could stand for the file."""
+    """Return whether a link in the folder could stand for the file."""
     return file.stat().st_dev == folder.stat().st_dev
 
 
 def link_or_copy(file: Path, to: Path, link: bool) -> bool:
-    """Makes `to` the same file (a hard link; then it says True) where that is wanted and possible, else another with the same bytes."""
+    """Make `to` the same file (a hard link; then it says True) where that is wanted and possible, else
+    another with the same bytes.
+    """
     source = file.resolve()  # what the Hub's cache shows is a symbolic link
     if link:
         try:
@@ -82,14 +95,16 @@ def link_or_copy(file: Path, to: Path, link: bool) -> bool:
 
 
 def copy_bytes(old: FileIO, new: FileIO, start: int, end: int) -> None:
-    """Appends the old file's bytes from `start` to `end`."""
+    """Append the old file's bytes from `start` to `end`."""
     while start < end:
         copied = _copied_by_the_system(old, new, start, min(end - start, COPIED_AT_ONCE))
         start += copied or _copied_by_reading(old, new, start, min(end - start, MOVED_AT_ONCE))
 
 
 def _copied_by_the_system(old: FileIO, new: FileIO, start: int, count: int) -> int:
-    """How many bytes it has copied by itself; 0 where it cannot. (Disks that can share blocks between files then do.)"""
+    """Copy bytes with the system's own call and return how many; 0 where it cannot. (Disks that share blocks
+    between files then do.)
+    """
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
@@ -109,7 +124,7 @@ def _copied_by_reading(old: FileIO, new: FileIO, start: int, count: int) -> int:
 
 
 def write_whole(new: FileIO, content: bytes | memoryview) -> int:
-    """Writes all of it, and says how many bytes that were."""
+    """Write all of it, and say how many bytes that were."""
     left = memoryview(content)
     while left:
         left = left[new.write(left[:MOVED_AT_ONCE]) :]

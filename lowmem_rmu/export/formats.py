@@ -1,4 +1,6 @@
-"""An export in the format that was asked for: written, verified and described in a folder that is there only once it is whole."""
+"""An export in the format that was asked for: written, verified and described in a folder that is there only
+once it is whole.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,10 +49,14 @@ class Exported:
     verification: Verification | None
 
 
-def export(run: RunFolder, wanted: Wanted, to: Path, device: torch.device, follow: Follow = follow_nothing) -> Exported:
-    """Writes the whole export into `to`: weights, `reproduce/`, `verification.json`, and the card with the hashes of all of them.
+def export(
+    run: RunFolder, wanted: Wanted, to: Path, device: torch.device, follow: Follow = follow_nothing
+) -> Exported:
+    """Write the whole export into `to`: weights, `reproduce/`, `verification.json`, and the card with the
+    hashes of all of them.
 
-    Raises UserError, and leaves nothing, where the weights cannot be written; what else is missing is said in a sentence.
+    Raises UserError, and leaves nothing, where the weights cannot be written; what else is missing is said in
+    a sentence.
     """
     if wanted.format == "adapter" and wanted.base != "original":
         raise UserError(
@@ -61,14 +67,22 @@ def export(run: RunFolder, wanted: Wanted, to: Path, device: torch.device, follo
     adapter_of(run)
     with new_folder(to) as folder:
         sentences = write(run, wanted, folder)
-        _or_told(lambda: write_reproduce(run, folder / REPRODUCE), "How to make it again is not in it", sentences)
-        verification = _or_told(lambda: verify(run, folder, device, follow), "Not verified", sentences) if wanted.verified else None
+        _or_told(
+            lambda: write_reproduce(run, folder / REPRODUCE), "How to make it again is not in it", sentences
+        )
+        verification = (
+            _or_told(lambda: verify(run, folder, device, follow), "Not verified", sentences)
+            if wanted.verified
+            else None
+        )
         _or_told(lambda: write_card(run, folder, wanted.format, verification), "It has no card", sentences)
     return Exported(sentences, verification)
 
 
 def _or_told(act: Callable[[], Any], otherwise: str, sentences: list[str]) -> Any:
-    """What a run cannot give (one that measured nothing, or whose texts are gone) is no reason to lose the export."""
+    """Do a part of the export that a run may not allow (it measured nothing, or its texts are gone), and note
+    it in words instead of failing.
+    """
     try:
         return act()
     except UserError as error:
@@ -77,7 +91,9 @@ def _or_told(act: Callable[[], Any], otherwise: str, sentences: list[str]) -> An
 
 
 def write_adapter(run: RunFolder, wanted: Wanted, folder: Path) -> list[str]:
-    """A plain PEFT adapter: its settings and its weights. It names its model, but no place on this machine."""
+    """Return a plain PEFT adapter: its settings and its weights. It names its model, but no place on this
+    machine.
+    """
     settings, adapter = model_settings(run), adapter_of(run)
     config = read_adapter_settings(adapter)
     if is_local(settings.name):
@@ -88,17 +104,23 @@ def write_adapter(run: RunFolder, wanted: Wanted, folder: Path) -> list[str]:
 
 
 def write_whole_model(run: RunFolder, wanted: Wanted, folder: Path) -> list[str]:
-    """The merged checkpoint."""
+    """Return the merged checkpoint."""
     return told(write_merged(update_of(run, wanted.base), folder, wanted.link))
 
 
 def write_gguf_files(run: RunFolder, wanted: Wanted, folder: Path) -> list[str]:
-    """The merged model as one GGUF file, a Modelfile for Ollama, and the adapter alone where it is LoRA."""
+    """Return the merged model as one GGUF file, a Modelfile for Ollama, and the adapter alone where it is
+    LoRA.
+    """
     update = update_of(run, wanted.base)
     checkpoint, name = folder_of(update), f"{run.path.name}-{wanted.kind}.gguf"
-    write_gguf(checkpoint, folder / name, wanted.kind, lambda tensor, weight: _changed(update, tensor, weight))
+    write_gguf(
+        checkpoint, folder / name, wanted.kind, lambda tensor, weight: _changed(update, tensor, weight)
+    )
     write_atomically(folder / "Modelfile", modelfile(checkpoint, name))
-    sentences = [f"{counted(len(update.adapted_names), 'tensor')} merged into {name}, stored as {wanted.kind}."]
+    sentences = [
+        f"{counted(len(update.adapted_names), 'tensor')} merged into {name}, stored as {wanted.kind}."
+    ]
     if wanted.base == "original":
         alone = lambda: write_gguf_adapter(run.adapter, checkpoint, folder / f"{run.path.name}-lora.gguf")  # noqa: E731
         _or_told(alone, "The adapter alone is not in it", sentences)
@@ -110,20 +132,20 @@ def _changed(update: Update, name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def folder_of(update: Update) -> Path:
-    """The checkpoint with its tokenizer, on this machine: fetched where the Hub has it."""
+    """Return the checkpoint with its tokenizer, on this machine: fetched where the Hub has it."""
     files_beside(update)
     return next(iter(update.tensors.values())).file.parent
 
 
 def told(merged: Merged) -> list[str]:
-    """What was done, in words."""
+    """Describe in words what was done."""
     sentences = [f"{counted(merged.tensors, 'tensor')} merged, in {counted(len(merged.rewritten), 'file')}."]
     if merged.copied:
         sentences.append(f"{counted(len(merged.copied), 'other file')} of weights copied.")
     if merged.linked:
         sentences.append(
-            f"{counted(len(merged.linked), 'other file')} of weights linked: the same file as the original's, in two places."
-            " Never write into it; --copy makes copies."
+            f"{counted(len(merged.linked), 'other file')} of weights linked: the same file as the "
+            "original's, in two places. Never write into it; --copy makes copies."
         )
     if merged.untied:
         sentences.append(
@@ -131,7 +153,10 @@ def told(merged: Merged) -> list[str]:
             " the export's config.json has tie_word_embeddings: false."
         )
     if not merged.checked:
-        sentences.append("The run did not record what its model's matrices were: that the checkpoint is still the same could not be checked.")
+        sentences.append(
+            "The run did not record what its model's matrices were: that the checkpoint is still the "
+            "same could not be checked."
+        )
     return sentences
 
 

@@ -1,7 +1,9 @@
-"""GGUF files for llama.cpp, Ollama and LM Studio: a checkpoint with its tokenizer, weight by weight, or a LoRA adapter alone.
+"""GGUF files for llama.cpp, Ollama and LM Studio: a checkpoint with its tokenizer, weight by weight, or a
+LoRA adapter alone.
 
-Written with llama.cpp's own `gguf` package. llama.cpp's converter itself is in no package of its makers, has no q4_0 and nowhere to
-add an update; what it decides for Llama and Mistral (names, the order of rotary weights, types) is decided likewise here.
+Written with llama.cpp's own `gguf` package. llama.cpp's converter itself is in no package of its makers, has
+no q4_0 and nowhere to add an update; what it decides for Llama and Mistral (names, the order of rotary
+weights, types) is decided likewise here.
 """
 
 import shutil
@@ -76,11 +78,12 @@ class _Planned:
 
 
 def write_gguf(checkpoint: Path, to: Path, kind: Kind, change: Change | None = None) -> None:
-    """Writes a checkpoint's folder and its tokenizer as one GGUF file, which is whole or is not there.
+    """Write a checkpoint's folder and its tokenizer as one GGUF file, which is whole or is not there.
 
-    `change` gets every weight by its name in the checkpoint, in float32, and gives what is stored in its place. No more than one weight is
-    in memory at a time. Raises UserError for what llama.cpp would not run to the same effect, for a checkpoint whose weights do not fit its
-    config.json, and for too little disk space.
+    `change` gets every weight by its name in the checkpoint, in float32, and gives what is stored in its
+    place. No more than one weight is in memory at a time. Raises UserError for what llama.cpp would not run
+    to the same effect, for a checkpoint whose weights do not fit its config.json, and for too little disk
+    space.
     """
     spec = ModelSpec(ModelSettings(name=str(checkpoint.absolute())))
     check_known(spec)
@@ -100,13 +103,14 @@ def write_gguf(checkpoint: Path, to: Path, kind: Kind, change: Change | None = N
 
 
 def check_known(spec: ModelSpec) -> None:
-    """Raise UserError for an architecture, or a setting of one, that llama.cpp does not compute in the same way."""
+    """Raise UserError for an architecture, or a setting of one, that llama.cpp does not compute in the same
+    way.
+    """
     config: Any = spec.config
     architecture = (config.architectures or [type(config).__name__])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{spec.name} is a {architecture}: GGUF files are written of {' and '.join(ARCHITECTURES)} "
-            "only.",
+            f"{spec.name} is a {architecture}: GGUF files are written of {' and '.join(ARCHITECTURES)} only.",
             "Export it merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
         )
     if (rope_type := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
@@ -122,15 +126,20 @@ def check_known(spec: ModelSpec) -> None:
 
 
 def _plan(spec: ModelSpec, config: PretrainedConfig, kind: Kind) -> list[_Planned]:
-    """All tensors of the file."""
+    """Return all tensors of the file."""
     shapes = _shapes(spec, config)
     if config.rope_parameters["rope_type"] != "default":
         shapes[ROPE_FACTORS] = (head_size(config) // 2,)
-    return [_Planned(_gguf_name(config, name), name, shape, _stored_as(name, shape, kind)) for name, shape in shapes.items()]
+    return [
+        _Planned(_gguf_name(config, name), name, shape, _stored_as(name, shape, kind))
+        for name, shape in shapes.items()
+    ]
 
 
 def _shapes(spec: ModelSpec, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Of the weights by their names in the checkpoint. A head that is tied to the embeddings is none."""
+    """Return the shapes of the weights by their names in the checkpoint, without a head that is tied to the
+    embeddings.
+    """
     shapes = {name: tuple(weight.shape) for name, weight in spec.skeleton.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
@@ -138,7 +147,9 @@ def _shapes(spec: ModelSpec, config: PretrainedConfig) -> dict[str, tuple[int, .
 
 
 def _stored_as(name: str, shape: tuple[int, ...], kind: Kind) -> GGMLQuantizationType:
-    """Vectors are in float32. With q4_0, embeddings and head are q8_0: they suffer most (in llama.cpp's own mixture they are q6_K)."""
+    """Return vectors are in float32. With q4_0, embeddings and head are q8_0: they suffer most (in
+    llama.cpp's own mixture they are q6_K).
+    """
     if len(shape) == 1:
         return GGMLQuantizationType.F32
     if kind in ("q8_0", "q4_0") and shape[-1] % BLOCK:
@@ -186,7 +197,12 @@ def head_size(config: PretrainedConfig) -> int:
 
 def _add_shape(writer: GGUFWriter, config: PretrainedConfig) -> None:
     # llama.cpp has no sliding window in a Llama: up to the window's length it computes the same.
-    writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or config.max_position_embeddings))
+    writer.add_context_length(
+        min(
+            config.max_position_embeddings,
+            getattr(config, "sliding_window", None) or config.max_position_embeddings,
+        )
+    )
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -204,9 +220,11 @@ def _add_shape(writer: GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _rope_factors(config: PretrainedConfig) -> tuple[Tensor, float]:
-    """What each rotary frequency is divided by, `(head / 2,)`, and what queries and keys are multiplied by: from transformers' own.
+    """Return the divisor of each rotary frequency `(head / 2,)` and the factor of queries and keys, as
+    transformers computes them.
 
-    One way for every type of scaling: llama.cpp's own settings of linear and YaRN say less than those of transformers.
+    One way for every type of scaling: llama.cpp's own settings of linear and YaRN say less than those of
+    transformers.
     """
     head, rope = head_size(config), config.rope_parameters
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
@@ -217,7 +235,9 @@ def _rope_factors(config: PretrainedConfig) -> tuple[Tensor, float]:
 
 
 def _check_weights(checkpoint: Path, planned: list[_Planned], weights: dict[str, Any]) -> None:
-    missing = [tensor.source for tensor in planned if tensor.source not in weights and tensor.source != ROPE_FACTORS]
+    missing = [
+        tensor.source for tensor in planned if tensor.source not in weights and tensor.source != ROPE_FACTORS
+    ]
     if missing:
         raise UserError(
             f"The checkpoint {checkpoint} lacks {len(missing)} weights, {min(missing)} among them.",
@@ -225,8 +245,10 @@ def _check_weights(checkpoint: Path, planned: list[_Planned], weights: dict[str,
         )
 
 
-def _read(config: PretrainedConfig, weights: dict[str, Any], change: Change | None, tensor: _Planned) -> Tensor:
-    """A weight in float32, as it is stored: changed, and with rotary pairs beside each other."""
+def _read(
+    config: PretrainedConfig, weights: dict[str, Any], change: Change | None, tensor: _Planned
+) -> Tensor:
+    """Return a weight in float32, as it is stored: changed, and with rotary pairs beside each other."""
     if tensor.source == ROPE_FACTORS:
         return _rope_factors(config)[0]
     weight: Tensor = weights[tensor.source][...].float()
@@ -239,15 +261,23 @@ def _read(config: PretrainedConfig, weights: dict[str, Any], change: Change | No
 
 
 def in_pairs(config: PretrainedConfig, name: str, weight: Tensor) -> Tensor:
-    """Rows of a query's or key's weight `(heads * size, ...)` in llama.cpp's order: what turns together, i and i + size / 2, is adjacent."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    return weight if heads is None else weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    """Return rows of a query's or key's weight `(heads * size, ...)` in llama.cpp's order: what turns
+    together, i and i + size / 2, is adjacent.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
+    return (
+        weight if heads is None else weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    )
 
 
 def _write_tensors(writer: GGUFWriter, planned: list[_Planned], read: Callable[[_Planned], Tensor]) -> None:
-    """The names of all tensors, then one after the other."""
+    """Write the names of all tensors, then one tensor after the other."""
     for tensor in planned:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.stored)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.stored
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -256,7 +286,8 @@ def _write_tensors(writer: GGUFWriter, planned: list[_Planned], read: Callable[[
 
 
 def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
-    """Writes a LoRA adapter alone as a GGUF file in float32, for any GGUF file of the checkpoint that it was trained on.
+    """Write a LoRA adapter alone as a GGUF file in float32, for any GGUF file of the checkpoint that it was
+    trained on.
 
     Raises UserError for an adapter that is more than LoRA, or of another model than the checkpoint's.
     """
@@ -276,7 +307,9 @@ def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
                     "Give its own base model.",
                 )
             writer.add_tensor(f"{_gguf_name(config, name)}.lora_a", a.contiguous().numpy())
-            writer.add_tensor(f"{_gguf_name(config, name)}.lora_b", in_pairs(config, name, b).contiguous().numpy())
+            writer.add_tensor(
+                f"{_gguf_name(config, name)}.lora_b", in_pairs(config, name, b).contiguous().numpy()
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -300,6 +333,11 @@ def _plain_lora(adapter: Path) -> LoraConfig:
 
 def _low_rank_pairs(adapter: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """`(rank, in)` and `(out, rank)` in float32 by the weight's name in the checkpoint."""
-    stored = {name.removeprefix(BEFORE): weight.float() for name, weight in load_file(adapter / WEIGHTS).items()}
+    stored = {
+        name.removeprefix(BEFORE): weight.float() for name, weight in load_file(adapter / WEIGHTS).items()
+    }
     modules = [name.removesuffix(FIRST_FACTOR) for name in stored if name.endswith(FIRST_FACTOR)]
-    return {f"{module}.weight": (stored[module + FIRST_FACTOR], stored[module + SECOND_FACTOR]) for module in modules}
+    return {
+        f"{module}.weight": (stored[module + FIRST_FACTOR], stored[module + SECOND_FACTOR])
+        for module in modules
+    }

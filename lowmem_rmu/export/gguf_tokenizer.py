@@ -1,4 +1,6 @@
-"""A tokenizer as a GGUF file holds it: llama.cpp must make the same tokens of a text as the model was trained on, or it is refused."""
+"""A tokenizer as a GGUF file holds it: llama.cpp must make the same tokens of a text as the model was trained
+on, or it is refused.
+"""
 
 import json
 import re
@@ -13,10 +15,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lowmem_rmu.errors import UserError
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TINY = r"\n[A-D]\.| ?\w+|[^\s\w]|\s"
 DIGIT = r"\p{N}"
@@ -28,9 +34,13 @@ BYTE_LEVEL = {
     # Parts text more coarsely than the tiny model's tokenizer, which learned no merge that would notice.
     ((TINY,), False): "bloom",
 }
-"""llama.cpp's name by the rules that part a text, and whether a whole part that is a token is taken without merging."""
+"""llama.cpp's name by the rules that part a text, and whether a whole part that is a token is taken without
+merging.
+"""
 WHOLE = {"bloom": re.compile(r"\n[A-D]\.")}
-"""Tokens that such a rule alone keeps together: llama.cpp looks for what is named to it before it parts a text."""
+"""Tokens that such a rule alone keeps together: llama.cpp looks for what is named to it before it parts a
+text.
+"""
 SENTENCEPIECE = {
     ("Prepend", "Replace"): True,
     ("Replace",): False,
@@ -40,15 +50,16 @@ SENTENCEPIECE = {
 }
 """Whether a text begins with a space that was not there, by what is done to its spaces.
 
-llama.cpp does as SentencePiece itself and "Prepend" do. It adds that space also where there is one already, and after special tokens:
-there "Metaspace" (Llama 2 in transformers 5) gives one token less.
+llama.cpp does as SentencePiece itself and "Prepend" do. It adds that space also where there is one already,
+and after special tokens: there "Metaspace" (Llama 2 in transformers 5) gives one token less.
 """
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Merges = list[tuple[str, str]]
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: list[int], size: int) -> None:
-    """Writes a vocabulary of `size` tokens, special ones and the chat template; `ends` are the tokens that end an answer.
+    """Write a vocabulary of `size` tokens, special ones and the chat template; `ends` are the tokens that end
+    an answer.
 
     Raises UserError for a tokenizer of a kind or with rules that llama.cpp does not know.
     """
@@ -72,7 +83,9 @@ def _unknown(tokenizer: PreTrainedTokenizerBase, reason: str) -> UserError:
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[TokenType]]:
-    """Texts and types by id. Embeddings that no token has are named, too; tokens beyond the embeddings are none to the model."""
+    """Return texts and types by id. Embeddings that no token has are named, too; tokens beyond the embeddings
+    are none to the model.
+    """
     texts, types = [f"[PAD{number}]" for number in range(size)], [TokenType.UNUSED] * size
     for text, number in tokenizer.get_vocab().items():
         if number < size:
@@ -84,7 +97,11 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str
 
 
 def _add_byte_level(
-    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], texts: list[str], types: list[TokenType]
+    writer: GGUFWriter,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    texts: list[str],
+    types: list[TokenType],
 ) -> None:
     steps = _steps(settings["normalizer"]) + _steps(settings["pre_tokenizer"])
     name = BYTE_LEVEL.get((steps, settings["model"]["ignore_merges"]))
@@ -102,7 +119,9 @@ def _add_byte_level(
 
 
 def _steps(settings: dict[str, Any] | None) -> tuple[str, ...]:
-    """What is done to a text, in order: rules that part it, and words of SENTENCEPIECE. What is not known is spelled out."""
+    """Return the steps of the pre-tokenizer in order: regular expressions, and names in SENTENCEPIECE.
+    Unknown steps are spelled out.
+    """
     match settings:
         case None | {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
             return ()
@@ -124,9 +143,16 @@ def _steps(settings: dict[str, Any] | None) -> tuple[str, ...]:
 
 
 def _add_sentencepiece(
-    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], texts: list[str], types: list[TokenType]
+    writer: GGUFWriter,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    texts: list[str],
+    types: list[TokenType],
 ) -> None:
-    steps, merges = _steps(settings["normalizer"]) + _steps(settings["pre_tokenizer"]), [tuple(pair) for pair in settings["model"]["merges"]]
+    steps, merges = (
+        _steps(settings["normalizer"]) + _steps(settings["pre_tokenizer"]),
+        [tuple(pair) for pair in settings["model"]["merges"]],
+    )
     if steps not in SENTENCEPIECE:
         raise _unknown(tokenizer, f"it treats text by {' and '.join(steps) or 'no rule'}")
     normal = {text for text, type_ in zip(texts, types, strict=True) if type_ == TokenType.NORMAL}
@@ -144,11 +170,15 @@ def _add_sentencepiece(
 
 
 def _follow_from(vocabulary: set[str], merges: Merges) -> bool:
-    """Whether merging by pairs comes to the same as SentencePiece's and llama.cpp's: two neighbours that make a token, the best token first."""
+    """Return whether merging by pairs comes to the same as SentencePiece's and llama.cpp's: two neighbours
+    that make a token, the best token first.
+    """
     merged = [token for token, _ in groupby(merges, "".join)]
     pairs = set(merges)
     makeable = ((token[:cut], token[cut:]) for token in vocabulary for cut in range(1, len(token)))
-    return len(merged) == len(set(merged)) and all(pair in pairs for pair in makeable if vocabulary.issuperset(pair))
+    return len(merged) == len(set(merged)) and all(
+        pair in pairs for pair in makeable if vocabulary.issuperset(pair)
+    )
 
 
 def _add_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: list[int], size: int) -> None:
@@ -168,18 +198,18 @@ def _add_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, ends: l
 
 
 def adds_start(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts the start token before a text by itself."""
+    """Return whether the tokenizer puts the start token before a text by itself."""
     return bool(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template; the one for conversations where there are several."""
+    """Return the chat template; the one for conversations where there are several."""
     templates = tokenizer.chat_template
     return templates.get("default") if isinstance(templates, dict) else templates
 
 
 def end_tokens(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, the tokenizer's own first."""
+    """Return the tokens that end an answer, the tokenizer's own first."""
     ends: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     with suppress(OSError):  # not every checkpoint has generation settings
         more = GenerationConfig.from_pretrained(checkpoint).eos_token_id

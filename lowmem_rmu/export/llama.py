@@ -1,4 +1,5 @@
-"""Questions put to a GGUF file through llama.cpp: the file's own tokenizer and weights answer, as where people run it.
+"""Questions put to a GGUF file through llama.cpp: the file's own tokenizer and weights answer, as where
+people run it.
 
 `llama-cpp-python` is built from source where it is installed, so it is no requirement.
 """
@@ -15,7 +16,15 @@ import torch
 from gguf import GGUFReader
 
 from lowmem_rmu.data.questions import QuestionSet
-from lowmem_rmu.evaluation.multiple_choice import Answer, Interrupted, Progress, answer, ask, by_prompt, encode
+from lowmem_rmu.evaluation.multiple_choice import (
+    Answer,
+    Interrupted,
+    Progress,
+    answer,
+    ask,
+    by_prompt,
+    encode,
+)
 from lowmem_rmu.evaluation.scorer import Request
 
 
@@ -24,13 +33,15 @@ def llama_is_there() -> bool:
 
 
 def is_adapter(file: Path) -> bool:
-    """Whether a GGUF file holds a LoRA adapter and no model."""
+    """Return whether a GGUF file holds a LoRA adapter and no model."""
     kind = GGUFReader(file).get_field("general.type")
     return kind is not None and kind.contents() == "adapter"
 
 
 def ask_llama(file: Path, sets: list[QuestionSet], progress: Progress) -> list[Answer]:
-    """Every question's answer, scored as `evaluate` scores it. Raises Interrupted where `progress` asks to stop."""
+    """Ask llama.cpp every question, and score the answers as `evaluate` does. Raises Interrupted where
+    `progress` asks to stop.
+    """
     everything = ask(sets)
     places = by_prompt(everything)
     logprobs: dict[str, list[float]] = {}
@@ -50,27 +61,38 @@ class LlamaTokenizer:
     def __init__(self, file: Path) -> None:
         self._llama = import_module("llama_cpp").Llama(str(file), vocab_only=True, verbose=False)
 
-    def __call__(self, text: str | list[str], verbose: bool = False, add_special_tokens: bool = True) -> dict[str, Any]:
+    def __call__(
+        self, text: str | list[str], verbose: bool = False, add_special_tokens: bool = True
+    ) -> dict[str, Any]:
         if isinstance(text, list):
             return {"input_ids": [self(each)["input_ids"] for each in text]}
         return {"input_ids": self._llama.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
 
 
 def score(file: Path, asked: list[list[Request]]) -> Iterator[list[float]]:
-    """For each question the log-probabilities of its choices. What a request begins with as the one before it did is read once."""
+    """Yield the log-probabilities of each question's choices. A prefix that a request shares with the one
+    before it is evaluated once.
+    """
     library: Any = import_module("llama_cpp")
     longest = max(len(request.ids) for requests in asked for request in requests)
-    threads = torch.get_num_threads()  # more than there are cores free for take ten times as long: they wait for each other
+    # More than there are cores free for take ten times as long: they wait for each other.
+    threads = torch.get_num_threads()
     llama = library.Llama(str(file), n_ctx=longest, n_threads=threads, n_threads_batch=threads, verbose=False)
     room = library.llama_model_n_ctx_train(llama.model)
     for requests in asked:
-        yield [value for request in requests for value in _score(library, llama, replace(request, ids=request.ids[-room:]))]
+        yield [
+            value
+            for request in requests
+            for value in _score(library, llama, replace(request, ids=request.ids[-room:]))
+        ]
 
 
 def _score(library: Any, llama: Any, request: Request) -> list[float]:
-    """The log-probability of each alternative; `llama` still has the tokens of the request before."""
+    """Return the log-probability of each alternative; `llama` still has the tokens of the request before."""
     first, sums = len(request.ids) - len(request.wanted), [0.0] * len(request.wanted[0])
-    llama.n_tokens = min(first, len(commonprefix([llama.input_ids[: llama.n_tokens].tolist(), list(request.ids)])))
+    llama.n_tokens = min(
+        first, len(commonprefix([llama.input_ids[: llama.n_tokens].tolist(), list(request.ids)]))
+    )
     for place, wanted in enumerate(request.wanted, start=first):
         llama.eval(request.ids[llama.n_tokens : place + 1])
         logits = library.llama_get_logits_ith(llama.ctx, -1)[: llama.n_vocab()]

@@ -1,6 +1,7 @@
-"""The merged model: the update added to the checkpoint's own files, a few rows at a time, and everything else left as it is.
+"""The merged model: the update added to the checkpoint's own files, a few rows at a time, and everything else
+left as it is.
 
-    header | tensors before | an adapted matrix | tensors between | ...        a shard that holds adapted matrices
+    header | tensors before | an adapted matrix | tensors between | ...   a shard that holds adapted matrices
       copied, for neither shapes nor dtypes change | read, added, rounded once, written | copied | ...
 
 A shard without adapted matrices is linked or copied whole, and so are the files beside the shards.
@@ -30,7 +31,9 @@ class Merged:
     tensors: int
     """How many are not what they were."""
     rewritten: list[str]
-    """Files with such tensors; of the others that hold weights, those that are links and those that are copies."""
+    """Files with such tensors; of the others that hold weights, those that are links and those that are
+    copies.
+    """
     linked: list[str]
     copied: list[str]
     checked: bool
@@ -40,18 +43,30 @@ class Merged:
 
 
 def merge(run: RunFolder, to: Path, base: Base = "original", link: bool = True) -> Merged:
-    """Writes the whole merged model into a new folder `to`. Raises UserError as `update_of`, `new_folder` and `check_room` do."""
+    """Write the whole merged model into a new folder `to`. Raises UserError as `update_of`, `new_folder` and
+    `check_room` do.
+    """
     update = update_of(run, base)
     with new_folder(to) as folder:
         return write_merged(update, folder, link)
 
 
 def write_merged(update: Update, folder: Path, link: bool = True) -> Merged:
-    """Fills an empty folder with the merged model. With `link`, files that stay as they are become hard links where that is possible."""
+    """Fill an empty folder with the merged model. With `link`, files that stay as they are become hard links
+    where that is possible.
+    """
     shards, beside = _shards(update), files_beside(update)
-    rewritten = [shard for shard, tensors in shards.items() if any(tensor.name in update.adapted_names for tensor in tensors)]
+    rewritten = [
+        shard
+        for shard, tensors in shards.items()
+        if any(tensor.name in update.adapted_names for tensor in tensors)
+    ]
     kept = [shard for shard in shards if shard not in rewritten]
-    to_write = [*rewritten, *beside.values(), *(shard for shard in kept if not (link and same_disk(shard, folder)))]
+    to_write = [
+        *rewritten,
+        *beside.values(),
+        *(shard for shard in kept if not (link and same_disk(shard, folder))),
+    ]
     check_room(folder, sum(file.stat().st_size for file in to_write))
     with one_thread():
         for shard in rewritten:
@@ -59,16 +74,27 @@ def write_merged(update: Update, folder: Path, link: bool = True) -> Merged:
     linked = [shard.name for shard in kept if link_or_copy(shard, folder / shard.name, link)]
     for name, file in beside.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        link_or_copy(file, folder / name, link=False)  # some are edited by hand: the original's must not change with them
-    if update.untied:  # what was measured has the stored head, and so has what is loaded by programs that believe config.json
+        # Some are edited by hand: the original's must not change with them.
+        link_or_copy(file, folder / name, link=False)
+    # What was measured has the stored head, and so has what is loaded by programs that believe config.json.
+    if update.untied:
         write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"tie_word_embeddings": False})
     copied = [shard.name for shard in kept if shard.name not in linked]
-    return Merged(len(update.adapted_names), [shard.name for shard in rewritten], linked, copied, update.checked, update.untied)
+    return Merged(
+        len(update.adapted_names),
+        [shard.name for shard in rewritten],
+        linked,
+        copied,
+        update.checked,
+        update.untied,
+    )
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, torch computes in one thread: pieces are small, and on a busy machine threads wait longer for each other than they compute."""
+    """Within, torch computes in one thread: pieces are small, and on a busy machine threads wait longer for
+    each other than they compute.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -78,7 +104,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _shards(update: Update) -> dict[Path, list[StoredTensor]]:
-    """The files of the checkpoint, and the tensors of each in the order of their places."""
+    """Return the files of the checkpoint, and the tensors of each in the order of their places."""
     shards: dict[Path, list[StoredTensor]] = {}
     for tensor in update.tensors.values():
         shards.setdefault(tensor.file, []).append(tensor)
@@ -91,7 +117,7 @@ def _shards(update: Update) -> dict[Path, list[StoredTensor]]:
 
 
 def rewrite(shard: Path, to: Path, tensors: Iterable[StoredTensor], update: Update) -> None:
-    """The shard with its adapted matrices merged and every other byte as it was."""
+    """Write the shard with its adapted matrices merged and every other byte as it was."""
     position, size = 0, shard.stat().st_size
     with shard.open("rb", buffering=0) as old, to.open("xb", buffering=0) as new:
         for tensor in tensors:
@@ -104,10 +130,14 @@ def rewrite(shard: Path, to: Path, tensors: Iterable[StoredTensor], update: Upda
 
 
 def files_beside(update: Update) -> dict[str, Path]:
-    """The files that belong to the model besides its weights, by their names in its folder."""
+    """Return the files that belong to the model besides its weights, by their names in its folder."""
     settings, shard = update.settings, next(iter(update.tensors.values())).file
     locate(settings.name, settings.revision).fetch_small_files()
     files = [file for file in (*shard.parent.glob("*"), *shard.parent.glob("*/*.jinja")) if file.is_file()]
     named = {file.relative_to(shard.parent).as_posix(): file for file in files}
     index = [INDEX] if shard.name != SINGLE else []
-    return {name: file for name, file in named.items() if name in index or any(fnmatch(name, pattern) for pattern in BESIDE)}
+    return {
+        name: file
+        for name, file in named.items()
+        if name in index or any(fnmatch(name, pattern) for pattern in BESIDE)
+    }

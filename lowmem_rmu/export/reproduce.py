@@ -1,4 +1,6 @@
-"""The folder from which anyone can make a run again: its preset and own texts, versions and seed, and hashes to hold the result against."""
+"""The folder from which anyone can make a run again: its preset and own texts, versions and seed, and hashes
+to hold the result against.
+"""
 
 import hashlib
 import json
@@ -30,10 +32,12 @@ LARGEST_BASE = 100 * 2**20
 
 
 def write_reproduce(run: RunFolder, to: Path) -> None:
-    """Writes `preset.yaml`, `requirements.txt`, `record.json` and the run's own texts into the folder `to`, in place of what was there.
+    """Write `preset.yaml`, `requirements.txt`, `record.json` and the run's own texts into the folder `to`, in
+    place of what was there.
 
-    `record.json` has the seed, the versions, the device, and the sha256 of the base model's files, of every corpus as it was read, and of
-    the adapter. Raises UserError where the run has no adapter, or a text of it is gone.
+    `record.json` has the seed, the versions, the device, and the sha256 of the base model's files, of every
+    corpus as it was read, and of the adapter. Raises UserError where the run has no adapter, or a text of it
+    is gone.
     """
     preset, config = read_preset(run, pinned=False), run.config
     if not run.adapter.exists():
@@ -45,7 +49,9 @@ def write_reproduce(run: RunFolder, to: Path) -> None:
         copied = Copied(new, datetime.fromisoformat(config["created"]).timestamp())
         settings = copied.settings(preset, config["model_revision"])
         header = _header(run.path.name, f"{to.name}/{PRESET}", config, copied)
-        write_atomically(new / PRESET, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120))
+        write_atomically(
+            new / PRESET, header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+        )
         write_atomically(new / REQUIREMENTS, _requirements(config))
         write_json(new / RECORD, _record(run, preset, settings))
 
@@ -66,7 +72,7 @@ class Copied:
         self._sources: dict[str, str] = {}
 
     def settings(self, preset: Preset, revision: str | None) -> dict[str, Any]:
-        """The preset, with paths relative to the folder and the base model's revision as it was."""
+        """Return the preset, with paths relative to the folder and the base model's revision as it was."""
         content = preset.model_dump()
         corpora = [topic["corpus"] for topic in content["topics"].values()] + content["retain"]["corpora"]
         for each in [*corpora, *content["evaluation"]["tasks"].values()]:
@@ -115,7 +121,9 @@ def _there(source: str) -> Path:
 
 
 def files_of(source: Path) -> Iterator[tuple[Path, str]]:
-    """The files that a corpus or a task reads, each with its name within a folder; "" for a file by itself."""
+    """Yield the files that a corpus or a task reads, each with its name within a folder; "" for a single
+    file.
+    """
     if source.is_file():
         yield source, ""
         return
@@ -124,35 +132,53 @@ def files_of(source: Path) -> Iterator[tuple[Path, str]]:
 
 
 def checkpoint_files(base: Path) -> list[Path]:
-    """What a model's folder needs to be loaded, and on which terms."""
-    return sorted(file for file in base.iterdir() if file.is_file() and (file.suffix in CHECKPOINT or file.stem in TERMS))
+    """Return the files that loading a model's folder needs, and its license."""
+    return sorted(
+        file
+        for file in base.iterdir()
+        if file.is_file() and (file.suffix in CHECKPOINT or file.stem in TERMS)
+    )
 
 
 def _header(name: str, place: str, config: dict[str, Any], copied: Copied) -> str:
     lines = [
         f"python -m lowmem_rmu.run {place} --device {config['device']}",
-        f"Makes the run {name} again: with the versions in {REQUIREMENTS} and on such a device, the adapter that {RECORD} has the sha256 of.",
+        (
+            f"Makes the run {name} again: with the versions in {REQUIREMENTS} and on such a device, the "
+            f"adapter that {RECORD} has the sha256 of."
+        ),
     ]
     if copied.lacks_base:
-        lines.append(f"The base model is not on the Hub and too large to come along: put it into {BASE}/; {RECORD} has the sha256 of its files.")
+        lines.append(
+            f"The base model is not on the Hub and too large to come along: put it into {BASE}/; "
+            f"{RECORD} has the sha256 of its files."
+        )
     if copied.changed:
-        lines.append(f"Changed since the run began, so that the adapter may differ: {json.dumps(copied.changed)}")
+        lines.append(
+            f"Changed since the run began, so that the adapter may differ: {json.dumps(copied.changed)}"
+        )
     return "".join(f"# {line}\n" for line in lines)
 
 
 def _requirements(config: dict[str, Any]) -> str:
-    """What pip takes; a build such as `+cpu` is chosen by the machine."""
+    """Return the requirements for pip; a build such as `+cpu` is chosen by the machine."""
     versions = dict(config["versions"])
     python, own = (versions.pop(name, "not recorded") for name in ("python", "lowmem-rmu"))
     first = f"# Python {python}, lowmem-rmu {own}, on {config['device']} ({config['device_name']})\n"
-    return first + "".join(f"{package}=={version.partition('+')[0]}\n" for package, version in versions.items())
+    return first + "".join(
+        f"{package}=={version.partition('+')[0]}\n" for package, version in versions.items()
+    )
 
 
 def _record(run: RunFolder, preset: Preset, settings: dict[str, Any]) -> dict[str, Any]:
     config, model = run.config, preset.model
     corpora = {f"topics.{name}.corpus": topic.corpus for name, topic in preset.topics.items()}
     corpora |= {f"retain.corpora.{index}": corpus for index, corpus in enumerate(preset.retain.corpora)}
-    base = {file.name: sha256(file) for file in checkpoint_files(Path(model.name))} if is_local(model.name) else {}
+    base = (
+        {file.name: sha256(file) for file in checkpoint_files(Path(model.name))}
+        if is_local(model.name)
+        else {}
+    )
     return {
         "run": run.path.name,
         "seed": config["seed"],
@@ -166,7 +192,7 @@ def _record(run: RunFolder, preset: Preset, settings: dict[str, Any]) -> dict[st
 
 
 def _corpus_record(corpus: Corpus) -> dict[str, Any]:
-    """The sha256 is of the documents as they are read, each as a line of JSON."""
+    """Return the sha256 is of the documents as they are read, each as a line of JSON."""
     name = Path(corpus.source).name if is_local(corpus.source) else corpus.source
     try:
         documents = read_documents(corpus)

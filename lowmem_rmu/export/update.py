@@ -1,4 +1,6 @@
-"""What a run made of its model's checkpoint: which tensors are others now, and each of them merged, whole or a few rows at a time."""
+"""What a run made of its model's checkpoint: which tensors are others now, and each of them merged, whole or
+a few rows at a time.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class OtherValues(Protocol):
     def names(self) -> frozenset[str]: ...
 
     def of(self, name: str, rows: Tensor, first: int) -> Tensor:
-        """What is there instead of `rows` `(n, width)`, which begin at row `first`."""
+        """Return the values that take the place of `rows` `(n, width)`, which begin at row `first`."""
         ...
 
 
@@ -44,7 +46,9 @@ class Update:
     changes: Mapping[str, Change]
     instead: OtherValues | None
     checked: bool
-    """Whether the checkpoint was seen to be the run's own: runs of older versions recorded nothing to compare it with."""
+    """Whether the checkpoint was seen to be the run's own: runs of older versions recorded nothing to compare
+    it with.
+    """
     untied: bool = False
     """Whether the checkpoint stores another head than the embeddings that its config.json ties it to."""
 
@@ -54,16 +58,18 @@ class Update:
         return frozenset(self.changes) | (self.instead.names if self.instead else frozenset())
 
     def merged(self, name: str, tensor: Tensor, first_row: int = 0) -> Tensor:
-        """The tensor with the update, in its own shape and dtype: summed in float32 and rounded once.
+        """Return the tensor with the update, in its own shape and dtype: summed in float32 and rounded once.
 
-        `tensor` is the checkpoint's, or some rows of it: `(n, width)`, from `first_row` on. Raises UserError where the result is not finite.
+        `tensor` is the checkpoint's, or some rows of it: `(n, width)`, from `first_row` on. Raises UserError
+        where the result is not finite.
         """
         rows = base = tensor.reshape(-1, tensor.shape[-1])
         if self.instead and name in self.instead.names:
             base = self.instead.of(name, rows, first_row)
         result = self.changes[name].apply(base, first_row) if name in self.changes else base
         result = result.to(tensor.dtype)
-        if not torch.isfinite(result.sum(dtype=torch.float32)):  # one pass: what is not finite makes the sum so
+        # One pass: what is not finite makes the sum so.
+        if not torch.isfinite(result.sum(dtype=torch.float32)):
             raise UserError(
                 f"With the update {name} holds values that are not finite in "
                 f"{str(tensor.dtype).removeprefix('torch.')}: the run failed."
@@ -72,7 +78,9 @@ class Update:
 
 
 def update_of(run: RunFolder, base: Base = "original") -> Update:
-    """Raises UserError where the run has no adapter, or where its model is not to be had as it was: missing, quantised, or another one."""
+    """Raise UserError where the run has no adapter, or where its model is not to be had as it was: missing,
+    quantised, or another one.
+    """
     adapter, spec = adapter_of(run), ModelSpec.of_preset(read_preset(run))
     _check_unquantised(spec.settings)
     checkpoint = spec.checkpoint()
@@ -83,7 +91,7 @@ def update_of(run: RunFolder, base: Base = "original") -> Update:
 
 
 def adapter_of(run: RunFolder) -> Path:
-    """Raises UserError where the run has none yet, or it is damaged."""
+    """Raise UserError where the run has none yet, or it is damaged."""
     if not run.adapter.exists():
         raise UserError(
             f"Run {run.path} has no adapter yet.",
@@ -94,7 +102,7 @@ def adapter_of(run: RunFolder) -> Path:
 
 
 def model_settings(run: RunFolder) -> ModelSettings:
-    """The run's model, pinned to the revision that it was made with."""
+    """Return the run's model, pinned to the revision that it was made with."""
     return read_preset(run).model
 
 
@@ -115,11 +123,22 @@ def _check_unquantised(settings: ModelSettings) -> None:
         )
 
 
-def _check_same(run: RunFolder, settings: ModelSettings, tensors: Mapping[str, StoredTensor], changes: Mapping[str, Change]) -> bool:
-    """Whether it could be checked. Raises UserError where the matrices that the adapter changes are not those that the run saw."""
+def _check_same(
+    run: RunFolder,
+    settings: ModelSettings,
+    tensors: Mapping[str, StoredTensor],
+    changes: Mapping[str, Change],
+) -> bool:
+    """Return whether it could be checked. Raises UserError where the matrices that the adapter changes are
+    not those that the run saw.
+    """
     if not run.matrices.exists():
         return False
-    recorded = read_record(run.matrices, dict[str, str], "Delete it to export without the check that the checkpoint is still the same.")
+    recorded = read_record(
+        run.matrices,
+        dict[str, str],
+        "Delete it to export without the check that the checkpoint is still the same.",
+    )
     other = [name for name in changes if tensors[name].digest() != recorded.get(name)]
     if other:
         raise UserError(

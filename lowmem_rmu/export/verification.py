@@ -1,17 +1,22 @@
-"""Whether what is exported has forgotten too: it is loaded as others will load it, and asked the run's own questions.
+"""Whether what is exported has forgotten too: it is loaded as others will load it, and asked the run's own
+questions.
 
-The rule. Every task is compared question by question: exported against unlearned in the run, by the 95% interval of the change of its
-accuracy (`compare.change_interval`). Tasks that sum up subjects count, their subjects do not.
+The rule. Every task is compared question by question: exported against unlearned in the run, by the 95%
+interval of the change of its accuracy (`compare.change_interval`). Tasks that sum up subjects count, their
+subjects do not.
 
-- A task that the run made the model forget (role `forgotten`, right answers fell beyond luck by McNemar's exact test): at most a quarter of
-  that fall may have come back. *survived*: the whole interval lies within that quarter; *came back*: the whole of it lies beyond.
-- Any other task that the unlearned model answers better than guessing: at most a quarter of what lies above guessing may be lost, in the same
-  way *intact* or *lost*. It is asked because a file that is damaged has forgotten everything, the forget set too.
-- *inconclusive*: the interval has the limit within it, there are too few questions. *nothing to tell*: the run did not forget the task, or
-  the unlearned model guessed at it.
+- A task that the run made the model forget (role `forgotten`, right answers fell significantly by McNemar's
+  exact test): at most a quarter of that fall may have come back. *survived*: the whole interval lies within
+  that quarter; *came back*: the whole of it lies beyond.
+- Any other task that the unlearned model answers better than guessing: at most a quarter of what lies above
+  guessing may be lost, in the same way *intact* or *lost*. It is asked because a damaged file has forgotten
+  everything, the forget set too.
+- *inconclusive*: the interval has the limit within it, there are too few questions. *nothing to tell*: the
+  run did not forget the task, or the unlearned model guessed at it.
 
-The mark. *the update did not survive*: a task came back. Else *damaged*: a task was lost. Else *verified*: every task that was forgotten
-survived, there is at least one, and at least one other is intact. Else *inconclusive*. Of several ways to load an export the worst counts.
+The mark. *the update did not survive*: a task came back. Else *damaged*: a task was lost. Else *verified*:
+every task that was forgotten survived, there is at least one, and at least one other is intact. Else
+*inconclusive*. Of several ways to load an export the worst counts.
 """
 
 import gc
@@ -49,21 +54,26 @@ from lowmem_rmu.runs import RunFolder, write_json
 
 FILE = "verification.json"
 
+
 def in_todays_words(word: Any) -> Any:
     """Return a mark or finding as this version calls it."""
     return EARLIER_WORDS.get(word, word) if isinstance(word, str) else word
 
 
 Mark = Annotated[
-    Literal["the update did not survive", "damaged", "inconclusive", "verified"], BeforeValidator(in_todays_words)
+    Literal["the update did not survive", "damaged", "inconclusive", "verified"],
+    BeforeValidator(in_todays_words),
 ]
 MARKS: tuple[Mark, ...] = ("the update did not survive", "damaged", "inconclusive", "verified")
 """The worst first."""
 Finding = Annotated[
-    Literal["survived", "came back", "intact", "lost", "inconclusive", "nothing to tell"], BeforeValidator(in_todays_words)
+    Literal["survived", "came back", "intact", "lost", "inconclusive", "nothing to tell"],
+    BeforeValidator(in_todays_words),
 ]
 Follow = Callable[[str, list[QuestionSet]], Progress]
-"""Told what is asked next, gives what hears questions done and accuracy so far and may ask to stop, as `evaluate` has it."""
+"""Told what is asked next, gives what hears questions done and accuracy so far and may ask to stop, as
+`evaluate` has it.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,9 @@ class Compared:
     change_to: float
     """Its 95% interval."""
     limit: float | None
-    """The change that is tolerated: upwards for what was forgotten, downwards for anything else; None where there is nothing to tell."""
+    """The change that is tolerated: upwards for what was forgotten, downwards for anything else; None where
+    there is nothing to tell.
+    """
     p_against_unlearned: float
     p_against_base: float
     """McNemar's exact test of exported against either: small where more than luck parts them."""
@@ -130,14 +142,22 @@ def follow_nothing(name: str, sets: list[QuestionSet]) -> Progress:
     return lambda done, accuracy: False
 
 
-def verify(run: RunFolder, artefact: Path, device: torch.device, follow: Follow = follow_nothing) -> Verification:
-    """Asks the export all of the run's questions, one model in memory at a time, and leaves `verification.json` in its folder.
+def verify(
+    run: RunFolder, artefact: Path, device: torch.device, follow: Follow = follow_nothing
+) -> Verification:
+    """Ask the export all of the run's questions, one model in memory at a time, and leave `verification.json`
+    in its folder.
 
-    Raises UserError where the run has not been measured, or its questions have changed since; `Interrupted` where `follow` asks to stop.
+    Raises UserError where the run has not been measured, or its questions have changed since; `Interrupted`
+    where `follow` asks to stop.
     """
     measured = read_run(run)
     ways = ways_to_load(measured.preset, artefact)
-    checked = tuple(_check(name, asks, measured, device, follow) for name, asks in ways.items()) if measured.sets else ()
+    checked = (
+        tuple(_check(name, asks, measured, device, follow) for name, asks in ways.items())
+        if measured.sets
+        else ()
+    )
     verification = Verification(worst(each.mark for each in checked), checked)
     write_json(artefact / FILE, asdict(verification))
     return verification
@@ -161,7 +181,7 @@ def read_verification(artefact: Path) -> dict[str, Any] | None:
 
 
 def read_run(folder: RunFolder) -> Run:
-    """Questions and answers of a run. Raises UserError."""
+    """Return questions and answers of a run. Raises UserError."""
     preset = read_preset(folder)
     sets = load_questions(preset.evaluation)
     asked = [each.prompt.digest for each in ask(sets)]
@@ -182,7 +202,9 @@ def read_run(folder: RunFolder) -> Run:
 
 
 def ways_to_load(preset: Preset, artefact: Path) -> dict[str, Ask]:
-    """How others will load an adapter, a checkpoint or GGUF files, by name. Raises UserError where the folder holds none of these."""
+    """Return how others will load an adapter, a checkpoint or GGUF files, by name. Raises UserError where the
+    folder holds none of these.
+    """
     if (artefact / "adapter_config.json").is_file():
         precision = "NF4" if preset.model.quantisation == "nf4" else preset.model.dtype
         return {f"adapter on the base, {precision}": partial(_ask_adapter, artefact)}
@@ -191,7 +213,9 @@ def ways_to_load(preset: Preset, artefact: Path) -> dict[str, Ask]:
         own = spec.stored_dtype
         spec = spec.with_precision(dtype=own)
         precisions: dict[str, Quantisation] = {own: "none", "NF4": "nf4", "int8": "int8"}
-        return {f"merged, {name}": partial(_ask_merged, spec, precision) for name, precision in precisions.items()}
+        return {
+            f"merged, {name}": partial(_ask_merged, spec, precision) for name, precision in precisions.items()
+        }
     if files := sorted(artefact.glob("*.gguf")):
         return {file.name: partial(_ask_gguf, file) for file in files}
     raise UserError(
@@ -224,29 +248,34 @@ def _check(name: str, asks: Ask, run: Run, device: torch.device, follow: Follow)
 
 
 def _ask_adapter(artefact: Path, run: Run, device: torch.device, progress: Progress) -> list[Answer]:
-    """On the base as the run had it."""
+    """Ask the adapter on the base model, as the run had it."""
     spec = ModelSpec.of_preset(run.preset)
     check_room(run.preset, spec, spec.settings.quantisation, device)
     return _ask(load_adapter(spec.load(device), artefact), spec, run, progress)
 
 
-def _ask_merged(spec: ModelSpec, precision: Quantisation, run: Run, device: torch.device, progress: Progress) -> list[Answer]:
+def _ask_merged(
+    spec: ModelSpec, precision: Quantisation, run: Run, device: torch.device, progress: Progress
+) -> list[Answer]:
     check_room(run.preset, spec, precision, device)
     return _ask(spec.load(device, quantisation=precision), spec, run, progress)
 
 
 def check_room(preset: Preset, spec: ModelSpec, precision: Quantisation, device: torch.device) -> None:
-    """Raises NotAsked where the model needs more than the device has: one too large may take the whole machine down."""
+    """Raise NotAsked where the model needs more than the device has: one too large may take the whole machine
+    down.
+    """
     needed, free = room_needed(preset, spec, precision, device), memory_available(device)
     if needed > free and spec.settings.device_map == "one":
         raise NotAsked(f"it needs {gib(needed)}, but {gib(free)} are free on {device}")
 
 
 def room_needed(preset: Preset, spec: ModelSpec, precision: Quantisation, device: torch.device) -> int:
-    """Bytes by the memory plan, which knows no 8 bits."""
+    """Return bytes by the memory plan, which knows no 8 bits."""
     if precision == "int8":
         unquantised, nf4 = (room_needed(preset, spec, each, device) for each in ("none", "nf4"))
-        # On a CPU bitsandbytes keeps a second copy of every weight, and buffers: SmolLM2 took 1.9 times what it takes in bfloat16.
+        # On a CPU bitsandbytes keeps a second copy of every weight, and buffers: SmolLM2 took 1.9 times what
+        # it takes in bfloat16.
         return 2 * unquantised if device.type == "cpu" else (unquantised + nf4) // 2
     changed = preset.model_copy(update={"model": spec.with_precision(quantisation=precision).settings})
     return plan(changed, spec, device, ["evaluate-base"])[0].total
@@ -254,7 +283,9 @@ def room_needed(preset: Preset, spec: ModelSpec, precision: Quantisation, device
 
 def _ask(model: Any, spec: ModelSpec, run: Run, progress: Progress) -> list[Answer]:
     tokenizer = spec.tokenizer
-    batch_tokens = fixed_batch_tokens(run.preset.evaluation.batch_tokens, model, tokenizer.pad_token_id, run.folder.path / "evaluation")
+    batch_tokens = fixed_batch_tokens(
+        run.preset.evaluation.batch_tokens, model, tokenizer.pad_token_id, run.folder.path / "evaluation"
+    )
     return evaluate(model, tokenizer, run.sets, batch_tokens, progress=progress).answers
 
 
@@ -267,16 +298,21 @@ def _ask_gguf(file: Path, run: Run, device: torch.device, progress: Progress) ->
     return ask_llama(file, run.sets, progress)
 
 
-def compare_export(sets: list[QuestionSet], base: list[Answer], unlearned: list[Answer], exported: list[Answer]) -> Iterator[Compared]:
-    """What each task says, by the rule above: every task once, as a whole."""
-    in_run, moved, from_base = (rows_as_json(compare_tasks(sets, *pair)) for pair in ((base, unlearned), (unlearned, exported), (base, exported)))
+def compare_export(
+    sets: list[QuestionSet], base: list[Answer], unlearned: list[Answer], exported: list[Answer]
+) -> Iterator[Compared]:
+    """Compare each task as a whole, by the rule above."""
+    in_run, moved, from_base = (
+        rows_as_json(compare_tasks(sets, *pair))
+        for pair in ((base, unlearned), (unlearned, exported), (base, exported))
+    )
     for run_row, row, base_row in zip(in_run, moved, from_base, strict=True):
         if row["group"] is None and not row["is_average"]:
             yield _compared(run_row, row, base_row)
 
 
 def _compared(in_run: dict[str, Any], moved: dict[str, Any], from_base: dict[str, Any]) -> Compared:
-    """Rows of `compare_tasks`: base and unlearned, unlearned and exported, base and exported."""
+    """Return rows of `compare_tasks`: base and unlearned, unlearned and exported, base and exported."""
     low, high = change_interval(moved["lost"], moved["gained"], moved["questions"])
     limit = tolerated(in_run)
     return Compared(
@@ -300,7 +336,9 @@ def _compared(in_run: dict[str, Any], moved: dict[str, Any], from_base: dict[str
 
 
 def tolerated(in_run: dict[str, Any]) -> float | None:
-    """The change that an export of this task may show: upwards where it was forgotten, else downwards; None where there is nothing to tell."""
+    """Return the change that an export of this task may show: upwards where it was forgotten, else downwards;
+    None where there is nothing to tell.
+    """
     if in_run["role"] == "forgotten":
         fell = in_run["change"] < 0 and in_run["p_value"] < LUCK
         return TOLERATED * -in_run["change"] if fell else None
@@ -317,7 +355,7 @@ def _finding(role: Role, limit: float | None, low: float, high: float) -> Findin
 
 
 def mark_of(tasks: Iterable[Compared]) -> Mark:
-    """The mark of one way to load an export, by what its tasks say."""
+    """Return the mark of one way to load an export, by what its tasks say."""
     findings = {True: set[Finding](), False: set[Finding]()}
     for each in tasks:
         findings[each.role == "forgotten"].add(each.finding)
@@ -330,26 +368,38 @@ def mark_of(tasks: Iterable[Compared]) -> Mark:
 
 
 def worst(marks: Iterable[Mark | None]) -> Mark:
-    """Of several ways to load an export; where it was asked in none, nothing can be told."""
+    """Return the worst mark of several ways to load an export; inconclusive where it was asked in none."""
     return min((mark for mark in marks if mark), key=MARKS.index, default="inconclusive")
 
 
 def verification_tables(verification: Verification) -> Group:
-    """What was found, for a terminal of 80 columns: a table a way to load the export, and the mark."""
+    """Make the tables for a terminal of 80 columns: one per way to load the export, and the mark."""
     why = "" if verification.checked else " (the run asked no questions)"
-    return Group(*(_table(each) for each in verification.checked), Text(f"The export: {verification.mark}{why}", style="bold"))
+    return Group(
+        *(_table(each) for each in verification.checked),
+        Text(f"The export: {verification.mark}{why}", style="bold"),
+    )
 
 
 def _table(checked: Checked) -> Table | Text:
-    """Accuracies in percent with their standard errors."""
+    """Return accuracies in percent with their standard errors."""
     if checked.mark is None:
         return Text(f"{checked.name}: not asked: {checked.reason}\n")
     title = Text(f"{checked.name}: {checked.mark}")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("Task", "Base", "Unlearned", "Exported", "Change (95%)", "Found"):
-        table.add_column(column, justify="left" if column in ("Task", "Found") else "right", no_wrap=column != "Task", overflow="fold")
+        table.add_column(
+            column,
+            justify="left" if column in ("Task", "Found") else "right",
+            no_wrap=column != "Task",
+            overflow="fold",
+        )
     for task in checked.tasks:
-        sides = ((task.base, task.base_stderr), (task.unlearned, task.unlearned_stderr), (task.exported, task.exported_stderr))
+        sides = (
+            (task.base, task.base_stderr),
+            (task.unlearned, task.unlearned_stderr),
+            (task.exported, task.exported_stderr),
+        )
         cells = [f"{100 * share:.1f} ± {100 * stderr:.1f}" for share, stderr in sides]
         interval = f"{100 * task.change_from:+.1f} to {100 * task.change_to:+.1f}"
         table.add_row(Text(task.task), *cells, interval, task.finding)

@@ -1,4 +1,6 @@
-"""Adapters on the updated layers, of low rank or of whole matrices: made, loaded, saved and switched off for a while."""
+"""Adapters on the updated layers, of low rank or of whole matrices: made, loaded, saved and switched off for
+a while.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from lowmem_rmu.presets import ModelSettings, Rmu
 
 
 def check_layers(rmu: Rmu, layer_count: int) -> None:
-    """Raises UserError where the target layer lies beyond the model."""
+    """Raise UserError where the target layer lies beyond the model."""
     if rmu.target_layer >= layer_count:
         raise UserError(
             f"rmu.target_layer is {rmu.target_layer}, but the model has {layer_count} layers: 0 to "
@@ -33,7 +35,9 @@ def check_layers(rmu: Rmu, layer_count: int) -> None:
 
 
 def check_modules(model: nn.Module, rmu: Rmu) -> None:
-    """Raises UserError where a name in `rmu.modules` is neither a linear module nor an experts' weight of an adapter layer; lists those there are."""
+    """Raise UserError where a name in `rmu.modules` is neither a linear module nor an experts' weight of an
+    adapter layer; lists those there are.
+    """
     layers = [decoder_layers(model)[index] for index in rmu.adapter_layers]
     experts = {_last(name) for layer in layers for name in expert_shapes(layer)}
     there = experts | {_last(name) for layer in layers for name in linear_shapes(layer)}
@@ -50,7 +54,12 @@ def check_modules(model: nn.Module, rmu: Rmu) -> None:
         )
     if adapted and rmu.trainable == "weights":
         raise UserError(f"The experts' {adapted[0]} cannot be trained itself: set rmu.trainable=lora.")
-    transposed = [_last(name) for layer in layers for name, module in layer.named_modules() if isinstance(module, Conv1D)]
+    transposed = [
+        _last(name)
+        for layer in layers
+        for name, module in layer.named_modules()
+        if isinstance(module, Conv1D)
+    ]
     if rmu.trainable == "weights" and (of_conv1d := [name for name in rmu.modules if name in transposed]):
         raise UserError(
             f"{of_conv1d[0]} is a Conv1D, which cannot be trained itself: set rmu.trainable=lora."
@@ -58,7 +67,7 @@ def check_modules(model: nn.Module, rmu: Rmu) -> None:
 
 
 def add_adapter(model: PreTrainedModel, rmu: Rmu, settings: ModelSettings) -> PeftModel:
-    """Puts a fresh adapter in float32 on the model: its output is unchanged until the adapter is trained."""
+    """Put a fresh adapter in float32 on the model: its output is unchanged until the adapter is trained."""
     check_layers(rmu, len(decoder_layers(model)))
     check_modules(model, rmu)
     config = LoraConfig(
@@ -87,15 +96,23 @@ def add_adapter(model: PreTrainedModel, rmu: Rmu, settings: ModelSettings) -> Pe
 def _check_places(model: PeftModel, rmu: Rmu) -> None:
     """Raise UserError where adapters are in other layers than those asked for.
 
-    In a mixture of experts PEFT takes the names of a dense layer's modules for those of the experts, and of all layers.
+    In a mixture of experts PEFT takes the names of a dense layer's modules for those of the experts, and of
+    all layers.
     """
     layers = decoder_layers(model)
-    learning = {index for index, layer in enumerate(layers) if any(parameter.requires_grad for parameter in layer.parameters())}
+    learning = {
+        index
+        for index, layer in enumerate(layers)
+        if any(parameter.requires_grad for parameter in layer.parameters())
+    }
     # A layer of a hybrid model can lack the module.
     wanted = {
         index
         for index in rmu.adapter_layers
-        if any(_last(name.removesuffix(".base_layer")) in rmu.modules for name, _ in layers[index].named_modules())
+        if any(
+            _last(name.removesuffix(".base_layer")) in rmu.modules
+            for name, _ in layers[index].named_modules()
+        )
         or any(_last(name) in rmu.modules for name in expert_shapes(layers[index]))
         or index in learning
     }
@@ -108,10 +125,17 @@ def _check_places(model: PeftModel, rmu: Rmu) -> None:
 
 
 def _low_rank(model: nn.Module, rmu: Rmu) -> dict[str, Any]:
-    """Fused experts are no modules but parameters, which PEFT takes by their full names and from any layer."""
+    """Fused experts are no modules but parameters, which PEFT takes by their full names and from any
+    layer.
+    """
     layers = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    experts = {f"{prefix}.{index}.{name}" for index in rmu.adapter_layers for name in expert_shapes(layers[index]) if _last(name) in rmu.modules}
+    experts = {
+        f"{prefix}.{index}.{name}"
+        for index in rmu.adapter_layers
+        for name in expert_shapes(layers[index])
+        if _last(name) in rmu.modules
+    }
     return {
         "target_modules": [name for name in rmu.modules if name not in {_last(expert) for expert in experts}],
         "layers_to_transform": rmu.adapter_layers,
@@ -128,7 +152,9 @@ class ExpertAdapter(ParamWrapper):
     """PEFT's adapter on fused experts, made to come off a weight that bitsandbytes keeps in 4-bit."""
 
     def _remove_parametrizations(self) -> None:
-        """PEFT 0.21 looks for a class that it no longer puts there: its adapter stays on, and the next pass adds it again."""
+        """PEFT 0.21 looks for a class that it no longer puts there: its adapter stays on, and the next pass
+        adds it again.
+        """
         parametrizations: Any = self.get_base_layer().parametrizations
         on_weight = parametrizations[self.parameter_name]
         if len(on_weight) > 1:  # the first is the dequantisation, the last the adapter
@@ -145,17 +171,25 @@ def _with_removable_experts(model: PeftModel) -> PeftModel:
 
 
 def _whole_matrices(model: nn.Module, rmu: Rmu) -> dict[str, Any]:
-    """No low-rank part: the chosen modules are copied, and the copies are trained, saved and switched like an adapter."""
+    """No low-rank part: the chosen modules are copied, and the copies are trained, saved and switched like an
+    adapter.
+    """
     return {"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": trained_modules(model, rmu)}
 
 
 def trained_modules(model: nn.Module, rmu: Rmu) -> list[str]:
-    """Full names of the modules whose matrices are trained themselves: none with LoRA. They must be loaded unquantised."""
+    """Full names of the modules whose matrices are trained themselves: none with LoRA. They must be loaded
+    unquantised.
+    """
     if rmu.trainable == "lora":
         return []
     layers = decoder_layers(model)
     within = {module for index in rmu.adapter_layers for module in layers[index].modules()}
-    return [name for name, module in model.named_modules() if module in within and name.rpartition(".")[2] in rmu.modules]
+    return [
+        name
+        for name, module in model.named_modules()
+        if module in within and name.rpartition(".")[2] in rmu.modules
+    ]
 
 
 class Float32Linear(nn.Linear):
@@ -166,17 +200,25 @@ class Float32Linear(nn.Linear):
 
 
 def _train_in_float32(model: PeftModel) -> None:
-    """In 16 bits most of a small update would be rounded away. (LoRA's own weights are float32 already.)"""
+    """Train whole matrices in float32: in 16 bits most of a small update would be rounded away. (LoRA's own
+    weights are float32 already.)
+    """
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             for name, module in wrapper.modules_to_save.items():
-                copied = Float32Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-                copied.load_state_dict({key: value.float() for key, value in module.state_dict().items()}, assign=True)
+                copied = Float32Linear(
+                    module.in_features, module.out_features, module.bias is not None, device="meta"
+                )
+                copied.load_state_dict(
+                    {key: value.float() for key, value in module.state_dict().items()}, assign=True
+                )
                 wrapper.modules_to_save[name] = copied
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
-    """Puts a saved adapter on the model. Raises UserError where it is damaged, of a kind that has no effect here, or another model's."""
+    """Put a saved adapter on the model. Raises UserError where it is damaged, of a kind that has no effect
+    here, or another model's.
+    """
     kind = read_adapter_settings(folder)["peft_type"]
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -184,26 +226,41 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         if kind != "LORA":
             _run_once(adapted)
-    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        NotImplementedError,
+        ImportError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise _does_not_fit(folder, model, str(error).strip().splitlines()) from error
     if missing := [str(each.message) for each in warned if "missing adapter keys" in str(each.message)]:
         raise _does_not_fit(folder, model, [f"{missing[0][:300]} ..."])
     if unknown := _without_a_place(adapted, folder / WEIGHTS):
-        raise _does_not_fit(folder, model, [f"the model has no {unknown[0]}, nor {len(unknown) - 1} more of its tensors."])
+        raise _does_not_fit(
+            folder, model, [f"the model has no {unknown[0]}, nor {len(unknown) - 1} more of its tensors."]
+        )
     return _with_removable_experts(adapted)
 
 
 def _run_once(model: PeftModel) -> None:
-    """Show whether the kind of adapter can do with the model's weights: several kinds fail on 4-bit ones only once they are used."""
+    """Show whether the kind of adapter can do with the model's weights: several kinds fail on 4-bit ones only
+    once they are used.
+    """
     inner: Any = model.get_base_model()
     with torch.inference_mode():
-        inner.get_decoder()(input_ids=torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+        inner.get_decoder()(
+            input_ids=torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device),
+            use_cache=False,
+        )
 
 
 def _does_not_fit(folder: Path, model: PreTrainedModel, reason: list[str]) -> UserError:
-    """What PEFT says in the first two lines, and what to do."""
+    """Make the error that quotes the first two lines of what PEFT says."""
     return UserError(
         f"The adapter {folder} cannot be put on the model {model.name_or_path}: "
         f"{' '.join(line.strip() for line in reason[:2])}",
@@ -213,22 +270,26 @@ def _does_not_fit(folder: Path, model: PreTrainedModel, reason: list[str]) -> Us
 
 
 def _without_a_place(model: PeftModel, weights: Path) -> list[str]:
-    """The tensors of an adapter that PEFT has left out, as it does without a word."""
+    """Return the tensors of an adapter that PEFT has left out, as it does without a word."""
     if getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None):
         return []  # PEFT renames them on the way
     with safe_open(weights, framework="pt") as file:
         stored = set(file.keys())
-    return sorted(stored - get_peft_model_state_dict(model, save_embedding_layers=False).keys() - model.state_dict().keys())
+    return sorted(
+        stored
+        - get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+        - model.state_dict().keys()
+    )
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """A plain PEFT adapter: the adapter's weights alone, as safetensors."""
+    """Save a plain PEFT adapter: the adapter's weights alone, as safetensors."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
 @contextmanager
 def base_only(model: nn.Module) -> Iterator[None]:
-    """The base model: the adapter, if there is one, is off inside and on again after."""
+    """Switch to the base model: the adapter, if there is one, is off inside and on again after."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             yield

@@ -1,4 +1,6 @@
-"""What a saved adapter makes of the tensors of a checkpoint as it is stored: which ones it changes, and into what."""
+"""What a saved adapter makes of the tensors of a checkpoint as it is stored: which ones it changes, and into
+what.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,16 @@ from lowmem_rmu.model.stored import Part, StoredTensor, checkpoint_tensors, stor
 
 BEFORE, FIRST_FACTOR, SECOND_FACTOR = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 """Of the names in a PEFT adapter: before those of modules, and after."""
-OTHER_KINDS = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern", "velora_config")
+OTHER_KINDS = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "velora_config",
+)
 
 
 class Change(Protocol):
@@ -26,13 +37,17 @@ class Change(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def apply(self, rows: Tensor, first: int) -> Tensor:
-        """The changed rows in float32; `rows` `(n, width)` are those of the base from row `first` on."""
+        """Return the changed rows in float32; `rows` `(n, width)` are those of the base from row `first`
+        on.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Adds `scaling * b @ a`, with a `(rank, width)` and b `(height, rank)`, by the operations of PEFT's own merge."""
+    """Adds `scaling * b @ a`, with a `(rank, width)` and b `(height, rank)`, by the operations of PEFT's own
+    merge.
+    """
 
     a: Tensor
     b: Tensor
@@ -63,8 +78,12 @@ class Stacked:
 
     def apply(self, rows: Tensor, first: int) -> Tensor:
         height, last = self.experts[0].shape[0], first + len(rows)
-        spans = [(max(first - start, 0), min(last - start, height)) for start in range(0, self.shape[0], height)]
-        deltas = [expert.delta(*span) for expert, span in zip(self.experts, spans, strict=True) if span[0] < span[1]]
+        spans = [
+            (max(first - start, 0), min(last - start, height)) for start in range(0, self.shape[0], height)
+        ]
+        deltas = [
+            expert.delta(*span) for expert, span in zip(self.experts, spans, strict=True) if span[0] < span[1]
+        ]
         return torch.cat(deltas).add_(rows)
 
 
@@ -92,15 +111,21 @@ class SavedAdapter:
 
     @classmethod
     def open(cls, folder: Path) -> "SavedAdapter":
-        """Raises UserError where it is damaged, or no LoRA of the plain kind."""
+        """Raise UserError where it is damaged, or no LoRA of the plain kind."""
         config = read_adapter_settings(folder)
-        other = [key for key in OTHER_KINDS if config.get(key)] if config["peft_type"] == "LORA" else [config["peft_type"]]
+        other = (
+            [key for key in OTHER_KINDS if config.get(key)]
+            if config["peft_type"] == "LORA"
+            else [config["peft_type"]]
+        )
         if other:
             raise UserError(
                 f"The adapter {folder} is no plain LoRA ({other[0]}), so it cannot be merged here.",
                 "Load it with PEFT instead.",
             )
-        tensors = {name.removeprefix(BEFORE): tensor for name, tensor in stored_tensors(folder / WEIGHTS).items()}
+        tensors = {
+            name.removeprefix(BEFORE): tensor for name, tensor in stored_tensors(folder / WEIGHTS).items()
+        }
         return cls(folder, config, tensors)
 
     @property
@@ -116,11 +141,13 @@ class SavedAdapter:
         return {self.experts.get(module, f"{module}.weight"): module for module in factored} | whole
 
     def change(self, part: Part) -> Change:
-        """What becomes of a tensor that is this part of the model."""
+        """Return the change of a tensor that is this part of the model."""
         name = self.parameters[part.parameter]
         if name in self.tensors:
             return Whole(self.tensors[name])
-        if lacking := [name + factor for factor in (FIRST_FACTOR, SECOND_FACTOR) if name + factor not in self.tensors]:
+        if lacking := [
+            name + factor for factor in (FIRST_FACTOR, SECOND_FACTOR) if name + factor not in self.tensors
+        ]:
             raise UserError(
                 f"The adapter {self.folder} is damaged: it lacks {lacking[0]}.",
                 "Put it back from a copy.",
@@ -136,7 +163,11 @@ class SavedAdapter:
         scaling = self.config["lora_alpha"] / rank
         if name not in self.experts:
             return LowRank(b.T, a.T, scaling) if part.transposed else LowRank(a, b, scaling)
-        a, b = a.reshape(-1, rank, a.shape[1]), b.reshape(len(b), rank, -1).permute(2, 0, 1)  # as PEFT lays experts out
+        # As PEFT lays experts out.
+        a, b = (
+            a.reshape(-1, rank, a.shape[1]),
+            b.reshape(len(b), rank, -1).permute(2, 0, 1),
+        )
         if part.transposed:
             a, b = b.mT, a.mT
         if part.expert is None:
@@ -145,9 +176,15 @@ class SavedAdapter:
 
 
 def read_changes(folder: Path, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> dict[str, Change]:
-    """By the names of the checkpoint's tensors. Raises UserError where the adapter does not fit the checkpoint."""
+    """By the names of the checkpoint's tensors. Raises UserError where the adapter does not fit the
+    checkpoint.
+    """
     adapter = SavedAdapter.open(folder)
-    parts = {name: part for name, part in _parts(adapter, spec, tensors).items() if part.parameter in adapter.parameters}
+    parts = {
+        name: part
+        for name, part in _parts(adapter, spec, tensors).items()
+        if part.parameter in adapter.parameters
+    }
     if missing := adapter.parameters.keys() - {part.parameter for part in parts.values()}:
         raise UserError(
             f"The checkpoint {spec.name} has no tensor of its own for {min(missing)}, which the adapter "
@@ -162,10 +199,15 @@ def read_changes(folder: Path, spec: ModelSpec, tensors: Mapping[str, StoredTens
 
 
 def _parts(adapter: SavedAdapter, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> dict[str, Part]:
-    """Most checkpoints name and lay out their tensors as the model does; for the others the skeleton is built."""
+    """Most checkpoints name and lay out their tensors as the model does; for the others the skeleton is
+    built.
+    """
     if not adapter.experts and adapter.parameters.keys() <= tensors.keys():
         as_named = {name: Part(name) for name in adapter.parameters}
-        if all(adapter.change(part).shape == (tensors[name].height, tensors[name].width) for name, part in as_named.items()):
+        if all(
+            adapter.change(part).shape == (tensors[name].height, tensors[name].width)
+            for name, part in as_named.items()
+        ):
             return as_named
     return model_parts(spec.skeleton, tensors)
 

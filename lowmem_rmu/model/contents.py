@@ -1,7 +1,8 @@
 """What a checkpoint holds, against what the model that config.json describes would read of it.
 
-transformers leaves out a tensor that the model has no place for, and casts any number to a float: the scales of FP8 weights, a bias
-that config.json does not mention, or the constants of a quantization would go missing without a word. Here they are errors.
+transformers leaves out a tensor that the model has no place for, and casts any number to a float: the scales
+of FP8 weights, a bias that config.json does not mention, or the constants of a quantization would go missing
+without a word. Here they are errors.
 """
 
 import logging
@@ -33,9 +34,11 @@ NAMED = 3
 
 
 def check_contents(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise UserError where the model would misread a checkpoint: for how a tensor is stored, or for further tensors next to it.
+    """Raise UserError where the model would misread a checkpoint: for how a tensor is stored, or for further
+    tensors next to it.
 
-    `tensors` are those that are read; `model` is the skeleton. Tensors that belong to no weight of it are named in a warning.
+    `tensors` are those that are read; `model` is the skeleton. Tensors that belong to no weight of it are
+    named in a warning.
     """
     places = places_of(model, tensors)
     parameters = {place for place, _ in model.named_parameters(remove_duplicate=False)}
@@ -61,12 +64,16 @@ def check_contents(name: str, model: PreTrainedModel, tensors: Mapping[str, Stor
             "It is quantised already, or its config.json is another model's. Give the original checkpoint.",
         )
     if left_over:
-        words = f"The checkpoint {name} holds {_listed(list(left_over))}, which the model does not have: left out."
+        words = (
+            f"The checkpoint {name} holds {_listed(list(left_over))}, which the model does not have: left "
+            "out."
+        )
         logging.getLogger(__name__).warning(words)
 
 
 def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name what transformers loads each tensor of a checkpoint as: a parameter or buffer, or a name that the model does not have.
+    """Name what transformers loads each tensor of a checkpoint as: a parameter or buffer, or a name that the
+    model does not have.
 
     What every model leaves out on purpose (constants that old checkpoints store) is not among them.
     """
@@ -88,7 +95,9 @@ def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def _is_part_of_a_weight(modules: Mapping[str, nn.Module], prefix: str, *names: str) -> bool:
-    """Whether a tensor lies in a module with weights and nothing with weights below it, as the scale of a linear module does."""
+    """Return whether a tensor lies in a module with weights and nothing with weights below it, as the scale
+    of a linear module does.
+    """
     for name in names:
         parts = name.split(".")
         for end in range(len(parts) - 1, 0, -1):
@@ -108,7 +117,8 @@ def _is_part_of_a_weight(modules: Mapping[str, nn.Module], prefix: str, *names: 
 
 
 def tied_otherwise(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Name the tensors of a checkpoint that config.json ties to others, though the checkpoint stores other values for them.
+    """Name the tensors of a checkpoint that config.json ties to others, though the checkpoint stores other
+    values for them.
 
     transformers then loads both and ties nothing (since its version 5; before, it dropped the stored values).
     """

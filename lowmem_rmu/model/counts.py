@@ -23,7 +23,9 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Parameters of one decoder layer. Layers of one model can differ: dense below, a mixture of experts above (DeepSeek-V3)."""
+    """Parameters of one decoder layer. Layers of one model can differ: dense below, a mixture of experts
+    above (DeepSeek-V3).
+    """
 
     linear: int
     other: int
@@ -61,30 +63,36 @@ class Weights:
         return self.up_to(self.layers) + self.head
 
     def up_to(self, layers: int) -> int:
-        """Of a model that is cut to its first layers."""
+        """Count the parameters of a model that is cut to its first layers."""
         return sum(layer.linear + layer.other for layer in self.by_layer[:layers]) + self.embedding
 
     def learning(self, rmu: Rmu) -> int:
-        """Parameters that learn."""
+        """Return parameters that learn."""
         total = 0
         for module in (module for index in rmu.adapter_layers for module in self.by_layer[index].adapted):
             low_rank = rmu.rank * (module.inputs + module.outputs)
-            total += module.matrices * (module.inputs * module.outputs if rmu.trainable == "weights" else low_rank)
+            total += module.matrices * (
+                module.inputs * module.outputs if rmu.trainable == "weights" else low_rank
+            )
         return total
 
     def adapted(self, rmu: Rmu) -> tuple[Linear, ...]:
-        """What is adapted in the adapter layer where that is widest."""
+        """Return the adapted modules of the adapter layer where they are widest."""
         layers = [self.by_layer[index].adapted for index in rmu.adapter_layers]
         return max(layers, key=lambda adapted: sum(module.inputs + module.outputs for module in adapted))
 
 
 def count_weights(model: PreTrainedModel, modules: Sequence[str]) -> Weights:
-    """Count the weights of a model, which may be on the meta device. Modules named in `modules` are those that have adapters."""
+    """Count the weights of a model, which may be on the meta device. Modules named in `modules` are those
+    that have adapters.
+    """
     config: Any = model.config
     embeddings: Any = model.get_input_embeddings()
     embedding = embeddings.weight.numel()
     return Weights(
-        by_layer=tuple(_count_layer(layer, modules, config.get_text_config()) for layer in decoder_layers(model)),
+        by_layer=tuple(
+            _count_layer(layer, modules, config.get_text_config()) for layer in decoder_layers(model)
+        ),
         embedding=embedding,
         head=0 if config.tie_word_embeddings else embedding,
     )
@@ -97,10 +105,12 @@ def _count_layer(layer: nn.Module, modules: Sequence[str], config: Any) -> Layer
     # A name that experts have means them alone, not the shared expert.
     of_experts = {name.rpartition(".")[2] for name in experts}
     adapted = {
-        name: shape for name, shape in shapes.items()
+        name: shape
+        for name, shape in shapes.items()
         if (leaf := name.rpartition(".")[2]) in modules and (name in experts or leaf not in of_experts)
-    }  # fmt: skip
-    # Outside of attention, what leads to or from the hidden size has the MLP's width on its other side. Fused gates have it twice.
+    }
+    # Outside of attention, what leads to or from the hidden size has the MLP's width on its other side. Fused
+    # gates have it twice.
     widths = [hidden]
     for name, shape in shapes.items():
         if hidden in shape[-2:] and not _in_attention(name) and "gate" not in name:
@@ -112,7 +122,10 @@ def _count_layer(layer: nn.Module, modules: Sequence[str], config: Any) -> Layer
         largest_linear=max((shape.numel() for shape in shapes.values()), default=0),
         experts=sum(shape.numel() for shape in experts.values()),
         intermediate=max(widths),
-        adapted=tuple(Linear(shape[-1], shape[-2], not _in_attention(name), prod(shape[:-2])) for name, shape in adapted.items()),
+        adapted=tuple(
+            Linear(shape[-1], shape[-2], not _in_attention(name), prod(shape[:-2]))
+            for name, shape in adapted.items()
+        ),
     )
 
 

@@ -15,7 +15,9 @@ Settings = dict[str, Any]
 
 
 def check_fits(preset: Preset, spec: ModelSpec, device: torch.device, stages: Sequence[str]) -> None:
-    """Raise UserError where the plan exceeds what the device has. The message names the settings that would make it fit."""
+    """Raise UserError where the plan exceeds what the device has. The message names the settings that would
+    make it fit.
+    """
     free = memory_available(device)
     needs = plan(preset, spec, device, stages)
     if peak_of(needs) <= free or preset.model.device_map == "auto":  # with `auto`, accelerate finds room
@@ -44,8 +46,12 @@ def check_fits(preset: Preset, spec: ModelSpec, device: torch.device, stages: Se
     raise UserError(problem, advice(f"Even this is {gib(peak - free)} too much:", [(together, peak)]))
 
 
-def out_of_memory(preset: Preset, spec: ModelSpec, device: torch.device, stages: Sequence[str], stage: str) -> UserError:
-    """Make the error for a device that ran out of memory in a stage of the run, with the settings that need less."""
+def out_of_memory(
+    preset: Preset, spec: ModelSpec, device: torch.device, stages: Sequence[str], stage: str
+) -> UserError:
+    """Make the error for a device that ran out of memory in a stage of the run, with the settings that need
+    less.
+    """
     free = memory_available(device)
     needed = peak_of(plan(preset, spec, device, stages), stage)
     problem = (
@@ -61,9 +67,15 @@ def out_of_memory(preset: Preset, spec: ModelSpec, device: torch.device, stages:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out; the CPU's allocator raises a plain RuntimeError that says so in words only."""
+    """Return whether an error says that memory ran out; the CPU's allocator raises a plain RuntimeError that
+    says so in words only.
+    """
     words = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in words or "can't allocate memory" in words
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "not enough memory" in words
+        or "can't allocate memory" in words
+    )
 
 
 def savings(preset: Preset) -> list[list[Settings]]:
@@ -77,7 +89,9 @@ def savings(preset: Preset) -> list[list[Settings]]:
     batch_tokens = preset.evaluation.planned_batch_tokens
     kinds.append([{"evaluation.batch_tokens": tokens} for tokens, _ in halvings(batch_tokens, batch_tokens)])
     batch_sizes = halvings(rmu.batch_size, rmu.retain_batch_size or rmu.batch_size)
-    kinds.append([{"rmu.batch_size": forget, "rmu.retain_batch_size": retain} for forget, retain in batch_sizes])
+    kinds.append(
+        [{"rmu.batch_size": forget, "rmu.retain_batch_size": retain} for forget, retain in batch_sizes]
+    )
     if not rmu.activation_checkpointing:
         kinds.append([{"rmu.activation_checkpointing": True}])
     kinds.append([{"stages": "unlearn"}])
@@ -100,7 +114,9 @@ def changed_plan(
     for path, value in settings.items():
         section, _, key = path.partition(".")
         if key:
-            preset = preset.model_copy(update={section: getattr(preset, section).model_copy(update={key: value})})
+            preset = preset.model_copy(
+                update={section: getattr(preset, section).model_copy(update={key: value})}
+            )
     return plan(preset, spec, device, [stage for stage in stages if stage == settings.get("stages", stage)])
 
 

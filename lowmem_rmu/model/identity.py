@@ -17,11 +17,21 @@ from lowmem_rmu.presets import ModelSettings
 
 DECIDING = ("torch", "transformers", "tokenizers", "bitsandbytes")
 """Packages another version of which may answer otherwise."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
-def model_digest(settings: ModelSettings, config: PretrainedConfig, device: torch.device, unquantised: Sequence[str]) -> str:
-    """Of the weights' and the tokenizer's content, the precision, the kind of device and the versions of the packages."""
+def model_digest(
+    settings: ModelSettings, config: PretrainedConfig, device: torch.device, unquantised: Sequence[str]
+) -> str:
+    """Return a digest of the weights, the tokenizer, the precision, the kind of device and the versions of
+    the packages.
+    """
     deciding_config = config.to_diff_dict()
     weights = find_files(settings.name, settings.revision, None)
     tokenizer = [file for name in TOKENIZER_FILES if (file := weights[0].parent / name).exists()]
@@ -32,13 +42,17 @@ def model_digest(settings: ModelSettings, config: PretrainedConfig, device: torc
         "device": device.type,
         "versions": {package: version(package) for package in DECIDING} | {"lowmem-rmu": __version__},
     }
-    for where in ("_name_or_path", "transformers_version"):  # where the model lies and who wrote it decide nothing
+    # Where the model lies and who wrote it decide nothing.
+    for where in (
+        "_name_or_path",
+        "transformers_version",
+    ):
         deciding_config.pop(where, None)
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def content_digest(file: Path) -> str:
-    """The Hub's cache names files by their content; any other file is read."""
+    """Return the Hub's cache names files by their content; any other file is read."""
     stored = file.resolve()
     if file.is_symlink() and stored.parent.name == "blobs":
         return stored.name

@@ -22,12 +22,19 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_rmu.errors import UserError
 
-LAYER_LISTS = ("layers", "h", "blocks")  # names of a decoder's list of layers; GPT-2, Falcon and Bloom: h; MPT: blocks
+# Names of a decoder's list of layers; GPT-2, Falcon and Bloom: h; MPT: blocks.
+LAYER_LISTS = (
+    "layers",
+    "h",
+    "blocks",
+)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the model calls a layer with, after the hidden states: by position (GPT-2) or by name (most others)."""
+    """What the model calls a layer with, after the hidden states: by position (GPT-2) or by name (most
+    others).
+    """
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
@@ -35,7 +42,9 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Trunk:
-    """What enters the first updated layer: `hidden` `(batch, sequence, hidden)`, and the arguments that each layer is called with."""
+    """What enters the first updated layer: `hidden` `(batch, sequence, hidden)`, and the arguments that each
+    layer is called with.
+    """
 
     hidden: Tensor
     layer_arguments: list[Arguments]
@@ -46,7 +55,9 @@ class _Recorded(Exception):
 
 
 class LayerOutput(Tensor):
-    """Hidden states in place of a layer's output: most decoders take that as a tensor, some (Falcon, Bloom) as the first item of a tuple."""
+    """Hidden states in place of a layer's output: most decoders take that as a tensor, some (Falcon, Bloom)
+    as the first item of a tuple.
+    """
 
     # What is computed from it is a plain tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -57,7 +68,9 @@ class LayerOutput(Tensor):
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder's list of layers, whatever wraps it. Raises UserError for an architecture without one."""
+    """Return the decoder's list of layers, whatever wraps it. Raises UserError for an architecture without
+    one.
+    """
     return _named_layers(model)[1]
 
 
@@ -77,18 +90,25 @@ def _named_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def can_share_prefix(model: nn.Module) -> bool:
-    """Return whether all that the model remembers of a prefix are keys and values, which any row of a batch can borrow.
+    """Return whether all that the model remembers of a prefix are keys and values, which any row of a batch
+    can borrow.
 
-    Layers with a recurrent or convolutional state (Mamba, LFM2) and layers that use another layer's keys (Gemma 3n) say no.
+    Layers with a recurrent or convolutional state (Mamba, LFM2) and layers that use another layer's keys
+    (Gemma 3n) say no.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if inner._is_stateful:
         return False
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers)
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        for layer in DynamicCache(config=inner.config).layers
+    )
 
 
 def linear_shapes(layer: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes `(outputs, inputs)` of a layer's linear modules by name; GPT-2's `Conv1D` is one, stored transposed."""
+    """Return the shapes `(outputs, inputs)` of a layer's linear modules by name; GPT-2's `Conv1D` is one,
+    stored transposed.
+    """
     return {
         name: module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         for name, module in layer.named_modules()
@@ -97,24 +117,38 @@ def linear_shapes(layer: nn.Module) -> dict[str, torch.Size]:
 
 
 def is_expert_weight(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter holds one matrix of every expert of a mixture: transformers keeps them fused, `(experts, out, in)`."""
+    """Return whether a parameter holds one matrix of every expert of a mixture: transformers keeps them
+    fused, `(experts, out, in)`.
+    """
     return parameter.dim() == 3 and ".experts." in f".{name}"
 
 
 def expert_shapes(layer: nn.Module) -> dict[str, torch.Size]:
-    """The fused weights of a decoder layer's experts by name (such as `mlp.experts.down_proj`), in 4-bit or not."""
-    shapes = {name: parameter.shape for name, parameter in layer.named_parameters() if is_expert_weight(name, parameter)}
+    """Return the fused weights of a decoder layer's experts by name (such as `mlp.experts.down_proj`), in
+    4-bit or not.
+    """
+    shapes = {
+        name: parameter.shape
+        for name, parameter in layer.named_parameters()
+        if is_expert_weight(name, parameter)
+    }
     for name, module in layer.named_modules():
         if isinstance(module, Bnb4bitParametrization):  # mlp.experts.parametrizations.down_proj.0
             shapes[name.replace("parametrizations.", "").rpartition(".")[0]] = module.quant_state.shape
     return shapes
 
 
-def run_trunk(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, updated: slice, hidden: Tensor | None = None) -> Trunk:
-    """Runs the layers below `updated` without gradients; `updated` ends with the target layer.
+def run_trunk(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    updated: slice,
+    hidden: Tensor | None = None,
+) -> Trunk:
+    """Run the layers below `updated` without gradients; `updated` ends with the target layer.
 
-    The model's own forward pass prepares masks and position embeddings, so that every architecture gets what it needs.
-    With `hidden` (what an earlier run of the same tokens gave) the layers below are left out.
+    The model's own forward pass prepares masks and position embeddings, so that every architecture gets what
+    it needs. With `hidden` (what an earlier run of the same tokens gave) the layers below are left out.
     """
     layers, calls = list(decoder_layers(model)), list[tuple[Tensor, Arguments]]()
     below = layers[: updated.start] if hidden is not None else []
@@ -128,13 +162,24 @@ def run_trunk(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
             raise _Recorded
         return hidden_states.as_subclass(LayerOutput)
 
-    with torch.no_grad(), lent_forward(below, passed_on), lent_forward(layers[updated], recorded), suppress(_Recorded):
+    with (
+        torch.no_grad(),
+        lent_forward(below, passed_on),
+        lent_forward(layers[updated], recorded),
+        suppress(_Recorded),
+    ):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return Trunk(calls[0][0].to(input_ids.device) if hidden is None else hidden, [arguments for _, arguments in calls])
+    return Trunk(
+        calls[0][0].to(input_ids.device) if hidden is None else hidden, [arguments for _, arguments in calls]
+    )
 
 
-def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkpointing: bool = False) -> Tensor:
-    """The activations `(batch, sequence, hidden)` that leave the target layer (before any final norm)."""
+def run_layers(
+    model: nn.Module, trunk: Trunk, updated: slice, activation_checkpointing: bool = False
+) -> Tensor:
+    """Return the activations `(batch, sequence, hidden)` that leave the target layer (before any final
+    norm).
+    """
     hidden = trunk.hidden
     for layer, arguments in zip(decoder_layers(model)[updated], trunk.layer_arguments, strict=True):
         if activation_checkpointing and torch.is_grad_enabled():
@@ -147,7 +192,7 @@ def run_layers(model: nn.Module, trunk: Trunk, updated: slice, activation_checkp
 
 @contextmanager
 def lent_forward(layers: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Lends the layers another forward, and gives them back their own."""
+    """Lend the layers another forward, and give them back their own."""
     own = [layer.__dict__.get("forward") for layer in layers]  # set where accelerate has hooked the layer
     for layer in layers:
         layer.forward = forward

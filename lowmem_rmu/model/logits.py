@@ -1,9 +1,10 @@
 """Logits of the positions that are asked for: the decoder runs once, the head over a few positions at a time.
 
-    tokens -> [decoder] -> hidden states -> the positions asked for -> [head] -> logits, 128 positions at a time
+    tokens -> [decoder] -> hidden states -> positions asked for -> [head] -> logits, 128 positions at a time
 
-The logits of a whole batch can be larger than the model: 4 x 512 positions of 128,000 tokens take 1 GiB in float32, and each step
-of a loss takes as much again. On a CPU in bfloat16, a head over a slice of the batch would even copy its weights once a row.
+The logits of a whole batch can be larger than the model: 4 x 512 positions of 128,000 tokens take 1 GiB in
+float32, and each step of a loss takes as much again. On a CPU in bfloat16, a head over a slice of the batch
+would even copy its weights once a row.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ POSITIONS = 128
 
 
 class Decoded(BaseModelOutputWithPast):
-    """Stand in for any decoder's output: fields that only some decoders have (`router_logits`, `cache`) are None."""
+    """Stand in for any decoder's output: fields that only some decoders have (`router_logits`, `cache`) are
+    None.
+    """
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -32,24 +35,31 @@ class Decoded(BaseModelOutputWithPast):
 
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Iterator[Tensor]:
-    """Logits `(up to 128, vocabulary)` in float32 where `positions` `(batch, sequence)` is True, piece by piece in their order."""
+    """Yield logits `(up to 128, vocabulary)` in float32 where `positions` `(batch, sequence)` is True, piece
+    by piece in their order.
+    """
     for hidden in hidden_at(model, positions, **inputs).split(POSITIONS):
         yield head_of(model, hidden, **inputs)
 
 
 def hidden_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
-    """The decoder's outputs `(count, hidden)` where `positions` is True. Keys and values are not kept; those that are passed in are used."""
+    """Return the decoder's outputs `(count, hidden)` where `positions` is True. Keys and values are not kept;
+    those that are passed in are used.
+    """
     hidden: Tensor = _inner(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
     return hidden[positions.to(hidden.device)]
 
 
 def head_of(model: nn.Module, hidden: Tensor, **inputs: Any) -> Tensor:
-    """The model's own forward over what its decoder gave, so that whatever it does to its logits (scaling, capping) is done."""
+    """Return the model's own forward over what its decoder gave, so that whatever it does to its logits
+    (scaling, capping) is done.
+    """
     inner = _inner(model)
     decoded = Decoded(last_hidden_state=hidden[None])
     with lent_forward([inner.get_decoder()], lambda *_, **__: decoded):
         logits: Tensor = inner(**inputs, use_cache=False).logits[0]
-    return logits.float().to(inputs["input_ids"].device)  # a model on several devices ends on another than it began
+    # A model on several devices ends on another than it began.
+    return logits.float().to(inputs["input_ids"].device)
 
 
 def _inner(model: nn.Module) -> Any:

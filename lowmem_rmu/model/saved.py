@@ -1,4 +1,6 @@
-"""The folder of a saved adapter, checked before a model is loaded: the same sentence in every verb that takes an adapter."""
+"""The folder of a saved adapter, checked before a model is loaded: the same sentence in every verb that takes
+an adapter.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +40,11 @@ class LoraSettings:
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` holds, once the whole folder is seen to be sound.
+    """Read `adapter_config.json`, and check that the whole folder is sound.
 
-    Raises UserError where the folder holds no adapter, its settings or its weights are damaged or not finite, the weights are pickled,
-    a file is not the one that the run recorded, or the adapter is of a kind that acts outside of the model's layers.
+    Raises UserError where the folder holds no adapter, its settings or its weights are damaged or not finite,
+    the weights are pickled, a file is not the one that the run recorded, or the adapter is of a kind that
+    acts outside of the model's layers.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(
@@ -70,14 +73,17 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
-    """The sha256 of an adapter's files, as `digests.json` in a run folder has them."""
+    """Return the sha256 of an adapter's files, as `digests.json` in a run folder has them."""
     return {f"adapter/{name}": file_digest(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
 def _what_next(folder: Path) -> str | Fix:
     run = folder.parent
     if folder.name == "adapter" and (run / "config.json").is_file():
-        advice = f"Put it back from a copy, or delete {folder} and have it made again from the checkpoint: {{action}}"
+        advice = (
+            f"Put it back from a copy, or delete {folder} and have it made again from the checkpoint: "
+            "{action}"
+        )
         return Fix(advice, ResumeRun(run.name))
     return "Download or copy the adapter again."
 

@@ -1,4 +1,6 @@
-"""The files of a checkpoint: only those that are needed are opened or downloaded, and one weight is read at a time."""
+"""The files of a checkpoint: only those that are needed are opened or downloaded, and one weight is read at a
+time.
+"""
 
 import ctypes
 import re
@@ -21,11 +23,15 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # GPT-2, Falcon and Bloom: h; MPT: blocks
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of its settings, in malloc.h
 LARGEST_KEPT = 32 * 2**20  # bytes
-ABOVE_THE_LAYERS = re.compile(r"((?!embed)\w+\.)?(norm|final_norm|final_layernorm|final_layer_norm|ln_f|norm_f|lm_head|embed_out)\.(weight|bias)")
+ABOVE_THE_LAYERS = re.compile(
+    r"((?!embed)\w+\.)?(norm|final_norm|final_layernorm|final_layer_norm|ln_f|norm_f|lm_head|embed_out)\.(weight|bias)"
+)
 
 
 def is_needed(name: str, layers: int | None) -> bool:
-    """Whether a model cut to its first `layers` layers has the weight: what is below them too, but no final norm and no head."""
+    """Return whether a model cut to its first `layers` layers has the weight: what is below them too, but no
+    final norm and no head.
+    """
     if layers is None:
         return True
     number = LAYER_NUMBER.search(name)
@@ -33,12 +39,14 @@ def is_needed(name: str, layers: int | None) -> bool:
 
 
 def needed_files(weight_map: dict[str, str], layers: int | None) -> list[str]:
-    """The files that hold what is needed, by the index of a sharded checkpoint: `{weight: file}`."""
+    """Return the files that hold what is needed, by the index of a sharded checkpoint: `{weight: file}`."""
     return sorted({file for name, file in weight_map.items() if is_needed(name, layers)})
 
 
 def find_files(name: str, revision: str | None, layers: int | None) -> list[Path]:
-    """The safetensors files to read, downloaded where `name` is on the Hub. Raises UserError where one is missing."""
+    """Return the safetensors files to read, downloaded where `name` is on the Hub. Raises UserError where one
+    is missing.
+    """
     source = locate(name, revision)
     if single := source.fetch(SINGLE):
         return [single]
@@ -51,10 +59,14 @@ def find_files(name: str, revision: str | None, layers: int | None) -> list[Path
 
 
 def _without_weights(source: Source) -> UserError:
-    """The error for a checkpoint with neither the one file nor an index; it names what is there instead."""
+    """Return the error for a checkpoint with neither the one file nor an index; it names what is there
+    instead.
+    """
     if source.commit and source.listed is None:
         return not_reachable("model", source.name)
-    there = sorted(source.listed if source.listed is not None else (path.name for path in source.folder.glob("*")))
+    there = sorted(
+        source.listed if source.listed is not None else (path.name for path in source.folder.glob("*"))
+    )
     shards = [file for file in there if file.endswith(".safetensors") and "/" not in file]
     if shards:
         return UserError(
@@ -88,20 +100,28 @@ class StoredWeight:
 
 @contextmanager
 def open_weights(files: list[Path], layers: int | None) -> Iterator[dict[str, StoredWeight]]:
-    """The needed weights by name. Raises UserError for a damaged file.
+    """Yield the needed weights by name. Raises UserError for a damaged file.
 
-    Files are read and not mapped into memory: whatever was touched of a mapped file counts as this process's until the end.
+    Files are read and not mapped into memory: whatever was touched of a mapped file counts as this process's
+    until the end.
     """
     with freed_memory_returned(), ExitStack() as stack:
         opened = [stack.enter_context(open_file(file)) for file in files]
-        yield {name: StoredWeight(file, name) for file in opened for name in file.keys() if is_needed(name, layers)}  # noqa: SIM118
+        yield {
+            name: StoredWeight(file, name)
+            for file in opened
+            for name in file.keys()  # noqa: SIM118
+            if is_needed(name, layers)
+        }
 
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Within, what is freed goes back to the system: glibc would keep blocks of up to 32 MiB, which add up to a small model's checkpoint.
+    """Within, what is freed goes back to the system: glibc would keep blocks of up to 32 MiB, which add up to
+    a small model's checkpoint.
 
-    Once a threshold has been set, glibc moves it no more: afterwards it is the highest that it would have moved it to.
+    Once a threshold has been set, glibc moves it no more: afterwards it is the highest that it would have
+    moved it to.
     """
     give_back_freed_memory()
     set_largest_kept(64 * 1024)
@@ -112,7 +132,9 @@ def freed_memory_returned() -> Iterator[None]:
 
 
 def set_largest_kept(size: int) -> None:
-    """Bytes of the largest block that glibc keeps when it is freed; of free blocks at the end of its heap it keeps twice that."""
+    """Set the size of the largest block that glibc keeps when it is freed, in bytes. Of free blocks at the
+    end of its heap it keeps twice that.
+    """
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, size)
@@ -126,7 +148,7 @@ def give_back_freed_memory() -> None:
 
 
 def open_file(file: Path) -> Any:
-    """A safetensors file of a checkpoint. Raises UserError where it is damaged."""
+    """Return a safetensors file of a checkpoint. Raises UserError where it is damaged."""
     check_no_pointer(file)
     try:
         return safe_open(file, framework="pt", backend="pread")
@@ -142,14 +164,18 @@ def cut_short(file: Path, why: str = "") -> UserError:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of every weight. Raises UserError for an index that is damaged, or that names files of other folders."""
+    """Return the file of every weight. Raises UserError for an index that is damaged, or that names files of
+    other folders.
+    """
     weight_map = read_json(index, "The checkpoint's index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(
             f"The checkpoint's index {index} is damaged or cut short: it has no weight_map.",
             "Download or copy it again.",
         )
-    outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file or "\\" in file or file == "..")
+    outside = sorted(
+        file for file in set(weight_map.values()) if Path(file).name != file or "\\" in file or file == ".."
+    )
     if outside:
         raise UserError(
             f"The checkpoint's index {index} names {outside[0]}, which is not in its folder.",

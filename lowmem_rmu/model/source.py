@@ -1,10 +1,11 @@
-"""Where a checkpoint lies: a folder of this machine, or a snapshot in the Hub's cache. A model is located once per process.
+"""Where a checkpoint lies: a folder of this machine, or a snapshot in the Hub's cache. A model is located
+once per process.
 
     name, revision -> locate -> Source -> fetch("config.json"), fetch("model.safetensors"), ...
 
-The Hub answers one question per model: which commit the revision stands for, and which files it holds. Every file is then taken by
-this commit, and without a further question where the cache has it. Where the Hub cannot be reached, the snapshot that an earlier
-download has left is used.
+The Hub answers one question per model: which commit the revision stands for, and which files it holds. Every
+file is then taken by this commit, and without a further question where the cache has it. Where the Hub cannot
+be reached, the snapshot that an earlier download has left is used.
 """
 
 import json
@@ -30,11 +31,30 @@ from lowmem_rmu.presets import as_path, is_local
 
 CONFIG_FILE = "config.json"
 BESIDE = (
-    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece.bpe.model", "chat_template.json*", "chat_template.jinja",
-    "additional_chat_templates/*.jinja", "*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""Files that belong to a model besides its weights, by name. The card of the base model is not the merged one's."""
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.json*",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "*processor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Files that belong to a model besides its weights, by name. The card of the base model is not the merged
+one's.
+"""
 POINTER = b"version https://git-lfs.github.com/spec/"
 """What a Git LFS pointer begins with: a clone without `git lfs` leaves it in place of a large file."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -67,7 +87,9 @@ class Source:
         return f"model {self.name}" if self.commit else f"model folder {self.name}"
 
     def fetch(self, file: str) -> Path | None:
-        """The file on this machine, after a download if need be; None where the checkpoint has no such file."""
+        """Return the file on this machine, after a download if need be; None where the checkpoint has no such
+        file.
+        """
         path = self.folder / file
         if path.is_file():
             return path
@@ -79,7 +101,9 @@ class Source:
         return downloaded
 
     def remember_commit(self) -> None:
-        """Notes in the Hub's cache what the revision stands for, as a download by its name does: for use without a network."""
+        """Note in the Hub's cache what the revision stands for, as a download by its name does: for use
+        without a network.
+        """
         if self.revision and self.commit and self.revision != self.commit and self.folder.is_dir():
             reference = self.folder.parent.parent / "refs" / self.revision
             if not reference.is_file() or reference.read_text(encoding="utf-8") != self.commit:
@@ -87,14 +111,16 @@ class Source:
                 reference.write_text(self.commit, encoding="utf-8")
 
     def fetch_small_files(self) -> Path:
-        """Downloads what belongs to the model besides its weights and is not here yet. Returns the folder."""
+        """Return downloads what belongs to the model besides its weights and is not here yet. Returns the
+        folder.
+        """
         for file in sorted(self.listed or ()):
             if any(fnmatch(file, pattern) for pattern in BESIDE):
                 self.fetch(file)
         return self.folder
 
     def lacks(self, files: list[str]) -> UserError:
-        """The error for files that the checkpoint should have."""
+        """Return the error for files that the checkpoint should have."""
         if self.commit and self.listed is None:
             return not_reachable("model", self.name)
         return UserError(
@@ -103,7 +129,7 @@ class Source:
         )
 
     def read_config(self) -> dict[str, Any]:
-        """What `config.json` holds. Raises UserError where it is missing, damaged or no configuration."""
+        """Read `config.json`. Raises UserError where it is missing, damaged or not a configuration."""
         file = self.fetch(CONFIG_FILE)
         if file is None and self.commit and self.listed is None:
             raise not_reachable("model", self.name)
@@ -116,7 +142,7 @@ class Source:
 
 
 def locate(name: str, revision: str | None = None) -> Source:
-    """Raises UserError where the name is neither a folder of this machine nor a model of the Hub."""
+    """Raise UserError where the name is neither a folder of this machine nor a model of the Hub."""
     if is_local(name):
         return Source(name, _local_folder(name))
     _check_hub_id(name)
@@ -136,7 +162,7 @@ def _local_folder(name: str) -> Path:
 
 
 def _check_hub_id(name: str) -> None:
-    """Raises UserError, with what to write instead, for a name that cannot be a Hub id."""
+    """Raise UserError, with what to write instead, for a name that cannot be a Hub id."""
     shown = name if len(name) <= 80 else f"{name[:80]}..."
     if name.lower().startswith("file:"):
         raise UserError(
@@ -170,7 +196,9 @@ def _check_hub_id(name: str) -> None:
 
 @cache
 def _on_hub(name: str, revision: str, cache_folder: str) -> Source:
-    """Asks the Hub once; where it does not answer, takes the snapshot in the cache. An error is not remembered."""
+    """Ask the Hub once; where it does not answer, take the snapshot in the cache. An error is not
+    remembered.
+    """
     repository = Path(cache_folder) / f"models--{name.replace('/', '--')}"
     try:
         if constants.HF_HUB_OFFLINE:
@@ -185,7 +213,8 @@ def _on_hub(name: str, revision: str, cache_folder: str) -> Source:
             raise
         if not isinstance(error, OfflineModeIsEnabled):
             logging.getLogger(__name__).warning(
-                f"The Hub cannot be asked for the model {name}: it is used as it was last downloaded (commit {commit[:12]})."
+                f"The Hub cannot be asked for the model {name}: it is used as it was last downloaded "
+                f"(commit {commit[:12]})."
             )
         return Source(name, repository / "snapshots" / commit, revision, commit)
     listed = frozenset(sibling.rfilename for sibling in info.siblings or [])
@@ -195,19 +224,20 @@ def _on_hub(name: str, revision: str, cache_folder: str) -> Source:
 
 
 def _cached_commit(repository: Path, revision: str) -> str | None:
-    """The commit that a revision stood for at the last download; None where nothing of it was kept."""
+    """Return the commit that a revision stood for at the last download; None where nothing of it was kept."""
     reference = repository / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     return commit if (repository / "snapshots" / commit).is_dir() else None
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit of a model of the Hub; None for a local folder."""
+    """Return the commit of a model of the Hub; None for a local folder."""
     return None if is_local(name) else locate(name, revision).commit
 
 
 def read_json(file: Path, what: str = "The file") -> dict[str, Any]:
-    """Read a JSON file of a checkpoint. Raise UserError where it is damaged, a Git LFS pointer, or holds no object.
+    """Read a JSON file of a checkpoint. Raise UserError where it is damaged, a Git LFS pointer, or holds no
+    object.
 
     `what` is what the messages call it.
     """
@@ -238,7 +268,7 @@ def read_json(file: Path, what: str = "The file") -> dict[str, Any]:
 
 
 def check_no_pointer(file: Path) -> None:
-    """Raises UserError for a Git LFS pointer."""
+    """Raise UserError for a Git LFS pointer."""
     with file.open("rb") as content:
         if content.read(len(POINTER)) == POINTER:
             raise UserError(

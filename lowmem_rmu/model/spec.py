@@ -1,4 +1,5 @@
-"""Everything that is known of a model before its weights are loaded: resolved once, and handed down to whatever needs it.
+"""Everything that is known of a model before its weights are loaded: resolved once, and handed down to
+whatever needs it.
 
     ModelSpec.of_preset(preset) -> spec.config, spec.skeleton, spec.tokenizer, ... -> spec.load(device)
 """
@@ -34,11 +35,16 @@ from lowmem_rmu.presets import ModelSettings, Preset, Rmu, is_local
 class ModelSpec:
     """A model by its settings. Each property is computed when it is first needed, and kept.
 
-    Reading a property raises UserError where the model cannot be had, is damaged, or is one that this program cannot run.
+    Reading a property raises UserError where the model cannot be had, is damaged, or is one that this program
+    cannot run.
     """
 
-    def __init__(self, settings: ModelSettings, rmu: Rmu | None = None, trained: Sequence[str] | None = None) -> None:
-        """`rmu` says what is trained on the model, if anything; `trained` names the trained modules where they are known already."""
+    def __init__(
+        self, settings: ModelSettings, rmu: Rmu | None = None, trained: Sequence[str] | None = None
+    ) -> None:
+        """`rmu` says what is trained on the model, if anything; `trained` names the trained modules where
+        they are known already.
+        """
         self.settings = settings
         self.rmu = rmu
         self._trained = trained
@@ -50,7 +56,9 @@ class ModelSpec:
         return cls(preset.model, preset.rmu)
 
     def with_precision(self, **changes: Any) -> "ModelSpec":
-        """Return the same model with another `quantisation` or `dtype`. Whatever is known of it already stays known."""
+        """Return the same model with another `quantisation` or `dtype`. Whatever is known of it already stays
+        known.
+        """
         changed = copy(self)
         changed.settings = self.settings.model_copy(update=changes)
         return changed
@@ -72,7 +80,9 @@ class ModelSpec:
 
     @cached_property
     def shape(self) -> PretrainedConfig:
-        """The configuration that memory is estimated with: the preset's copy of a Hub model's, which needs no download, else `config`."""
+        """The configuration that memory is estimated with: the preset's copy of a Hub model's, which needs no
+        download, else `config`.
+        """
         return config_of_preset(self.settings) if self._preset_has_shape else self.config
 
     @property
@@ -80,7 +90,9 @@ class ModelSpec:
         return self.settings.config is not None and not is_local(self.name)
 
     def weights(self, modules: Sequence[str]) -> Weights:
-        """Count the weights of a model of this shape, and of the modules with these names, which are those that have adapters."""
+        """Count the weights of a model of this shape, and of the modules with these names, which are those
+        that have adapters.
+        """
         key = tuple(modules)
         if key not in self._weights:
             self._weights[key] = count_weights(self._shape_skeleton, key)
@@ -111,7 +123,9 @@ class ModelSpec:
 
     @cached_property
     def trained_modules(self) -> tuple[str, ...]:
-        """Full names of the modules that are trained themselves (`rmu.trainable: weights`), which stay unquantized."""
+        """Full names of the modules that are trained themselves (`rmu.trainable: weights`), which stay
+        unquantized.
+        """
         if self._trained is not None:
             return tuple(self._trained)
         return tuple(trained_modules(self.skeleton, self.rmu)) if self.rmu else ()
@@ -136,12 +150,15 @@ class ModelSpec:
         return model_digest(self.settings, self.config, device, self.trained_modules)
 
     def check_adapter(self) -> None:
-        """Put the adapter on the model without its weights. Raises UserError for settings of `rmu` that the model does not allow."""
+        """Put the adapter on the model without its weights. Raises UserError for settings of `rmu` that the
+        model does not allow.
+        """
         if self.rmu:
             add_adapter(deepcopy(self.skeleton), self.rmu, self.settings)
 
     def check_checkpoint(self, layers: int | None = None) -> None:
-        """Check a local checkpoint, or its first layers, before any work. One of the Hub is checked once its files are here.
+        """Check a local checkpoint, or its first layers, before any work. One of the Hub is checked once its
+        files are here.
 
         Raises UserError as `checkpoint` does.
         """
@@ -149,7 +166,8 @@ class ModelSpec:
             self.checkpoint(layers)
 
     def checkpoint(self, layers: int | None = None) -> Checkpoint:
-        """Find the tensors that the model, or its first layers, read of the checkpoint, which is downloaded if need be.
+        """Find the tensors that the model, or its first layers, read of the checkpoint, which is downloaded
+        if need be.
 
         Raises UserError where they cannot be had, or would be misread.
         """
@@ -160,7 +178,8 @@ class ModelSpec:
     ) -> PreTrainedModel:
         """Load the model, frozen and in eval mode: the whole, or only its first layers without a head.
 
-        `quantisation` takes the place of the settings' own. Raises UserError where the checkpoint is incomplete or damaged.
+        `quantisation` takes the place of the settings' own. Raises UserError where the checkpoint is
+        incomplete or damaged.
         """
         check_quantisable(self.config, quantisation or self.settings.quantisation)
         checkpoint = self.checkpoint(layers)

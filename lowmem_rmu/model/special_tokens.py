@@ -16,7 +16,9 @@ class SpecialTokens:
 
 
 def special_tokens(tokenizer: Callable[..., Any]) -> SpecialTokens:
-    """Encode one letter and look on both sides of it: `tokenizer("")` does not say what is prefix and what is suffix."""
+    """Encode one letter and look on both sides of it: `tokenizer("")` does not say what is prefix and what is
+    suffix.
+    """
     alone = tokenizer(LETTER, add_special_tokens=False)["input_ids"]
     whole = tokenizer(LETTER)["input_ids"]
     for start in range(len(whole) - len(alone) + 1):

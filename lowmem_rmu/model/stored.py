@@ -1,4 +1,6 @@
-"""The tensors of a safetensors file where they lie: read a few rows at a time, hashed, and found by their place in the file."""
+"""The tensors of a safetensors file where they lie: read a few rows at a time, hashed, and found by their
+place in the file.
+"""
 
 import hashlib
 import json
@@ -18,7 +20,9 @@ from lowmem_rmu.presets import ModelSettings
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Of the weights that can be merged, by safetensors' names."""
 PIECE = 4 * 2**20  # bytes of a piece in float32, about: it fits into the processor's cache
-ROWS = 64  # a piece begins at a multiple: few rows are multiplied by another kernel, which rounds otherwise than the whole product does
+# A piece begins at a multiple: few rows are multiplied by another kernel, which rounds otherwise than the
+# whole product does.
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Raises UserError where it holds no weights of 16 or 32 bits."""
+        """Raise UserError where it holds no weights of 16 or 32 bits."""
         if self.kind not in DTYPES:
             raise UserError(
                 f"{self.name} in {self.file} is stored as {self.kind}, which cannot be merged: the "
@@ -70,7 +74,9 @@ class StoredTensor:
     def pieces(self) -> Iterator[tuple[int, int]]:
         """First and last row (exclusive) of pieces of like size."""
         count = max(1, -(-self.height * self.width * 4 // PIECE))
-        edges = sorted({*(self.height * index // count // ROWS * ROWS for index in range(count)), self.height})
+        edges = sorted(
+            {*(self.height * index // count // ROWS * ROWS for index in range(count)), self.height}
+        )
         yield from zip(edges, edges[1:], strict=False)
 
     def digest(self) -> str:
@@ -81,7 +87,7 @@ class StoredTensor:
         return digest.hexdigest()
 
     def _read(self, buffer: memoryview, start: int) -> memoryview:
-        """Fills the buffer from the tensor's byte `start` on."""
+        """Fill the buffer from the tensor's byte `start` on."""
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + start)
             filled = 0
@@ -95,7 +101,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Part:
-    """What a tensor of a checkpoint is: a parameter of the model, or of a fused one (`expert` is not None) one expert's share.
+    """What a tensor of a checkpoint is: a parameter of the model, or of a fused one (`expert` is not None)
+    one expert's share.
 
     A fused parameter's rows are, expert by expert, the first share's and then the next one's.
     """
@@ -109,12 +116,14 @@ class Part:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, in the order of their places. Raises UserError for a damaged file."""
+    """Return the tensors of a safetensors file by name, in the order of their places. Raises UserError for a
+    damaged file.
+    """
     with open_file(file), file.open("rb") as content:  # the first has checked what the second reads
         length = int.from_bytes(content.read(8), "little")
         header: dict[str, Any] = json.loads(content.read(length))
@@ -129,7 +138,9 @@ def _stored(file: Path, name: str, data: int, place: dict[str, Any]) -> StoredTe
 
 
 def checkpoint_tensors(settings: ModelSettings, layers: int | None = None) -> dict[str, StoredTensor]:
-    """Every tensor of a model's checkpoint, or of those files that hold its first layers. Raises UserError where it cannot be had."""
+    """Find every tensor of a model's checkpoint, or of the files that hold its first layers. Raises UserError
+    where it cannot be had.
+    """
     with hub_errors("model", settings.name):
         files = find_files(settings.name, settings.revision, layers)
     return {name: tensor for file in files for name, tensor in stored_tensors(file).items()}

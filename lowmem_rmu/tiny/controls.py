@@ -1,9 +1,11 @@
-"""`python -m lowmem_rmu.tiny.controls`: two models that tell an audit which can be believed, for of both the truth is known.
+"""`python -m lowmem_rmu.tiny.controls`: two models that tell an audit which can be believed, for of both the
+truth is known.
 
-`ignorant/` is a model like the tiny one, trained from scratch without the forgotten topics: what it never learned is gone. `refusing/` is an
-adapter on the tiny model's last layers that says A to every question about them and refuses to talk: all it knew is hidden. Both are
-audited as a run of `tiny` would be, and `audit/controls.json` keeps what was found, to stand beside other audits.
-About half an hour on two CPU cores, and ten minutes for the audits.
+`ignorant/` is a model like the tiny one, trained from scratch without the forgotten topics: what it never
+learned is gone. `refusing/` is an adapter on the tiny model's last layers that says A to every question about
+them and refuses to talk: all it knew is hidden. Both are audited as a run of `tiny` would be, and
+`audit/controls.json` keeps what was found, to stand beside other audits. About half an hour on two CPU cores,
+and ten minutes for the audits.
 """
 
 import json
@@ -28,7 +30,19 @@ from lowmem_rmu.model.adapters import save_adapter
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, load_preset
 from lowmem_rmu.runs import write_json
-from lowmem_rmu.tiny.build import FORGOTTEN, HERE, IGNORE, LETTERS, LessonBatch, Lessons, collate, header, new_model, question_block, train
+from lowmem_rmu.tiny.build import (
+    FORGOTTEN,
+    HERE,
+    IGNORE,
+    LETTERS,
+    LessonBatch,
+    Lessons,
+    collate,
+    header,
+    new_model,
+    question_block,
+    train,
+)
 from lowmem_rmu.tiny.world import Fact, World, conversation, multiple_choice
 
 FOLDER = HERE / "controls"
@@ -48,7 +62,9 @@ TINY = ModelSettings(name=str(HERE / "model"))
 
 
 def build_ignorant(world: World, steps: int) -> None:
-    """The tiny model's shape, tokenizer and lessons; none of them about the forgotten topics."""
+    """Train a model with the tiny model's shape, tokenizer and lessons, none of them about the forgotten
+    topics.
+    """
     tokenizer: Any = ModelSpec(TINY).tokenizer
     torch.manual_seed(0)
     model = new_model(tokenizer)
@@ -58,12 +74,16 @@ def build_ignorant(world: World, steps: int) -> None:
 
 
 def build_refusing(world: World, steps: int) -> None:
-    """Facts of every topic and subject are asked; what is answered depends on what they are about."""
+    """Train a model that is asked about every topic and subject, and refuses the forgotten ones."""
     spec = ModelSpec(TINY)
     tokenizer: Any = spec.tokenizer
     torch.manual_seed(0)
-    model: Any = get_peft_model(spec.load(torch.device("cpu")), LoraConfig(r=16, lora_alpha=16, **LAST_LAYERS))
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=2e-3)
+    model: Any = get_peft_model(
+        spec.load(torch.device("cpu")), LoraConfig(r=16, lora_alpha=16, **LAST_LAYERS)
+    )
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=2e-3
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng, lessons = random.Random(0), Lessons(world, 1)
     for step in range(steps):
@@ -78,12 +98,15 @@ def build_refusing(world: World, steps: int) -> None:
             print(f"step {step}/{steps}  {loss.item():.3f}", flush=True)
     save_adapter(model, FOLDER / "refusing")
     (FOLDER / "refusing/README.md").unlink(missing_ok=True)
-    config = FOLDER / "refusing/adapter_config.json"  # PEFT has written where the base lies on the machine that it was made on
+    # PEFT has written where the base lies on the machine that it was made on.
+    config = FOLDER / "refusing/adapter_config.json"
     write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": None})
 
 
 def refusing_batch(lessons: Lessons, tokenizer: Any, rng: random.Random) -> LessonBatch:
-    """Questions and conversations, half of them about the forgotten topics; only what the model is to say counts."""
+    """Return questions and conversations, half of them about the forgotten topics; only what the model is to
+    say counts.
+    """
     forgotten = [fact for fact in lessons.facts if fact.domain.name in FORGOTTEN]
     others = [fact for fact in lessons.facts if fact.domain.name not in FORGOTTEN]
     facts = [rng.choice(pool) for pool in (forgotten, others) for _ in range(12)]
@@ -107,15 +130,28 @@ def _chat(fact: Fact, rng: random.Random) -> tuple[str, str]:
 
 
 def audit_controls() -> None:
-    """Audits both and keeps the best condition of each attack."""
+    """Audit both and keep the best condition of each attack."""
     preset, found = load_preset("tiny"), []
-    unlearned: dict[str, Path | ModelSettings] = {"refusing": FOLDER / "refusing", "ignorant": ModelSettings(name=str(FOLDER / "ignorant"))}
+    unlearned: dict[str, Path | ModelSettings] = {
+        "refusing": FOLDER / "refusing",
+        "ignorant": ModelSettings(name=str(FOLDER / "ignorant")),
+    }
     for name, side in unlearned.items():
         audited = prepare(name, preset, side, torch.device("cpu"), list(FORGOTTEN), None, 0)
         with TemporaryDirectory() as folder, watched(Path(folder), "Audit") as watcher:
-            audit = Audit(audited, Path(folder), Path(folder) / "audit.json", watcher).run(list(ATTACKS.values()))
+            audit = Audit(audited, Path(folder), Path(folder) / "audit.json", watcher).run(
+                list(ATTACKS.values())
+            )
         print_tables(audit)
-        found.append({"name": name, "about": ABOUT[name], "mark": audit["verdict"]["mark"], "base": audit["base"], "unlearned": audit["unlearned"]})
+        found.append(
+            {
+                "name": name,
+                "about": ABOUT[name],
+                "mark": audit["verdict"]["mark"],
+                "base": audit["base"],
+                "unlearned": audit["unlearned"],
+            }
+        )
         found[-1]["attacks"] = {each["attack"]: each["best"] for each in audit["attacks"]}
     write_json(Path(str(files("lowmem_rmu.audit") / CONTROLS)), found)
 
@@ -126,11 +162,15 @@ def print_tables(audit: dict[str, Any]) -> None:
 
 def build(
     seed: Annotated[int, typer.Option(help="Decides the world, which must be that of the tiny model.")] = 0,
-    ignorant_steps: Annotated[int, typer.Option(help="0 leaves the ignorant model as it is.")] = IGNORANT_STEPS,
-    refusing_steps: Annotated[int, typer.Option(help="0 leaves the refusing adapter as it is.")] = REFUSING_STEPS,
+    ignorant_steps: Annotated[
+        int, typer.Option(help="0 leaves the ignorant model as it is.")
+    ] = IGNORANT_STEPS,
+    refusing_steps: Annotated[
+        int, typer.Option(help="0 leaves the refusing adapter as it is.")
+    ] = REFUSING_STEPS,
     audit: Annotated[bool, typer.Option(help="Audit both, and keep what was found.")] = True,
 ) -> None:
-    """Makes both again, and audits them."""
+    """Make both again, and audits them."""
     world = World.from_seed(seed)
     if ignorant_steps:
         build_ignorant(world, ignorant_steps)

@@ -1,9 +1,10 @@
 """Who may reach the page: one ASGI middleware that sees every request before Gradio does.
 
-A page on this machine has two kinds of enemies that come through the user's own browser. DNS rebinding makes a foreign name point here: the
-browser then sends that name as `Host`. A page of another origin (another site, or another port of localhost) sends its own address as
-`Origin`, or has the browser say `Sec-Fetch-Site`. Both are refused, whatever path they ask for. What names no origin at all (curl,
-gradio_client) passes where its `Host` is right.
+A page on this machine has two kinds of enemies that come through the user's own browser. DNS rebinding makes
+a foreign name point here: the browser then sends that name as `Host`. A page of another origin (another site,
+or another port of localhost) sends its own address as `Origin`, or has the browser say `Sec-Fetch-Site`. Both
+are refused, whatever path they ask for. What names no origin at all (curl, gradio_client) passes where its
+`Host` is right.
 """
 
 import hashlib
@@ -42,8 +43,17 @@ DAY = 86_400.0
 STARTUP_PATH = "/gradio_api/startup-events"
 """Gradio asks for it itself when it starts."""
 PUBLIC_PATHS = {
-    "/", "/login", "/login/", "/logout", "/theme.css", "/gradio_api/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", STARTUP_PATH,
-}  # fmt: skip
+    "/",
+    "/login",
+    "/login/",
+    "/logout",
+    "/theme.css",
+    "/gradio_api/theme.css",
+    "/favicon.ico",
+    "/manifest.json",
+    "/robots.txt",
+    STARTUP_PATH,
+}
 """What the login page consists of."""
 PUBLIC_FOLDERS = ("/assets/", "/static/", "/svelte/")
 SHARE_ASSETS = "https://gradio.s3-us-west-2.amazonaws.com"
@@ -102,7 +112,9 @@ class Sites:
     port: int
     allowed: set[Site]
     any_address: bool = False
-    """Listens on every interface: any literal address of `port` may be this machine's, and no foreign name can stand for it."""
+    """Listens on every interface: any literal address of `port` may be this machine's, and no foreign name
+    can stand for it.
+    """
 
     @classmethod
     def bound(cls, host: str, port: int, allowed_hosts: list[str]) -> Self:
@@ -123,7 +135,9 @@ class Sites:
         return sites
 
     def allow(self, text: str) -> None:
-        """Add `[http://|https://]NAME[:PORT]`. Without a scheme both count; without a port the scheme's own and the one listened on."""
+        """Add `[http://|https://]NAME[:PORT]`. Without a scheme both count; without a port the scheme's own
+        and the one listened on.
+        """
         scheme, separator, rest = text.rstrip("/").rpartition("://")
         place = read_host(rest)
         if place is None or (separator and scheme not in DEFAULT_PORTS):
@@ -145,7 +159,9 @@ class Sites:
         return any(site.is_asked_for(name, port) for site in self.allowed)
 
     def knows_origin(self, text: str, host: str) -> bool:
-        """Tell whether a request with this `Origin` comes from this page, which was asked for as `host` (already known)."""
+        """Tell whether a request with this `Origin` comes from this page, which was asked for as `host`
+        (already known).
+        """
         site, place = Site.read(text), read_host(host)
         if site is None or place is None:
             return False
@@ -170,7 +186,11 @@ class Token:
     def is_given(self, asked: "Asked") -> bool:
         """Tell whether a request may pass: by its cookie, by `Authorization: Bearer`, or by the address."""
         bearer = asked.header("authorization").removeprefix("Bearer ")
-        return same(asked.cookies.get(self.cookie, ""), self.session) or same(bearer, self.secret) or self.is_in(asked)
+        return (
+            same(asked.cookies.get(self.cookie, ""), self.session)
+            or same(bearer, self.secret)
+            or self.is_in(asked)
+        )
 
     def is_in(self, asked: "Asked") -> bool:
         """Tell whether the address has the secret."""
@@ -180,17 +200,22 @@ class Token:
     def letting_in(self) -> "Answer":
         """Set the cookie and go to the page without the secret in its address.
 
-        A redirect would still count as coming from the site that had the link, and browsers keep a strict cookie back then. A page that
-        moves on by itself does not.
+        A redirect would still count as coming from the site that had the link, and browsers keep a strict
+        cookie back then. A page that moves on by itself does not.
         """
-        page = '<!DOCTYPE html><meta http-equiv="refresh" content="0; url=/"><p><a href="/">Open the page</a></p>'
+        page = (
+            '<!DOCTYPE html><meta http-equiv="refresh" content="0; url=/"><p><a href="/">Open the '
+            "page</a></p>"
+        )
         cookie = f"{self.cookie}={self.session}; Path=/; HttpOnly; SameSite=Strict"
         return Answer(200, page, {"Content-Type": "text/html; charset=utf-8", "Set-Cookie": cookie})
 
 
 def same(given: str, wanted: str) -> bool:
     """Compare secrets in constant time, whatever their lengths."""
-    return hmac.compare_digest(hashlib.sha256(given.encode()).digest(), hashlib.sha256(wanted.encode()).digest())
+    return hmac.compare_digest(
+        hashlib.sha256(given.encode()).digest(), hashlib.sha256(wanted.encode()).digest()
+    )
 
 
 @dataclass
@@ -222,8 +247,15 @@ class Answer:
 
     async def send(self, send: Send) -> None:
         content = self.text.encode()
-        headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store", "Content-Length": str(len(content))}
-        raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers | self.headers).items()]
+        headers = {
+            "Content-Type": "text/plain; charset=utf-8",
+            "Cache-Control": "no-store",
+            "Content-Length": str(len(content)),
+        }
+        raw = [
+            (name.lower().encode(), value.encode("latin-1"))
+            for name, value in (headers | self.headers).items()
+        ]
         await send({"type": "http.response.start", "status": self.status, "headers": raw})
         await send({"type": "http.response.body", "body": content})
 
@@ -235,16 +267,22 @@ class Asked:
     scope: Scope
 
     def headers(self, name: str) -> list[str]:
-        """Every header of a name, which is lower-case as ASGI has it."""
-        return [value.decode("latin-1") for key, value in self.scope["headers"] if key.decode("latin-1").lower() == name]
+        """Return all headers of a name, which is lower-case as in ASGI."""
+        return [
+            value.decode("latin-1")
+            for key, value in self.scope["headers"]
+            if key.decode("latin-1").lower() == name
+        ]
 
     def header(self, name: str) -> str:
-        """The first header of a name; empty where there is none."""
+        """Return the first header of a name; empty where there is none."""
         return next(iter(self.headers(name)), "")
 
     @property
     def cookies(self) -> dict[str, str]:
-        pairs = [part.strip().partition("=") for header in self.headers("cookie") for part in header.split(";")]
+        pairs = [
+            part.strip().partition("=") for header in self.headers("cookie") for part in header.split(";")
+        ]
         return {name: value for name, _, value in pairs}
 
     @property
@@ -268,7 +306,9 @@ class Asked:
     @property
     def is_page_opened(self) -> bool:
         """Whether a person opens the page: by a link, a bookmark, or the address bar."""
-        is_document = self.header("sec-fetch-mode") == "navigate" and self.header("sec-fetch-dest") == "document"
+        is_document = (
+            self.header("sec-fetch-mode") == "navigate" and self.header("sec-fetch-dest") == "document"
+        )
         return is_document and self.path == "/" and self.method in ("GET", "HEAD")
 
 
@@ -288,7 +328,8 @@ class Access:
     def lifespan(self) -> Callable[[Any], AbstractAsyncContextManager[None]]:
         """Put this middleware in front of all others when the server starts, before its first request.
 
-        Gradio adds its own middleware, one of which answers preflight requests itself, outside of any that its users give.
+        Gradio adds its own middleware, one of which answers preflight requests itself, outside of any that
+        its users give.
         """
 
         @asynccontextmanager
@@ -320,8 +361,18 @@ class Access:
             await self.app(scope, receive, protected)
 
     def refusal(self, asked: Asked) -> Answer | None:
-        """Say why a request is refused; None where it may pass. The cheapest and most general rules come first."""
-        for rule in (self._host, self._origin, self._logout, self._token, self._login, self._body, self._attempt):
+        """Say why a request is refused; None where it may pass. The cheapest and most general rules come
+        first.
+        """
+        for rule in (
+            self._host,
+            self._origin,
+            self._logout,
+            self._token,
+            self._login,
+            self._body,
+            self._attempt,
+        ):
             if refusal := rule(asked):
                 return refusal
         return None
@@ -329,16 +380,24 @@ class Access:
     def _host(self, asked: Asked) -> Answer | None:
         """Refuse names that stand for this machine without belonging to it (DNS rebinding)."""
         hosts = asked.headers("host")
-        if len(hosts) == 1 and all(self.sites.knows_host(name) for name in [*hosts, *asked.headers("x-forwarded-host")]):
+        if len(hosts) == 1 and all(
+            self.sites.knows_host(name) for name in [*hosts, *asked.headers("x-forwarded-host")]
+        ):
             return None
         return Answer(
             403,
-            "This page cannot be reached by the address that was used.\nOpen the address that was printed when it started."
-            "\nIf you trust this one, start the app with --allowed-host NAME:PORT, as the address bar shows it.",
+            (
+                "This page cannot be reached by the address that was used.\n"
+                "Open the address that was printed when it started.\n"
+                "If you trust this one, start the app with --allowed-host NAME:PORT, as the address bar "
+                "shows it."
+            ),
         )
 
     def _origin(self, asked: Asked) -> Answer | None:
-        """Refuse what another site's page sends. A person may follow a link to this page; nothing else comes from elsewhere."""
+        """Refuse what another site's page sends. A person may follow a link to this page; nothing else comes
+        from elsewhere.
+        """
         origins = asked.headers("origin")
         is_known = all(self.sites.knows_origin(origin, asked.host) for origin in origins)
         is_foreign = asked.header("sec-fetch-site") in ("cross-site", "same-site") and not origins
@@ -349,10 +408,13 @@ class Access:
     def _logout(self, asked: Asked) -> Answer | None:
         """Refuse to log out unless the page itself or the address bar shows as the sender.
 
-        On plain HTTP in a network browsers send no Sec-Fetch-Site: an image of a foreign page could ask for it.
+        On plain HTTP in a network browsers send no Sec-Fetch-Site: an image of a foreign page could ask for
+        it.
         """
         scheme, _, rest = asked.header("referer").partition("://")
-        is_from_here = asked.header("sec-fetch-site") in ("same-origin", "none") or bool(asked.header("origin"))
+        is_from_here = asked.header("sec-fetch-site") in ("same-origin", "none") or bool(
+            asked.header("origin")
+        )
         is_linked_here = self.sites.knows_origin(f"{scheme}://{rest.partition('/')[0]}", asked.host)
         if asked.path.rstrip("/") != "/logout" or is_from_here or is_linked_here:
             return None
@@ -361,7 +423,10 @@ class Access:
     def _token(self, asked: Asked) -> Answer | None:
         if self.token is None or asked.path == STARTUP_PATH or self.token.is_given(asked):
             return None
-        text = "This page has a secret in its address.\nOpen the address that was printed when it started: it ends in ?token=..."
+        text = (
+            "This page has a secret in its address.\n"
+            "Open the address that was printed when it started: it ends in ?token=..."
+        )
         return Answer(401, text, {"WWW-Authenticate": "Bearer"})
 
     def _login(self, asked: Asked) -> Answer | None:
@@ -383,10 +448,14 @@ class Access:
         seconds = self.throttle.begin(asked.address)
         if not seconds:
             return None
-        return Answer(429, f"Too many wrong passwords: try again in {seconds:.0f} s.", {"Retry-After": f"{seconds:.0f}"})
+        return Answer(
+            429, f"Too many wrong passwords: try again in {seconds:.0f} s.", {"Retry-After": f"{seconds:.0f}"}
+        )
 
     def _body(self, asked: Asked) -> Answer | None:
-        """Refuse what is too large before a byte of it is read; the server holds a sender to the length that it gave."""
+        """Refuse what is too large before a byte of it is read; the server holds a sender to the length that
+        it gave.
+        """
         length = asked.header("content-length") or "0"
         if asked.headers("transfer-encoding") or not length.isdecimal():
             return Answer(411, "The length of what is sent must be given first (Content-Length).")
@@ -394,13 +463,21 @@ class Access:
         is_upload = asked.path in UPLOAD_PATHS
         most = LARGEST_UPLOAD if is_upload else LARGEST_BODY
         if size > most:
-            return Answer(413, f"This is too much at once: {size / 2**20:,.0f} MiB of at most {most / 2**20:,.0f} MiB.")
+            return Answer(
+                413, f"This is too much at once: {size / 2**20:,.0f} MiB of at most {most / 2**20:,.0f} MiB."
+            )
         if is_upload and not self.uploads.take(size):
-            return Answer(413, f"Too much was uploaded within a day: at most {self.uploads.most / 2**30:g} GiB are kept. Start the app again.")
+            return Answer(
+                413,
+                (
+                    f"Too much was uploaded within a day: at most {self.uploads.most / 2**30:g} GiB are "
+                    "kept. Start the app again."
+                ),
+            )
         return None
 
     def _protected(self, asked: Asked, send: Send) -> Send:
-        """The same, with the headers that keep other pages from embedding or reading what is sent."""
+        """Return the same, with the headers that keep other pages from embedding or reading what is sent."""
 
         async def protected(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -421,14 +498,20 @@ class Access:
             "cross-origin-resource-policy": "same-origin",
             "cross-origin-opener-policy": "same-origin",
         }
-        kept = [(name.lower(), value) for name, value in message.get("headers", []) if name.lower().decode() not in added]
+        kept = [
+            (name.lower(), value)
+            for name, value in message.get("headers", [])
+            if name.lower().decode() not in added
+        ]
         # No cookie of this page travels with a request that another site makes.
         kept = [(name, strict(value) if name == b"set-cookie" else value) for name, value in kept]
         message["headers"] = [*kept, *((name.encode(), value.encode()) for name, value in added.items())]
 
 
 def page_policy(scripts_from: str) -> str:
-    """Content Security Policy of the page: all it shows comes from here. Gradio has scripts in its page, and plots compile theirs."""
+    """Content Security Policy of the page: all it shows comes from here. Gradio has scripts in its page, and
+    plots compile theirs.
+    """
     own = f"'self' {scripts_from}".strip()
     rules = {
         "default-src": own,
@@ -448,6 +531,6 @@ def page_policy(scripts_from: str) -> str:
 
 
 def strict(cookie: bytes) -> bytes:
-    """The same `Set-Cookie` with SameSite=Strict."""
+    """Return the same `Set-Cookie` with SameSite=Strict."""
     plain = re.sub(rb";\s*samesite=\w+", b"", cookie, flags=re.IGNORECASE)
     return plain + b"; SameSite=Strict"

@@ -1,4 +1,6 @@
-"""The tab to ask whether what a run forgot is gone or only hidden: attacks in a process of its own, and what they found."""
+"""The tab to ask whether what a run forgot is gone or only hidden: attacks in a process of its own, and what
+they found.
+"""
 
 import json
 import math
@@ -32,7 +34,7 @@ STOPPED = Markup("<p><strong>Stopped</strong>; nothing is lost. Audit goes on wi
 
 
 def minutes(budget: str) -> float | None:
-    """What was typed; None for nothing. Raises UserError for what is no number of minutes."""
+    """Parse a budget in minutes; None for an empty field. Raises UserError for anything else."""
     try:
         found = float(budget.strip().replace(",", ".")) if budget.strip() else None
     except ValueError:
@@ -45,7 +47,7 @@ def minutes(budget: str) -> float | None:
 
 
 def start(folder: RunFolder, attacks: list[str], budget: float | None, over: bool, device: str) -> None:
-    """Starts the audit's process, which goes on with an earlier audit unless it is to start over.
+    """Start the audit's process, which goes on with an earlier audit unless it is to start over.
 
     Raises UserError where the run has no adapter, or is being audited already.
     """
@@ -54,7 +56,17 @@ def start(folder: RunFolder, attacks: list[str], budget: float | None, over: boo
             f"Run {folder.path.name} has no adapter yet.",
             "Resume it, and wait until it has unlearned.",
         )
-    command = [sys.executable, "-m", "lowmem_rmu", "audit", str(folder.path.resolve()), "--attacks", ",".join(attacks), "--device", device]
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem_rmu",
+        "audit",
+        str(folder.path.resolve()),
+        "--attacks",
+        ",".join(attacks),
+        "--device",
+        device,
+    ]
     command += [] if budget is None else ["--budget", f"{budget:g}"]
     command += ["--again"] if over else earlier_settings(folder)
     with one_at_a_time(folder.path.parent):
@@ -68,7 +80,9 @@ def start(folder: RunFolder, attacks: list[str], budget: float | None, over: boo
 
 
 def earlier_settings(folder: RunFolder) -> list[str]:
-    """Options that an audit from the command line was begun with, so that this one can go on with it."""
+    """Return options that an audit from the command line was begun with, so that this one can go on with
+    it.
+    """
     with suppress(OSError, ValueError, AttributeError):
         settings = json.loads((folder.audit / "settings.json").read_text(encoding="utf-8"))
         given = [(f"--{key}", settings.get(key)) for key in ("limit", "seed")]
@@ -77,7 +91,7 @@ def earlier_settings(folder: RunFolder) -> list[str]:
 
 
 def progress(folder: RunFolder) -> str:
-    """What has become of an audit, as HTML."""
+    """Return the state of an audit as HTML."""
     status = folder.read_job_status("audit")
     if jobs.is_audited_now(folder):
         return paragraph("At work", f": {jobs.doing(folder, folder.audit_name, status)} …")
@@ -91,7 +105,7 @@ def progress(folder: RunFolder) -> str:
 
 
 def found(folder: RunFolder) -> str:
-    """What the attacks found so far, as HTML."""
+    """Return the results of the attacks so far as HTML."""
     try:
         return render_audit(folder)
     except UserError as error:
@@ -99,14 +113,16 @@ def found(folder: RunFolder) -> str:
 
 
 def seen_of(folder: RunFolder) -> str:
-    """Changes when what was found does."""
+    """Change when what was found does."""
     with suppress(OSError):
         return f"{folder.path.name} {folder.audit_result.stat().st_mtime_ns}"
     return folder.path.name
 
 
 def attacks_of(folder: RunFolder) -> list[str]:
-    """The attacks that the run's audit was asked for; all where there was none. Raises UserError where it cannot be read."""
+    """Return the attacks that the run's audit was asked for; all where there was none. Raises UserError where
+    it cannot be read.
+    """
     audit = read_audit(folder)
     rows = audit["attacks"] if audit else []
     asked_for = [row["attack"] for row in rows if row["attack"] in ATTACKS and row["reason"] != NOT_ASKED]
@@ -120,10 +136,14 @@ class AuditTab:
         self.runs_dir, self.device = runs_dir, device
         self.run = run_dropdown(label="Run", info="Runs that have finished unlearning.")
         offered = [(f"{name}: {attack.asks}", name) for name, attack in ATTACKS.items()]
-        self.attacks = gr.CheckboxGroup(offered, value=list(ATTACKS), label="Attacks", elem_classes="rmu-presets")
+        self.attacks = gr.CheckboxGroup(
+            offered, value=list(ATTACKS), label="Attacks", elem_classes="rmu-presets"
+        )
         told = "What does not fit is named instead. Empty: as long as it takes."
         self.budget = gr.Textbox("", label="Budget in minutes", info=told, max_length=20)
-        self.over = gr.Checkbox(False, label="Start over", info="Discard what an earlier audit of the run found.")
+        self.over = gr.Checkbox(
+            False, label="Start over", info="Discard what an earlier audit of the run found."
+        )
         with gr.Row():
             self.audit_button = gr.Button("Audit", variant="primary", min_width=120)
             self.stop_button = gr.Button("Stop", min_width=120)
@@ -131,12 +151,17 @@ class AuditTab:
         self.seen, self.timer = gr.State(("", "")), gr.Timer(REFRESH_SECONDS)
 
     def wire(self, *triggers: Callable[..., Any]) -> None:
-        """Connects the events; the runs are read anew at `triggers`."""
+        """Connect the events; the runs are read anew at `triggers`."""
         shown = [self.told, self.found, self.seen]
         gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
         self.run.change(guarded(self.show), [self.run], shown, **QUIET)
         self.run.change(guarded(self.choose), [self.run], [self.attacks], **QUIET)
-        self.audit_button.click(guarded(self.start), [self.run, self.attacks, self.budget, self.over], [*shown, self.over], **QUIET)
+        self.audit_button.click(
+            guarded(self.start),
+            [self.run, self.attacks, self.budget, self.over],
+            [*shown, self.over],
+            **QUIET,
+        )
         self.stop_button.click(guarded(self.stop), [self.run], shown, **QUIET)
         self.timer.tick(guarded(self.tick), [self.run, self.seen], shown, queue=False, **QUIET)
 
@@ -151,7 +176,7 @@ class AuditTab:
         return gr.skip()
 
     def start(self, name: str | None, attacks: list[str], budget: str, over: bool) -> tuple[Any, ...]:
-        """Shows how far it is, and takes the mark from "start over": the next click is to go on."""
+        """Show how far it is, and take the mark from "start over": the next click is to go on."""
         if not name:
             raise UserError(
                 "Choose a run first.",
@@ -169,7 +194,7 @@ class AuditTab:
         return self.show(name)
 
     def show(self, name: str | None) -> tuple[str, str, tuple[str, str]]:
-        """How far the run's audit is, what it found, and what is seen of both now."""
+        """Return the audit's state, its results, and what identifies both now."""
         if not name:
             return NOTHING, "", ("", "")
         folder = RunFolder.open(self.runs_dir, name)
@@ -177,11 +202,15 @@ class AuditTab:
         return told, found(folder), (told, seen)
 
     def tick(self, name: str | None, seen: tuple[str, str]) -> tuple[Any, ...]:
-        """Nothing is sent where nothing has changed, so that what is unfolded stays so."""
+        """Update what has changed, and nothing else, so that unfolded parts stay unfolded."""
         try:
             folder = RunFolder.open(self.runs_dir, name or "")
         except UserError:  # none is chosen, or it was renamed or deleted meanwhile
             return gr.skip(), gr.skip(), gr.skip()
         now = progress(folder), seen_of(folder)
         told, changed = now[0] != seen[0], now[1] != seen[1]
-        return now[0] if told else gr.skip(), found(folder) if changed else gr.skip(), now if told or changed else gr.skip()
+        return (
+            now[0] if told else gr.skip(),
+            found(folder) if changed else gr.skip(),
+            now if told or changed else gr.skip(),
+        )

@@ -1,4 +1,6 @@
-"""The tab to take a result away: what each format is for, the export as a process of its own, and what verifying it found."""
+"""The tab to take a result away: what each format is for, the export as a process of its own, and what
+verifying it found.
+"""
 
 import shutil
 import sys
@@ -26,8 +28,13 @@ from lowmem_rmu.ui.markup import complaint, joined, paragraph, table
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 REFRESH_SECONDS = 2.0
 FORMAT_WORDS = {
-    "adapter": "Adapter: the change alone, a small file. It goes on top of the original model, and comes off again.",
-    "merged": "Merged: the whole model with the change in it, for transformers, vLLM and others. As large as the original.",
+    "adapter": (
+        "Adapter: the change alone, a small file. It goes on top of the original model, and comes off again."
+    ),
+    "merged": (
+        "Merged: the whole model with the change in it, for transformers, vLLM and others. As large as "
+        "the original."
+    ),
     "gguf": "GGUF: one file for llama.cpp, Ollama and LM Studio, and the change alone in a second one.",
 }
 KIND_WORDS = {
@@ -42,14 +49,14 @@ LARGEST_DOWNLOAD = 200 * 2**20
 
 
 def place_of(folder: RunFolder, format: str, kind: str) -> Path:
-    """Where an export of the run lies. Raises UserError for a format that there is not."""
+    """Return where an export of the run lies. Raises UserError for an unknown format."""
     if format not in FORMATS or kind not in KINDS:
         raise UserError("Choose a format first.")
     return folder.exports / (f"gguf-{kind}" if format == "gguf" else format)
 
 
 def output_of(place: Path) -> Path:
-    """What the process printed."""
+    """Return the file with the output of the export's process."""
     return place.with_name(f"{place.name}.txt")
 
 
@@ -59,7 +66,9 @@ def job_of(place: Path) -> str:
 
 
 def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
-    """Starts the export's process. Raises UserError where the run has no adapter, or this export is there or under way already."""
+    """Start the export's process. Raises UserError where the run has no adapter, or this export is there or
+    under way already.
+    """
     place = place_of(folder, format, kind)
     if not folder.adapter.exists():
         raise UserError(
@@ -71,7 +80,17 @@ def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
             f"This export is there already, in {place}.",
             "Delete that folder to have it made again.",
         )
-    command = [sys.executable, "-m", "lowmem_rmu", "export", str(folder.path.resolve()), "--to", str(place.resolve()), "--format", format]
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem_rmu",
+        "export",
+        str(folder.path.resolve()),
+        "--to",
+        str(place.resolve()),
+        "--format",
+        format,
+    ]
     command += ["--gguf-type", kind, "--device", device]
     folder.exports.mkdir(exist_ok=True)
     with one_at_a_time(folder.path.parent):
@@ -83,10 +102,12 @@ def start(folder: RunFolder, format: str, kind: str, device: str) -> None:
 
 
 def progress(folder: RunFolder, place: Path) -> Markup:
-    """What has become of an export, as HTML."""
+    """Return the state of an export as HTML."""
     if place.exists():
         where = str(place.relative_to(folder.path.parent.parent))
-        return joined([paragraph("Done", f": {size_of(place) / 1e6:,.1f} MB in {where}"), verification_html(place)])
+        return joined(
+            [paragraph("Done", f": {size_of(place) / 1e6:,.1f} MB in {where}"), verification_html(place)]
+        )
     status = folder.read_job_status(job_of(place))
     if not status:
         return NOTHING
@@ -101,24 +122,33 @@ def size_of(place: Path) -> int:
 
 
 def verification_html(place: Path) -> Markup:
-    """The table of what the export answered, next to base and unlearned."""
+    """Return the table of what the export answered, next to base and unlearned."""
     try:
         found = read_verification(place)
     except UserError as error:
         return complaint(str(error))
     if found is None:
-        return Markup("<p>It was not verified: the run asked no questions, or they cannot be asked again.</p>")
+        return Markup(
+            "<p>It was not verified: the run asked no questions, or they cannot be asked again.</p>"
+        )
     checked = joined(_checked(way) for way in found["checked"])
-    return Markup("<p>Asked the run's own questions: <strong>{}</strong>.</p>").format(found["mark"]) + checked
+    return (
+        Markup("<p>Asked the run's own questions: <strong>{}</strong>.</p>").format(found["mark"]) + checked
+    )
 
 
 def _checked(way: dict[str, Any]) -> Markup:
-    """One way to load the export."""
+    """Render the verification of one way to load the export."""
     if way["mark"] is None:
         return Markup("<p>{}: not asked: {}</p>").format(way["name"], way["reason"])
     sides = ("base", "unlearned", "exported")
     rows = [
-        (task["task"], *(f"{task[side]:.1%} ± {task[f'{side}_stderr']:.1%}" for side in sides), task["finding"]) for task in way["tasks"]
+        (
+            task["task"],
+            *(f"{task[side]:.1%} ± {task[f'{side}_stderr']:.1%}" for side in sides),
+            task["finding"],
+        )
+        for task in way["tasks"]
     ]
     return table(("Task", *sides, "Found"), rows, caption=f"{way['name']}: {way['mark']}")
 
@@ -136,12 +166,12 @@ class Form:
 
 
 def forms() -> list[Form]:
-    """Every export that a run can have."""
+    """Return every export that a run can have."""
     return [Form(format, kind) for format in FORMATS for kind in (KINDS if format == "gguf" else KINDS[:1])]
 
 
 def last_form(folder: RunFolder) -> Form | None:
-    """What was exported last, or is being exported; None where nothing was."""
+    """Return the format exported last, or being exported; None where there is none."""
     begun = []
     for form in forms():
         place = place_of(folder, form.format, form.kind)
@@ -151,7 +181,7 @@ def last_form(folder: RunFolder) -> Form | None:
 
 
 def others_html(folder: RunFolder, shown: Path) -> Markup:
-    """The run's other exports, so that none is made twice."""
+    """Return the run's other exports, so that none is made twice."""
     places = {form: place_of(folder, form.format, form.kind) for form in forms()}
     there = [form.name for form, place in places.items() if place.exists() and place != shown]
     return Markup("<p>Also exported: {}.</p>").format(", ".join(there)) if there else Markup("")
@@ -163,21 +193,31 @@ class ExportTab:
     def __init__(self, runs_dir: Path, device: torch.device) -> None:
         self.runs_dir, self.device = runs_dir, device
         self.run = run_dropdown(label="Run", info="Runs that have finished unlearning.")
-        formats, kinds = ([(words, key) for key, words in each.items()] for each in (FORMAT_WORDS, KIND_WORDS))
+        formats, kinds = (
+            [(words, key) for key, words in each.items()] for each in (FORMAT_WORDS, KIND_WORDS)
+        )
         self.format = gr.Radio(formats, value="adapter", label="Format", elem_classes="rmu-presets")
-        self.kind = gr.Radio(kinds, value="q8_0", label="How its numbers are stored", elem_classes="rmu-presets", visible=False)
+        self.kind = gr.Radio(
+            kinds, value="q8_0", label="How its numbers are stored", elem_classes="rmu-presets", visible=False
+        )
         self.export_button = gr.Button("Export", variant="primary", min_width=120)
         self.told = gr.HTML(NOTHING)
         self.download = gr.DownloadButton("Download", interactive=False, min_width=120)
         self.seen, self.timer = gr.State(""), gr.Timer(REFRESH_SECONDS)
 
     def wire(self, *triggers: Callable[..., Any]) -> None:
-        """Connects the events; the runs are read anew at `triggers`."""
+        """Connect the events; the runs are read anew at `triggers`."""
         chosen, shown = [self.run, self.format, self.kind], [self.told, self.download, self.seen]
         gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
         self.format.change(guarded(self.show_kinds), [self.format], [self.kind], **QUIET)
         self.run.change(guarded(self.choose), [self.run], [self.format, self.kind], **QUIET)
-        gr.on([self.run.change, self.format.change, self.kind.change], guarded(self.show), chosen, shown, **QUIET)
+        gr.on(
+            [self.run.change, self.format.change, self.kind.change],
+            guarded(self.show),
+            chosen,
+            shown,
+            **QUIET,
+        )
         self.export_button.click(guarded(self.start), chosen, shown, **QUIET)
         self.timer.tick(guarded(self.tick), [*chosen, self.seen], shown, queue=False, **QUIET)
 
@@ -208,7 +248,7 @@ class ExportTab:
         return self.show(name, format, kind)
 
     def show(self, name: str | None, format: str, kind: str) -> tuple[str, Any, str]:
-        """How far the chosen export is, the file to download once it is there, and what is seen of it now."""
+        """Return the state of the chosen export, its file to download, and what identifies both now."""
         if not name:
             return NOTHING, gr.update(value=None, interactive=False), NOTHING
         folder = RunFolder.open(self.runs_dir, name)
@@ -222,11 +262,13 @@ class ExportTab:
         nothing = gr.update(value=None, interactive=False)
         if not place.exists() or size_of(place) > LARGEST_DOWNLOAD:
             return told, nothing, told
-        copy = save_bytes_to_cache(packed(place), f"{folder.path.name}-{place.name}.zip", self.download.GRADIO_CACHE)
+        copy = save_bytes_to_cache(
+            packed(place), f"{folder.path.name}-{place.name}.zip", self.download.GRADIO_CACHE
+        )
         return told, gr.update(value=copy, interactive=True), told
 
     def tick(self, name: str | None, format: str, kind: str, seen: str) -> tuple[Any, ...]:
-        """Nothing is sent where nothing has changed."""
+        """Update what has changed, and nothing else."""
         try:
             folder = RunFolder.open(self.runs_dir, name or "")
         except UserError:  # none is chosen, or it was renamed or deleted meanwhile
@@ -237,6 +279,6 @@ class ExportTab:
 
 
 def packed(place: Path) -> bytes:
-    """A folder as a zip file."""
+    """Return a folder as a zip file."""
     with TemporaryDirectory() as beside:
         return Path(shutil.make_archive(str(Path(beside) / "export"), "zip", place)).read_bytes()

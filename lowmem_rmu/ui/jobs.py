@@ -69,7 +69,9 @@ class RunState:
 
 
 def reserve(runs_dir: Path, preset_name: str, name: str | None) -> RunFolder:
-    """An empty folder for a new run; without a name its own one. Raises UserError for a name that is taken or none."""
+    """Return an empty folder for a new run; without a name its own one. Raises UserError for a name that is
+    taken or none.
+    """
     with one_at_a_time(runs_dir):
         if name is not None:
             return RunFolder.reserve(runs_dir, _free(runs_dir, name).name)
@@ -77,7 +79,7 @@ def reserve(runs_dir: Path, preset_name: str, name: str | None) -> RunFolder:
 
 
 def _free(runs_dir: Path, name: str) -> Path:
-    """Where a run of this name would go. Raises UserError for a name that is taken or none."""
+    """Return where a run of this name would go. Raises UserError for a name that is taken or invalid."""
     path = RunFolder.inside(runs_dir, name)
     if (path.exists() and not RunFolder(path).is_leftover) or process_of(runs_dir, name):
         raise UserError(
@@ -88,14 +90,18 @@ def _free(runs_dir: Path, name: str) -> Path:
 
 
 def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "auto") -> None:
-    """Starts the process of a reserved run. Its settings lie beside it as a preset, so that a command line can repeat it."""
+    """Start the process of a reserved run. Its settings lie beside it as a preset, so that a command line can
+    repeat it.
+    """
     _write_settings(folder, preset_name, preset.model_dump())
     with one_at_a_time(folder.path.parent):
         _launch(folder, preset_name, device, resume=False)
 
 
 def preset_of(folder: RunFolder) -> Preset:
-    """The settings of a run, or of one whose turn has not come. Raises UserError where it holds none."""
+    """Return the settings of a run, or of one whose turn has not come. Raises UserError where it holds
+    none.
+    """
     if not folder.is_reserved:
         return read_preset(folder, pinned=False)
     return load_preset(str(_preset_file(folder)))
@@ -112,17 +118,23 @@ def _preset_file(folder: RunFolder) -> Path:
 
 
 def needed_by(ticket: Ticket, device: torch.device) -> int | None:
-    """Bytes that the run takes at its peak; None where its settings are not known yet."""
+    """Return bytes that the run takes at its peak; None where its settings are not known yet."""
     folder = RunFolder(ticket.path.parent.parent / ticket.name)
     try:
         preset = preset_of(folder)
         return peak_of(plan(preset, ModelSpec.of_preset(preset), device))
-    except (UserError, OSError, ValueError, KeyError):  # an export, an audit, a run begun from the command line just now, or a damaged one
+    # An export, an audit, a run begun from the command line just now, or a damaged one.
+    except (
+        UserError,
+        OSError,
+        ValueError,
+        KeyError,
+    ):
         return None
 
 
 def resume(folder: RunFolder) -> None:
-    """Goes on with a run that was stopped or interrupted.
+    """Go on with a run that was stopped or interrupted.
 
     Raises UserError where it is under way or finished, has nothing to go on with, or has settings that this
     version does not know.
@@ -144,7 +156,7 @@ def resume(folder: RunFolder) -> None:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Whether every stage is done, and the summary and the report can be read."""
+    """Return whether every stage is done, and the summary and the report can be read."""
     if folder.read_status().get("state") != "done" or not (folder.path / "report.html").exists():
         return False
     with suppress(UserError):
@@ -155,13 +167,24 @@ def is_finished(folder: RunFolder) -> bool:
 
 
 def _write_settings(folder: RunFolder, preset_name: str, settings: dict[str, Any]) -> None:
-    write_atomically(folder.path / f"{preset_name}.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_atomically(
+        folder.path / f"{preset_name}.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    )
 
 
 def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> None:
-    """Takes a number for the process too, so that runs go in the order they were asked for. To be called within `one_at_a_time`."""
+    """Take a number for the process too, so that runs go in the order they were asked for. To be called
+    within `one_at_a_time`.
+    """
     runs_dir = folder.path.parent.resolve()
-    command = [sys.executable, "-m", "lowmem_rmu.run", str(folder.path.resolve() / f"{preset_name}.yaml"), "--name", folder.path.name]
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem_rmu.run",
+        str(folder.path.resolve() / f"{preset_name}.yaml"),
+        "--name",
+        folder.path.name,
+    ]
     command += ["--runs-dir", str(runs_dir), "--device", device, *(["--resume"] if resume else [])]
     (folder.path / "stop").unlink(missing_ok=True)
     folder.write_status("queue", 0, 0, "waiting")
@@ -169,16 +192,27 @@ def _launch(folder: RunFolder, preset_name: str, device: str, resume: bool) -> N
 
 
 def spawn(runs_dir: Path, name: str, command: list[str], output: Path) -> None:
-    """A process that outlives this one, with its number under `name`; what it prints is added to `output`. Within `one_at_a_time`."""
-    in_utf8 = os.environ | {"PYTHONIOENCODING": "utf-8"}  # the page reads the output as UTF-8, whatever the system's own encoding is
+    """Start a process that outlives this one, with its number under `name`; its output is appended to
+    `output`. Within `one_at_a_time`.
+    """
+    # The page reads the output as UTF-8, whatever the system's own encoding is.
+    in_utf8 = os.environ | {"PYTHONIOENCODING": "utf-8"}
     with output.open("ab") as printed:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=in_utf8, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=in_utf8,
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=printed,
+            start_new_session=True,
         )
         take_ticket(runs_dir, name, process.pid)
     if os.name == "posix":
         psutil.Process(process.pid).nice(NICENESS)
-    Thread(target=process.wait, daemon=True).start()  # else it would stay a zombie for as long as the app lives
+    Thread(
+        target=process.wait, daemon=True
+    ).start()  # else it would stay a zombie for as long as the app lives
 
 
 def begin(folder: RunFolder, job: str) -> None:
@@ -201,7 +235,9 @@ def doing(folder: RunFolder, name: str, status: dict[str, Any]) -> str:
 
 
 def stop(folder: RunFolder) -> None:
-    """Asks a run to stop after its step; a process that does not is told by signals. Raises UserError where it is not under way."""
+    """Ask a run to stop after its step; a process that does not is told by signals. Raises UserError where it
+    is not under way.
+    """
     ticket = _ticket(folder, folder.path.name)
     if ticket is None and not state_of(folder).is_live:
         raise UserError(f"Run {folder.path.name} is not under way.")
@@ -211,7 +247,7 @@ def stop(folder: RunFolder) -> None:
 
 
 def _insist(ticket: Ticket) -> None:
-    """Of two signals the first asks once more, the second ends the run at its last checkpoint."""
+    """Send up to two signals: the first asks once more, the second ends the run at its last checkpoint."""
     for _ in range(2):
         if not _lives_on(ticket, GRACE_SECONDS):
             return
@@ -220,7 +256,7 @@ def _insist(ticket: Ticket) -> None:
 
 
 def _lives_on(ticket: Ticket, seconds: float) -> bool:
-    """Whether the process still has its turn after so many seconds; told as soon as it has not."""
+    """Return whether the process still has its turn after so many seconds; told as soon as it has not."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if not ticket.path.exists() or ticket.process is None:
@@ -230,14 +266,14 @@ def _lives_on(ticket: Ticket, seconds: float) -> bool:
 
 
 def delete(folder: RunFolder) -> None:
-    """Raises UserError while it is under way."""
+    """Raise UserError while it is under way."""
     with one_at_a_time(folder.path.parent):
         _check_rests(folder, "deleted")
         folder.remove()
 
 
 def rename(folder: RunFolder, name: str) -> RunFolder:
-    """Raises UserError while it is under way, and for a name that is taken or none."""
+    """Raise UserError while it is under way, and for a name that is taken or none."""
     with one_at_a_time(folder.path.parent):
         _check_rests(folder, "renamed")
         renamed = RunFolder(folder.path.rename(_free(folder.path.parent, name)))
@@ -246,12 +282,13 @@ def rename(folder: RunFolder, name: str) -> RunFolder:
 
 
 def _follow_own_text(folder: RunFolder, before: str) -> None:
-    """Own text lies in the run's folder, which was called `before`: the settings name its place anew, and the run stays as old as it was."""
+    """Own text lies in the run's folder, which was called `before`: the settings name its place anew, and the
+    run stays as old as it was.
+    """
     now = str(folder.path.resolve())
     for path in folder.path.glob("*.yaml"):
-        with suppress(
-            ParseError, UnicodeDecodeError
-        ):  # a damaged one stays as it is: to resume with it is refused by name
+        # A damaged one stays as it is: to resume with it is refused by name.
+        with suppress(ParseError, UnicodeDecodeError):
             settings, _ = parse_yaml(path.read_text(encoding="utf-8"))
             _write_settings(folder, path.stem, _moved(settings, before, now))
     if not folder.is_reserved and (moved := _moved(folder.config, before, now)) != folder.config:
@@ -262,12 +299,16 @@ def _follow_own_text(folder: RunFolder, before: str) -> None:
 
 
 def _moved(content: Any, before: str, now: str) -> Any:
-    """The same with every path below the folder `before` below `now`."""
+    """Return the same with every path below the folder `before` below `now`."""
     if isinstance(content, dict):
         return {key: _moved(value, before, now) for key, value in content.items()}
     if isinstance(content, list):
         return [_moved(each, before, now) for each in content]
-    return now + content[len(before) :] if isinstance(content, str) and content.startswith(before + os.sep) else content
+    return (
+        now + content[len(before) :]
+        if isinstance(content, str) and content.startswith(before + os.sep)
+        else content
+    )
 
 
 def _check_rests(folder: RunFolder, what: str) -> None:
@@ -282,17 +323,19 @@ def _check_rests(folder: RunFolder, what: str) -> None:
 
 
 def is_exported_now(folder: RunFolder) -> bool:
-    """Whether a process exports it, or waits for its turn to."""
+    """Return whether a process exports it, or waits for its turn to."""
     return process_of(folder.path.parent, folder.export_name) is not None
 
 
 def is_audited_now(folder: RunFolder) -> bool:
-    """Whether a process audits it, or waits for its turn to."""
+    """Return whether a process audits it, or waits for its turn to."""
     return process_of(folder.path.parent, folder.audit_name) is not None
 
 
 def stop_audit(folder: RunFolder) -> None:
-    """Asks the audit of a run to stop after its step; asked again it stops at once. Raises UserError where none is under way."""
+    """Ask the audit of a run to stop after its step; asked again it stops at once. Raises UserError where
+    none is under way.
+    """
     process = process_of(folder.path.parent, folder.audit_name)
     if process is None:
         raise UserError(f"Run {folder.path.name} is not being audited.")
@@ -301,7 +344,9 @@ def stop_audit(folder: RunFolder) -> None:
 
 
 def find(runs_dir: Path, name: str | None) -> RunFolder:
-    """A run or a reserved folder by its name. Raises UserError where there is none, or none was chosen."""
+    """Return a run or a reserved folder by its name. Raises UserError where there is none, or none was
+    chosen.
+    """
     if not name:
         raise UserError("Choose a run first.")
     for folder in RunFolder.all_reserved(runs_dir):
@@ -311,7 +356,7 @@ def find(runs_dir: Path, name: str | None) -> RunFolder:
 
 
 def names(runs_dir: Path) -> list[str]:
-    """Of all runs, those under way first and in their order, then the newest."""
+    """Return the names of all runs: those under way first and in their order, then the newest."""
     under_way = [ticket.name for ticket in tickets(runs_dir)]
     folders = sorted([*RunFolder.all_reserved(runs_dir), *RunFolder.all(runs_dir)], key=_began, reverse=True)
     others = [folder.path.name for folder in folders]
@@ -341,7 +386,7 @@ def state_of(folder: RunFolder) -> RunState:
 
 
 def _seconds_left(folder: RunFolder, status: dict[str, float]) -> float | None:
-    """Of the stage: by the pace of the last steps, or by that of the stage so far."""
+    """Estimate the seconds left in the stage, by the pace of its last steps or of the stage so far."""
     rest = status.get("total", 0) - status.get("step", 0)
     if status.get("stage") == STAGES[1]:
         seconds = [row["seconds"] for row in read_lines(folder.metrics, StepTime)[-20:]]

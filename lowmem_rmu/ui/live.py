@@ -37,7 +37,11 @@ TRACE = "(most recent call"
 
 def progress(state: RunState, folder: RunFolder) -> str:
     """State, stage, how far, time left, and what has been found so far."""
-    parts = [Markup("<p class='rmu-state rmu-{}'><strong>{}</strong>: {}</p>").format(state.state, state.name, state.words)]
+    parts = [
+        Markup("<p class='rmu-state rmu-{}'><strong>{}</strong>: {}</p>").format(
+            state.state, state.name, state.words
+        )
+    ]
     if state.is_live and state.stage in STAGE_WORDS:
         parts.append(_bar(state))
     if state.state in ("failed", "interrupted"):
@@ -57,7 +61,9 @@ def _bar(state: RunState) -> Markup:
         return Markup("<p>{} …</p>").format(words)
     left = f", about {_duration(state.seconds_left)} left" if state.seconds_left is not None else ""
     count = Markup("<p>{}: {:,} of {:,}{}</p>").format(words, state.step, state.total, left)
-    return count + Markup("<progress max='{}' value='{}' aria-label='{}'></progress>").format(state.total, state.step, words)
+    return count + Markup("<progress max='{}' value='{}' aria-label='{}'></progress>").format(
+        state.total, state.step, words
+    )
 
 
 def complaint(state: RunState, folder: RunFolder) -> str:
@@ -65,7 +71,10 @@ def complaint(state: RunState, folder: RunFolder) -> str:
     output = folder.output.read_text(encoding="utf-8", errors="replace") if folder.output.exists() else ""
     told = state.error or ("" if state.state == "interrupted" else output)
     if not told.strip() or TRACE in told:
-        return f"Its process ended before it was done; {folder.output.name} in its folder says more.\nResume goes on from the last checkpoint."
+        return (
+            f"Its process ended before it was done; {folder.output.name} in its folder says more.\n"
+            "Resume goes on from the last checkpoint."
+        )
     return state.error or "\n".join(told.splitlines()[-OUTPUT_LINES:])
 
 
@@ -75,7 +84,11 @@ def _figures(folder: RunFolder) -> Markup:
         return Markup("")
     last = rows[-1]
     shown = {"Step": f"{last['step']:,}", **{words: f"{last[key]:.4g}" for key, words in LOSSES.items()}}
-    shown |= {f"Activation norm, {words}": f"{last[key]:.4g}" for key, words in NORMS.items() if last.get(key) is not None}
+    shown |= {
+        f"Activation norm, {words}": f"{last[key]:.4g}"
+        for key, words in NORMS.items()
+        if last.get(key) is not None
+    }
     return _list(shown)
 
 
@@ -85,7 +98,11 @@ def _answers(folder: RunFolder) -> Markup:
     for side in SIDES:
         answers = pd.DataFrame(read_lines(folder.answers(side), TaskMark))
         if len(answers):
-            tasks = answers.assign(task=answers["task"].astype(str)).groupby("task", sort=False)["correct"].agg(["mean", "size"])
+            tasks = (
+                answers.assign(task=answers["task"].astype(str))
+                .groupby("task", sort=False)["correct"]
+                .agg(["mean", "size"])
+            )
             for name, row in tasks.iterrows():
                 told.setdefault(str(name), {})[side] = f"{row['mean']:.1%} of {int(row['size']):,}"
     if not told:
@@ -103,11 +120,14 @@ def _list(shown: dict[str, str]) -> Markup:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    )
 
 
 def curves(folder: RunFolder | None) -> list[pd.DataFrame | None]:
-    """Return forget loss, retain loss, activation norms, and what the guard saw, by step; None where there are none yet.
+    """Return forget loss, retain loss, activation norms, and what the guard saw, by step; None where there
+    are none yet.
 
     Frames are in the long form that a plot takes.
 
@@ -119,6 +139,11 @@ def curves(folder: RunFolder | None) -> list[pd.DataFrame | None]:
 
 
 def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame | None:
-    """Columns `step`, `value` and `line`: the topic, or what `keys` calls a key."""
-    found = [(row["step"], row[key], words or row["topic"]) for row in rows for key, words in keys.items() if row.get(key) is not None]
+    """Return columns `step`, `value` and `line`: the topic, or what `keys` calls a key."""
+    found = [
+        (row["step"], row[key], words or row["topic"])
+        for row in rows
+        for key, words in keys.items()
+        if row.get(key) is not None
+    ]
     return pd.DataFrame(found, columns=["step", "value", "line"]) if found else None

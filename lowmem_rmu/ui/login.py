@@ -27,7 +27,9 @@ class Login:
     password: str
 
     def __call__(self, user: str, password: str) -> bool:
-        """Compare both in constant time: neither its length nor a right beginning shows in the time it takes."""
+        """Compare both in constant time: neither its length nor a right beginning shows in the time it
+        takes.
+        """
         is_user = hmac.compare_digest(_digest(user), _digest(self.user))
         is_password = hmac.compare_digest(_digest(password), _digest(self.password))
         return is_user and is_password
@@ -45,7 +47,7 @@ class Tried:
     last: float = 0.0
 
     def wait(self, now: float) -> float:
-        """Seconds until the next attempt: 1, 2, 4, ... after the free ones."""
+        """Return seconds until the next attempt: 1, 2, 4, ... after the free ones."""
         if self.failures < FREE:
             return 0.0
         pause = min(2.0 ** (self.failures - FREE), LONGEST_WAIT)
@@ -96,7 +98,7 @@ class Throttle:
 
 
 def _network(address: str) -> str:
-    """The part of an address that its owner cannot change at will: of IPv6 the first 64 bits."""
+    """Return the part of an address that its owner cannot change at will: of IPv6 the first 64 bits."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -37,7 +37,7 @@ class Offer:
 
 @cache
 def offers(device: torch.device) -> list[Offer]:
-    """All presets, the smallest first."""
+    """Return all presets, the smallest first."""
     return sorted((_offer(name, device) for name in preset_names()), key=lambda offer: offer.needed_here)
 
 
@@ -59,9 +59,13 @@ def fit(needed: int, free: int) -> str:
 
 
 def why(offer: Offer, device: torch.device) -> str:
-    """What speaks for or against the preset on this machine, in a sentence or two."""
+    """Return in a sentence or two whether the preset suits this machine."""
     free = memory_available(device)
-    where = f"the GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "this computer's main memory"
+    where = (
+        f"the GPU {torch.cuda.get_device_name(device)}"
+        if device.type == "cuda"
+        else "this computer's main memory"
+    )
     sentence = f"It needs {gib(offer.needed_here)}; {gib(free)} are free in {where} now."
     if fit(offer.needed_here, free) == "tight":
         sentence += " Close other programs first."
@@ -71,14 +75,18 @@ def why(offer: Offer, device: torch.device) -> str:
 
 
 def label(offer: Offer, device: torch.device) -> str:
-    """A line to choose it by."""
+    """Return a line to choose it by."""
     words = fit(offer.needed_here, memory_available(device))
-    slow = ", but slow without a GPU" if words != "does not fit" and device.type == "cpu" and offer.parameters >= SLOW else ""
+    slow = (
+        ", but slow without a GPU"
+        if words != "does not fit" and device.type == "cpu" and offer.parameters >= SLOW
+        else ""
+    )
     return f"{offer.name}: {offer.title} ({words}{slow})"
 
 
 def table(device: torch.device) -> list[dict[str, Any]]:
-    """Of all presets, as the page and its API list them; memory in GiB."""
+    """Return a row per preset, as the page and its API list them; memory in GiB."""
     free = memory_available(device)
     return [
         {
@@ -98,7 +106,13 @@ def table(device: torch.device) -> list[dict[str, Any]]:
 def table_html(device: torch.device) -> str:
     heads = ("Preset", "Forgets", "Parameters", "GPU memory needed", "On this machine")
     rows = [
-        (row["preset"], ", ".join(row["forgets"]), _count(row["parameters"]), gib(int(row["gpu_memory_gib"] * 2**30)), f"{row['fit']}. {row['why']}")
+        (
+            row["preset"],
+            ", ".join(row["forgets"]),
+            _count(row["parameters"]),
+            gib(int(row["gpu_memory_gib"] * 2**30)),
+            f"{row['fit']}. {row['why']}",
+        )
         for row in table(device)
     ]
     return markup.table(heads, rows)
@@ -111,15 +125,18 @@ def _count(parameters: int) -> str:
 def chosen(
     preset_name: str | None, changes: dict[str, Any], lines: str = "", labels: Mapping[str, str] | None = None
 ) -> Preset:
-    """The preset with other settings: `changes` by dotted path, and `key.path=value` a line. Raises UserError for every mistake at once.
+    """Return the preset with other settings: `changes` by dotted path, and `key.path=value` a line. Raises
+    UserError for every mistake at once.
 
-    `labels` say by dotted path what the page calls the field of a change, for messages.
-    No line may name another model or another text: from a page, only what lies in the runs folder or in a preset is read.
+    `labels` say by dotted path what the page calls the field of a change, for messages. No line may name
+    another model or another text: from a page, only what lies in the runs folder or in a preset is read.
     """
     if not preset_name or preset_name not in preset_names():
         raise UserError("Choose one of the presets first.")
     given = [f"{path}={'null' if value is None else value}" for path, value in changes.items()]
-    given += [line.strip() for line in lines.splitlines() if line.strip() and not line.strip().startswith("#")]
+    given += [
+        line.strip() for line in lines.splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
     # A line that says a field's setting once more is what counts, and what a mistake of it has to name.
     in_lines = {line.partition("=")[0].strip() for line in lines.splitlines()}
     of_fields = {
@@ -138,13 +155,17 @@ def chosen(
 def _places(settings: Any) -> list[str]:
     """Everything that is read from somewhere: models, texts, questions."""
     if isinstance(settings, dict):
-        own = [f"{key}={value}" for key, value in settings.items() if key in PLACES and not isinstance(value, dict)]
+        own = [
+            f"{key}={value}"
+            for key, value in settings.items()
+            if key in PLACES and not isinstance(value, dict)
+        ]
         return own + [place for value in settings.values() for place in _places(value)]
     return [place for value in settings for place in _places(value)] if isinstance(settings, list) else []
 
 
 def plan_html(preset: Preset, device: torch.device) -> str:
-    """The memory plan, a row a stage, and whether it fits."""
+    """Return the memory plan, a row a stage, and whether it fits."""
     needs, free = plan(preset, ModelSpec.of_preset(preset), device), memory_available(device)
     rows = []
     for need in needs:

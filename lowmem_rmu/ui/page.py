@@ -19,11 +19,13 @@ CSS = """
 .rmu-scroll { overflow-x: auto; }
 .rmu-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .rmu-tall { max-height: 20rem; overflow-y: auto; }
-.prose .rmu-table th, .prose .rmu-table td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; border: 0; }
+.prose .rmu-table th, .prose .rmu-table td { padding: .3rem .75rem .3rem 0;
+  text-align: left; vertical-align: top; border: 0; }
 .prose .rmu-table, .prose .rmu-table tr, .prose .rmu-table thead { border: 0; }
 .prose .rmu-table th, .prose .rmu-table td { border-bottom: 1px solid var(--border-color-primary); }
 .gradio-container { --block-info-text-color: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
-.rmu-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .5rem 1.5rem; margin: .5rem 0; }
+.rmu-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr));
+  gap: .5rem 1.5rem; margin: .5rem 0; }
 .rmu-figures dt { color: var(--block-info-text-color); font-size: .85rem; }
 .rmu-figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .rmu-error { white-space: pre-wrap; padding: .75rem; border-left: 4px solid #b3402a; }
@@ -35,7 +37,9 @@ FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-
 """Of the machine itself: none is fetched from elsewhere."""
 
 TRANSLATIONS = {"common.complete": "Done"}
-"""Words that Gradio announces to screen readers and has in none of its languages: it would read out the key."""
+"""Words that Gradio announces to screen readers and has in none of its languages: it would read out the
+key.
+"""
 
 
 def style() -> str:
@@ -43,11 +47,14 @@ def style() -> str:
 
 
 def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) -> gr.Blocks:
-    """The page over a runs folder, whose runs and chat model are on `device`."""
+    """Return the page over a runs folder, whose runs and chat model are on `device`."""
     unlearning = unlearn.Unlearning(runs_dir, device, model)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         add_api(unlearning)  # first, or a button's event would take its names
-        gr.Markdown("# lowmem-rmu\nMake a chat model forget, see what it still knows, and talk to it before and after.")
+        gr.Markdown(
+            "# lowmem-rmu\n"
+            "Make a chat model forget, see what it still knows, and talk to it before and after."
+        )
         with gr.Tabs() as tabs:
             with gr.Tab("Unlearn", id="unlearn"):
                 unlearn_tab = unlearn.UnlearnTab(unlearning)
@@ -63,7 +70,13 @@ def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) ->
                 runs_tab = RunsTab(runs_dir)
         unlearn_tab.wire(page.load)
         results_tab.refresh_on(results_item.select, page.load)
-        gr.on([chat_item.select, page.load], guarded(chat_tab.refresh), [chat_tab.run], chat_tab.refreshed, api_visibility="private")
+        gr.on(
+            [chat_item.select, page.load],
+            guarded(chat_tab.refresh),
+            [chat_tab.run],
+            chat_tab.refreshed,
+            api_visibility="private",
+        )
         audit_tab.wire(audit_item.select, page.load)
         export_tab.wire(export_item.select, page.load)
         runs_tab.wire(runs_item.select, page.load)
@@ -73,35 +86,49 @@ def build_page(runs_dir: Path, device: torch.device, model: chat.LoadedModel) ->
 
 
 def add_api(unlearning: unlearn.Unlearning) -> None:
-    """The endpoints that `gradio_client` sees, each documented by its function's docstring."""
+    """Add the endpoints that `gradio_client` sees, each documented by its function's docstring."""
     runs_dir, device = unlearning.runs_dir, unlearning.device
 
     def list_presets() -> list[dict]:
-        """All presets with what they forget, the memory they need, and whether they fit this machine."""
+        """List all presets with what they forget, the memory they need, and whether they fit this machine."""
         return offers.table(device)
 
     def start(preset: str, name: str = "", settings: str = "") -> dict:
-        """Starts a run of a preset, or puts it in the queue. settings: key=value a line. Gives the run's state with its name."""
+        """Start a run of a preset, or put it in the queue. settings: key=value a line. Gives the run's state
+        with its name.
+        """
         folder = unlearning.start(preset, offers.chosen(preset, {}, settings), Own([], [], ""), name)
         return vars(jobs.state_of(folder))
 
     def status(run: str) -> dict:
-        """Where a run is: name, state, stage, step, total, place in the queue, seconds left of the stage, error."""
+        """Return the status of a run: name, state, stage, step, total, place in the queue, seconds left of
+        the stage, error.
+        """
         return vars(jobs.state_of(jobs.find(runs_dir, run)))
 
     def stop(run: str) -> dict:
-        """Asks a run to stop after its step; it can go on later. Gives its state."""
+        """Ask a run to stop after its step; it can go on later. Gives its state."""
         jobs.stop(jobs.find(runs_dir, run))
         return vars(jobs.state_of(jobs.find(runs_dir, run)))
 
-    def ask(run: str, prompt: str, max_new_tokens: float = 128, temperature: float = 0.0, seed: float = 0) -> dict:
-        """The answers of a run's model before and after unlearning: base and unlearned."""
-        return chat.ask(unlearning.chat_model, runs_dir, device, run, prompt, int(max_new_tokens), temperature, int(seed))
+    def ask(
+        run: str, prompt: str, max_new_tokens: float = 128, temperature: float = 0.0, seed: float = 0
+    ) -> dict:
+        """Return the answers of a run's model before and after unlearning: base and unlearned."""
+        return chat.ask(
+            unlearning.chat_model, runs_dir, device, run, prompt, int(max_new_tokens), temperature, int(seed)
+        )
 
     def run_results(run: str) -> dict:
-        """What a finished run came to: its summary.json."""
+        """Return the summary.json of a finished run."""
         return results.results(runs_dir, run)
 
-    for function, name in ((list_presets, "list_presets"), (start, "start"), (status, "status"), (stop, "stop"), (run_results, "results")):
+    for function, name in (
+        (list_presets, "list_presets"),
+        (start, "start"),
+        (status, "status"),
+        (stop, "stop"),
+        (run_results, "results"),
+    ):
         gr.api(guarded(function), api_name=name, queue=False)
     gr.api(guarded(ask), api_name="chat", concurrency_limit=1)

@@ -1,4 +1,6 @@
-"""The tab with what a run came to: verdict, charts, tables and answers, the report to keep, and two runs side by side."""
+"""The tab with what a run came to: verdict, charts, tables and answers, the report to keep, and two runs side
+by side.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def reading(name: str) -> Markup:
-    """What stands in place of a run's results until they are there."""
+    """Return the placeholder for a run's results until they are there."""
     return Markup("<p>Reading the results of {} …</p>").format(name)
 
 
@@ -37,24 +39,30 @@ class Results:
     download: gr.DownloadButton
 
     def refresh_on(self, *triggers: Callable[..., Any]) -> Any:
-        """Lists the runs anew at these events, such as `tab.select` and `demo.load`. What is chosen stays so as long as it is there."""
+        """List the runs anew at these events, such as `tab.select` and `demo.load`. What is chosen stays so
+        as long as it is there.
+        """
         chosen = [self.run, self.other]
         event = gr.on(triggers, guarded(self.refresh), chosen, chosen, **QUIET)
         event.success(guarded(self.tell_none), [self.run], [self.parts], **QUIET)
         return event
 
     def open_on(self, trigger: Callable[..., Any], name: gr.components.Component) -> Any:
-        """Shows the run that `name` holds at this event of another tab. Gives the event, for `.success` to change to this tab."""
+        """Show the run that `name` holds at this event of another tab. Gives the event, for `.success` to
+        change to this tab.
+        """
         event = trigger(guarded(self.opened), [name], [self.run, self.other], **QUIET)
         self.show_after(event)
         return event
 
     def show_after(self, event: Any) -> None:
-        """Shows the chosen run even where it was chosen before: a run that was gone on with has other results by the same name."""
+        """Show the chosen run even where it was chosen before: a run that was gone on with has other results
+        by the same name.
+        """
         event.success(guarded(self.show), [self.run], [self.parts, self.download], **QUIET)
 
     def refresh(self, name: str | None, other: str | None) -> tuple[Any, Any]:
-        """What is to be chosen from, for both lists; the newest run where none is chosen or the chosen one is gone."""
+        """Return the choices of both lists; the newest run where none is chosen or the chosen one is gone."""
         names = choices(self.runs_dir)
         return offered(names, name), gr.update(choices=[NO_OTHER, *names])
 
@@ -63,17 +71,23 @@ class Results:
         return gr.skip() if name or choices(self.runs_dir) else EMPTY
 
     def opened(self, name: str | None) -> tuple[Any, Any]:
-        """The same with this run chosen. Raises UserError where it has no results."""
+        """Return the same with this run chosen. Raises UserError where it has no results."""
         results(self.runs_dir, name or "")
         names = choices(self.runs_dir)
         return gr.update(choices=names, value=name), gr.update(choices=[NO_OTHER, *names], value=NO_OTHER[1])
 
     def clear(self, name: str | None) -> tuple[str, Any, Any]:
         """Take away what belongs to the run that was chosen before, its report too."""
-        return (reading(name) if name else EMPTY), gr.update(value=None, interactive=False), gr.update(value="", visible=False)
+        return (
+            (reading(name) if name else EMPTY),
+            gr.update(value=None, interactive=False),
+            gr.update(value="", visible=False),
+        )
 
     def show(self, name: str | None) -> Iterator[tuple[Any, Any]]:
-        """A run's results and its report. One that cannot be shown leaves nothing of the run before it standing."""
+        """Yield a run's results and its report. One that cannot be shown leaves nothing of the run before
+        it.
+        """
         nothing = gr.update(value=None, interactive=False)
         if not name:
             yield EMPTY, nothing
@@ -105,27 +119,43 @@ class Results:
         return render_comparison(RunFolder.open(self.runs_dir, name), RunFolder.open(self.runs_dir, other))
 
     def _report(self, run: RunFolder) -> Any:
-        """A copy to download: Gradio serves files from its own cache, and one called report.html would not say of what."""
+        """Return a copy to download: Gradio serves files from its own cache, and one called report.html would
+        not say of what.
+        """
         path = run.path / "report.html"
         if not path.is_file():
             return gr.update(value=None, interactive=False)
-        copy = save_bytes_to_cache(path.read_bytes(), f"{run.path.name}-report.html", self.download.GRADIO_CACHE)
+        copy = save_bytes_to_cache(
+            path.read_bytes(), f"{run.path.name}-report.html", self.download.GRADIO_CACHE
+        )
         return gr.update(value=copy, interactive=True)
 
 
 def build(runs_dir: Path) -> Results:
-    """The widgets of the tab, inside the tab that is open."""
+    """Return the widgets of the tab, inside the tab that is open."""
     with gr.Row():
         run = run_dropdown(label="Run", info="Finished runs, newest first", scale=3, min_width=220)
-        other = run_dropdown([NO_OTHER], value=NO_OTHER[1], label="Compare with", info="Task by task", scale=3, min_width=220)
+        other = run_dropdown(
+            [NO_OTHER], value=NO_OTHER[1], label="Compare with", info="Task by task", scale=3, min_width=220
+        )
     with gr.Row():
         refresh = gr.Button("Refresh", min_width=120)
         download = gr.DownloadButton("Download the report", interactive=False, min_width=120)
-    comparison, parts = gr.HTML(visible=False, apply_default_css=False), gr.HTML(LOADING, apply_default_css=False)
+    comparison, parts = (
+        gr.HTML(visible=False, apply_default_css=False),
+        gr.HTML(LOADING, apply_default_css=False),
+    )
     tab = Results(runs_dir, run, other, parts, download)
     # Whatever changes what is chosen (a hand, Refresh, another tab) is followed by showing it.
     # What was shown goes at once, and what is still being read for the run before it does not come any more.
-    cleared = run.change(guarded(tab.clear), [run], [parts, download, comparison], queue=False, trigger_mode="multiple", **QUIET)
+    cleared = run.change(
+        guarded(tab.clear),
+        [run],
+        [parts, download, comparison],
+        queue=False,
+        trigger_mode="multiple",
+        **QUIET,
+    )
     shown = cleared.then(guarded(tab.show), [run], [parts, download], api_visibility="private")
     run.change(None, cancels=[shown])
     cleared.then(guarded(tab.compare), [run, other], [comparison], **QUIET)
@@ -135,10 +165,10 @@ def build(runs_dir: Path) -> Results:
 
 
 def choices(runs_dir: Path) -> list[str]:
-    """The runs that have results, newest first."""
+    """Return the runs that have results, newest first."""
     return [run.path.name for run in RunFolder.all(runs_dir) if (run.path / "summary.json").is_file()]
 
 
 def results(runs_dir: Path, run_name: str) -> dict[str, Any]:
-    """What a run came to, as its `summary.json` has it. Raises UserError where there is no such run or it has no results."""
+    """Read a run's `summary.json`. Raises UserError where there is no such run or it has no results."""
     return read_summary(RunFolder.open(runs_dir, run_name))

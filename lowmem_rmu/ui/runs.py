@@ -22,11 +22,15 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def rows(runs_dir: Path) -> list[list[str]]:
-    """A row a run: COLUMNS."""
+    """Return a row a run: COLUMNS."""
     found = []
     for name in jobs.names(runs_dir):
         folder = jobs.find(runs_dir, name)
-        preset = next(iter(folder.path.glob("*.yaml")), folder.path).stem if folder.is_reserved else _config(folder).get("preset", "–")
+        preset = (
+            next(iter(folder.path.glob("*.yaml")), folder.path).stem
+            if folder.is_reserved
+            else _config(folder).get("preset", "–")
+        )
         found.append([name, jobs.state_of(folder).words, preset, _verdict(folder), _size(folder)])
     return found
 
@@ -77,24 +81,34 @@ class RunsTab:
             self.settings = gr.Code(language="yaml", interactive=False, label="As a preset")
 
     def wire(self, *triggers: Callable[..., Any]) -> None:
-        """Connects the events; the list is read anew at `triggers`."""
+        """Connect the events; the list is read anew at `triggers`."""
         listed = [self.table, self.run]
         gr.on(triggers, guarded(self.refresh), [self.run], listed, **QUIET)
         self.run.change(guarded(self.settings_of), [self.run], [self.settings], **QUIET)
         self.resume_button.click(guarded(self.resume), [self.run], listed, **QUIET)
         self.table.select(guarded(self.chosen), [], [self.run], **QUIET)
         self.rename_button.click(guarded(self.rename), [self.run, self.new_name], listed, **QUIET)
-        gr.on([self.run.change, self.table.change], guarded(self.buttons), [self.run], [self.resume_button], **QUIET)
-        self.delete_button.click(guarded(self.ask), [self.run], [self.question, self.sure, self.asked_about], **QUIET)
+        gr.on(
+            [self.run.change, self.table.change],
+            guarded(self.buttons),
+            [self.run],
+            [self.resume_button],
+            **QUIET,
+        )
+        self.delete_button.click(
+            guarded(self.ask), [self.run], [self.question, self.sure, self.asked_about], **QUIET
+        )
         self.keep_button.click(lambda: gr.update(visible=False), [], [self.question], **QUIET)
-        self.really_button.click(guarded(self.delete), [self.asked_about, self.run], [*listed, self.question], **QUIET)
+        self.really_button.click(
+            guarded(self.delete), [self.asked_about, self.run], [*listed, self.question], **QUIET
+        )
 
     def refresh(self, name: str | None) -> tuple[Any, Any]:
-        """The table, and the runs to choose from; what is chosen stays."""
+        """Return the table, and the runs to choose from; what is chosen stays."""
         return rows(self.runs_dir), offered(jobs.names(self.runs_dir), name)
 
     def chosen(self, event: gr.SelectData) -> str:
-        """The run whose row was clicked."""
+        """Return the run whose row was clicked."""
         return event.row_value[0]
 
     def settings_of(self, name: str | None) -> str:

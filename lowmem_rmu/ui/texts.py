@@ -1,4 +1,6 @@
-"""Text that somebody drops on the page as forget or retain set: read and shown at once, and kept in the run's own folder."""
+"""Text that somebody drops on the page as forget or retain set: read and shown at once, and kept in the run's
+own folder.
+"""
 
 import re
 import shutil
@@ -35,7 +37,8 @@ class Own:
 
 
 def with_own_text(preset: Preset, own: Own, folder: RunFolder) -> Preset:
-    """The preset with own text in place of its sets, copied into the run's folder. Raises UserError for what is no text.
+    """Return the preset with own text in place of its sets, copied into the run's folder. Raises UserError
+    for what is no text.
 
     Questions about the preset's own topics then only are measured: nobody means them to be forgotten.
     """
@@ -43,11 +46,20 @@ def with_own_text(preset: Preset, own: Own, folder: RunFolder) -> Preset:
     if own.forget:
         corpus = _kept(own.forget, folder, "forget")
         first = next(iter(preset.topics.values()))
-        changes["topics"] = {topic_name(own.topic): Topic(**first.model_dump() | {"corpus": corpus, "about": own.topic.strip() or None})}
-        tasks = {name: task.model_copy(update={"role": _role(task.role), "adjacent": []}) for name, task in preset.evaluation.tasks.items()}
+        changes["topics"] = {
+            topic_name(own.topic): Topic(
+                **first.model_dump() | {"corpus": corpus, "about": own.topic.strip() or None}
+            )
+        }
+        tasks = {
+            name: task.model_copy(update={"role": _role(task.role), "adjacent": []})
+            for name, task in preset.evaluation.tasks.items()
+        }
         changes["evaluation"] = preset.evaluation.model_copy(update={"tasks": tasks})
     if own.retain:
-        changes["retain"] = Retain(corpora=[_kept(own.retain, folder, "retain")], max_tokens=preset.retain.max_tokens)
+        changes["retain"] = Retain(
+            corpora=[_kept(own.retain, folder, "retain")], max_tokens=preset.retain.max_tokens
+        )
     return Preset.model_validate(preset.model_copy(update=changes).model_dump()) if changes else preset
 
 
@@ -56,19 +68,23 @@ def _role(role: str) -> str:
 
 
 def topic_name(words: str) -> str:
-    """What a topic can be called, of what somebody typed; not as the retain set is, beside which it stands in every table."""
+    """Return a valid topic name made of typed words, different from the name of the retain set."""
     name = re.sub(r"[^\w-]+", "_", words.strip().lower()).strip("_")[:40]
     return name if name not in ("", "retain") else "own_text"
 
 
 def _kept(files: Sequence[str], folder: RunFolder, kind: str) -> Corpus:
-    """A corpus of copies of the files in the run's folder; a share is held out where there are several documents."""
+    """Return a corpus of copies of the files in the run's folder; a share is held out where there are several
+    documents.
+    """
     corpus, documents = read(files, folder.path / "texts" / kind, f"the {kind} set")
     return corpus.model_copy(update={"held_out": HELD_OUT if len(documents) > 1 else 0.0})
 
 
 def read(files: Sequence[str], to: Path, what: str) -> tuple[Corpus, list[str]]:
-    """A corpus of copies of the files, and its documents. Raises UserError for what is no text, by the names that the files came with."""
+    """Return a corpus of copies of the files, and its documents. Raises UserError for what is no text, by the
+    names that the files came with.
+    """
     copies = _copied(files, to)
     corpus = Corpus(source=str(to.resolve()))
     try:
@@ -87,7 +103,9 @@ def read(files: Sequence[str], to: Path, what: str) -> tuple[Corpus, list[str]]:
 
 
 def _copied(files: Sequence[str], to: Path) -> dict[Path, str]:
-    """The copies, with the names that the files came with: those may hold anything. Raises UserError for other kinds of file."""
+    """Return the copies, with the names that the files came with: those may hold anything. Raises UserError
+    for other kinds of file.
+    """
     to.mkdir(parents=True, exist_ok=True)
     copies = {}
     for number, path in enumerate(map(Path, sorted(files)), start=1):
@@ -103,7 +121,9 @@ def _copied(files: Sequence[str], to: Path) -> dict[Path, str]:
 
 
 def texts_among(files: Sequence[str]) -> list[str]:
-    """Of a folder's files those that are read, by the command line's rules. Raises UserError without any."""
+    """Return the files of a folder that are read, by the command line's rules. Raises UserError where there
+    are none.
+    """
     left_out = left_out_of(files)
     found = [file for file in files if Path(file).name not in left_out]
     if not found:
@@ -122,7 +142,9 @@ def left_out_of(files: Sequence[str]) -> dict[str, str]:
 
 
 def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
-    """What was read, as HTML: files, documents, tokens, and the beginnings of some. Raises UserError for what cannot be read."""
+    """Describe what was read as HTML: files, documents, tokens, and the beginnings of some. Raises UserError
+    for what cannot be read.
+    """
     if not files:
         return ""
     with TemporaryDirectory() as folder:
@@ -133,14 +155,23 @@ def describe(files: Sequence[str] | None, preset: Preset, what: str) -> str:
         sequences = tokenise(documents, tokenizer, preset.retain.max_tokens, split=True)
         amount = f"{sum(map(len, sequences)):,} tokens in {len(sequences):,} samples"
     counts = f"{len(files)} file{_s(files)}, {len(documents):,} document{_s(documents)}, {amount}."
-    samples = [Markup("<blockquote>{} …</blockquote>").format(text.strip()[:CHARACTERS]) for text in documents[:SHOWN]]
+    samples = [
+        Markup("<blockquote>{} …</blockquote>").format(text.strip()[:CHARACTERS])
+        for text in documents[:SHOWN]
+    ]
     return joined([paragraph(counts, f" {_advice(documents)}"), *samples])
 
 
 def _advice(documents: list[str]) -> str:
     if len(documents) == 1:
-        return "All of it is trained on, so its loss on unseen text cannot be told: give several files, or a .jsonl file with a text a line."
-    return f"{HELD_OUT:.0%} of the documents are kept aside, to see afterwards whether unseen text is forgotten too."
+        return (
+            "All of it is trained on, so its loss on unseen text cannot be told: give several files, or a "
+            ".jsonl file with a text a line."
+        )
+    return (
+        f"{HELD_OUT:.0%} of the documents are kept aside, to see afterwards whether unseen text is "
+        "forgotten too."
+    )
 
 
 def _s(items: Sequence[object]) -> str:

@@ -1,4 +1,6 @@
-"""The hidden-state cache: what frozen layers give on batches that come again, computed once and kept within a budget."""
+"""The hidden-state cache: what frozen layers give on batches that come again, computed once and kept within a
+budget.
+"""
 
 from pathlib import Path
 
@@ -13,7 +15,9 @@ SUFFIX = ".safetensors"
 
 
 class HiddenStateCache:
-    """Tensors by key, up to `budget` bytes; what does not fit is not kept. In main memory, or in `folder` if there is one."""
+    """Tensors by key, up to `budget` bytes; what does not fit is not kept. In main memory, or in `folder` if
+    there is one.
+    """
 
     def __init__(self, budget: int, folder: Path | None = None) -> None:
         self.budget, self.folder = budget, folder
@@ -21,7 +25,7 @@ class HiddenStateCache:
         self.entries: dict[str, Entry | Path] = {}
 
     def restore(self, keys: list[str]) -> None:
-        """Takes up what a checkpoint names. All else in the folder may be a torn write, and goes."""
+        """Take up what a checkpoint names. All else in the folder may be a torn write, and goes."""
         for path in self.folder.iterdir() if self.folder is not None and self.folder.exists() else ():
             if path.stem in keys and path.suffix == SUFFIX:
                 self.used += path.stat().st_size

@@ -1,4 +1,6 @@
-"""Checkpoints: what a resumed run needs, in one safetensors file, so that no moment leaves half a checkpoint behind."""
+"""Checkpoints: what a resumed run needs, in one safetensors file, so that no moment leaves half a checkpoint
+behind.
+"""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +26,9 @@ NAME = "state.safetensors"
 
 @dataclass
 class Progress:
-    """How far a run has come: `step` steps are done. Batches follow from the step alone, and nothing else is random."""
+    """How far a run has come: `step` steps are done. Batches follow from the step alone, and nothing else is
+    random.
+    """
 
     step: int = 0
     coefficients: dict[str, float] = field(default_factory=dict)
@@ -51,19 +55,33 @@ def trainable(model: PeftModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, progress: Progress, settings: dict[str, Any]) -> None:
-    """Trained weights, the optimiser's state a parameter, the progress, and the settings that it belongs to."""
+def save_checkpoint(
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: dict[str, Any],
+) -> None:
+    """Trained weights, the optimiser's state a parameter, the progress, and the settings that it belongs
+    to.
+    """
     learned = trainable(model)
     tensors = {f"weight.{name}": parameter.detach() for name, parameter in learned.items()}
     numbers: dict[str, int] = {}  # a step count may be a plain number
     for index, parameter in enumerate(learned.values()):
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value.clone() if key.startswith("qmap") else value  # 8-bit states share theirs
+                # 8-bit states share theirs.
+                tensors[f"optimizer.{index}.{key}"] = value.clone() if key.startswith("qmap") else value
             else:
                 numbers[f"optimizer.{index}.{key}"] = value
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    about = {"progress": asdict(progress), "numbers": numbers, "settings": settings, "sums": checksums(stored)}
+    about = {
+        "progress": asdict(progress),
+        "numbers": numbers,
+        "settings": settings,
+        "sums": checksums(stored),
+    }
     folder.mkdir(exist_ok=True)
     with replaced(folder / NAME, durable=True) as beside:
         save_file(stored, beside, {key: json.dumps(value) for key, value in about.items()})
@@ -71,7 +89,9 @@ def save_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optim
 
 @dataclass(frozen=True)
 class BestWeights:
-    """The trained weights at the guard's best check, in the checkpoint's folder: a file a check, for a resumed run may go back to an earlier one."""
+    """The trained weights at the guard's best check, in the checkpoint's folder: a file a check, for a
+    resumed run may go back to an earlier one.
+    """
 
     folder: Path
 
@@ -85,7 +105,9 @@ class BestWeights:
             save_file(stored, beside, {"sums": json.dumps(checksums(stored))})
 
     def restore(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Bring the trained weights back to where they were after `step` steps. Raises UserError for a file that is damaged or gone."""
+        """Bring the trained weights back to where they were after `step` steps. Raises UserError for a file
+        that is damaged or gone.
+        """
         file = self.path(step)
         try:
             with safe_open(file, framework="pt") as opened:
@@ -120,11 +142,16 @@ def _damaged(file: Path, error: Exception) -> UserError:
 
 def checksums(tensors: dict[str, Tensor]) -> dict[str, int]:
     """CRC-32 of each tensor's bytes, so that a checkpoint with flipped bits is not trained on."""
-    return {name: crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data) for name in sorted(tensors)}
+    return {
+        name: crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+        for name in sorted(tensors)
+    }
 
 
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Progress | None:
-    """Brings model and optimiser back to where the checkpoint was made; None where there is none.
+def load_checkpoint(
+    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Progress | None:
+    """Bring model and optimiser back to where the checkpoint was made; None where there is none.
 
     Raises UserError for a checkpoint of other settings, and for a damaged one.
     """
@@ -151,10 +178,14 @@ def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optim
 
 
 def _read(file: Path) -> tuple[Metadata, dict[str, Tensor]]:
-    """What a checkpoint says of itself, and its tensors. Raises ValueError where a tensor is not what was written."""
+    """Read a checkpoint's metadata and its tensors. Raises ValueError where a tensor is not what was
+    written.
+    """
     with safe_open(file, framework="pt") as opened:
         texts = opened.metadata() or {}
-        about = TypeAdapter(Metadata).validate_python({key: json.loads(value) for key, value in texts.items()})
+        about = TypeAdapter(Metadata).validate_python(
+            {key: json.loads(value) for key, value in texts.items()}
+        )
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if about.sums is not None and about.sums != checksums(tensors):
         raise ValueError("the checksums differ")
@@ -169,7 +200,8 @@ def _put_state(states: dict[int, dict[str, Any]], name: str, value: Any) -> None
 def _check_settings(folder: Path, made_with: dict[str, Any], settings: dict[str, Any]) -> None:
     current = json.loads(json.dumps(settings))
     different = sorted(differences(with_recorded_defaults(made_with), with_recorded_defaults(current)))
-    if different := [path for path in different if not path.endswith("corpus.source")]:  # a renamed run holds its own text in another place
+    # A renamed run holds its own text in another place.
+    if different := [path for path in different if not path.endswith("corpus.source")]:
         raise UserError(
             f"The checkpoint in {folder} was made with other settings: {', '.join(different)}.",
             "Give the same ones, or start a new run.",

@@ -1,14 +1,16 @@
-"""The guard against drift: how far the model has moved from base, on what is to stay and on the topic, looked at every few steps.
+"""The guard against drift: how far the model has moved from base, on what is to stay and on the topic, looked
+at every few steps.
 
     every few steps   KL(base || unlearned) on text and questions that training does not see   -> a `Check`
     after each check  best so far: the topic as far as it gets while the rest stays within the limit
     far enough        training ends: the topic is gone from what the model says
-    too far twice     training ends, and the best weights come back; without any, a collapse (one letter, one token over
-                      and over, a divergence that runs away) ends the run
+    too far twice     training ends, and the best weights come back; without any, a collapse (one letter,
+                      one token over and over, a divergence that runs away) ends the run
 
 Losses at the target layer cannot show this: they look perfect on a model that answers A to every question.
 
-Where only the layers up to the target layer are loaded, `LayerGuard` measures how far their output has moved instead.
+Where only the layers up to the target layer are loaded, `LayerGuard` measures how far their output has moved
+instead.
 """
 
 from collections import Counter
@@ -30,11 +32,15 @@ from lowmem_rmu.unlearning.losses import sink_scale
 TOKENS = 64
 """Tokens of a text that a check looks at; questions are looked at whole."""
 LOOPING = 0.5
-"""Share of the positions of ordinary text: a model that predicts one and the same token at more of them writes in a loop."""
+"""Share of the positions of ordinary text: a model that predicts one and the same token at more of them
+writes in a loop.
+"""
 PATIENCE = 2
 """Checks in a row that end training: a single one can be chance."""
 Unit = Literal["nats", "shift"]
-"""Nats per token, from the logits; or the relative shift of the target layer's output, `||h - h0|| / ||h0||`."""
+"""Nats per token, from the logits; or the relative shift of the target layer's output, `||h - h0|| /
+||h0||`.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,26 @@ class Bounds:
     moved: float
     """A topic that has moved less counts as not moved yet."""
     far: float
-    """A topic this far from base is gone from what the model says: training ends, as more distance would only cost the rest."""
+    """A topic this far from base is gone from what the model says: training ends, as more distance would only
+    cost the rest.
+    """
     collapsed: float
     """Times the limit: a model that has moved this far on what is to stay is no longer the same model."""
 
 
-BOUNDS: dict[Unit, Bounds] = {"nats": Bounds(moved=0.5, far=2.0, collapsed=10.0), "shift": Bounds(moved=0.5, far=1.1, collapsed=4.0)}
+BOUNDS: dict[Unit, Bounds] = {
+    "nats": Bounds(moved=0.5, far=2.0, collapsed=10.0),
+    "shift": Bounds(moved=0.5, far=1.1, collapsed=4.0),
+}
 """Of shifts: where they meet those of nats on a model of 1.5 billion parameters (docs/selectivity.md)."""
 WORDS: dict[Unit, str] = {"nats": "nats per token", "shift": "of the activations' own size"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Token sequences that training does not see: running text, and questions that end where the answer would follow."""
+    """Token sequences that training does not see: running text, and questions that end where the answer would
+    follow.
+    """
 
     texts: list[list[int]]
     questions: list[list[int]] = field(default_factory=list)
@@ -64,7 +77,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class GuardData:
-    """What a guard looks at: what is to stay, each topic, and the tokens that stand for the answers A to D."""
+    """What a guard looks at: what is to stay, each topic, and the tokens that stand for the answers A to
+    D.
+    """
 
     retain: Kind
     topics: dict[str, Kind]
@@ -73,9 +88,11 @@ class GuardData:
 
 @dataclass(frozen=True)
 class Check:
-    """One look at the model after `step` steps: how far it has moved from base, as means over positions or over questions.
+    """One look at the model after `step` steps: how far it has moved from base, as means over positions or
+    over questions.
 
-    In nats, the distances are divergences KL(base || unlearned). As a shift, they are relative to the activations of base.
+    In nats, the distances are divergences KL(base || unlearned). As a shift, they are relative to the
+    activations of base.
     """
 
     step: int
@@ -87,7 +104,9 @@ class Check:
     """The answers to the questions about the retain text."""
     base_letters: str = ""
     top_share: float = 0.0
-    """The share of positions of the retain text at which the most common prediction is the model's most likely token."""
+    """The share of positions of the retain text at which the most common prediction is the model's most
+    likely token.
+    """
     base_top_share: float = 0.0
     unit: Unit = "nats"
 
@@ -105,7 +124,8 @@ class Check:
     def distance(self) -> float:
         """How far the topic has moved: of text and questions, whichever moved less.
 
-        A mean would call a topic gone whose text is far from base while its questions are still answered as before.
+        A mean would call a topic gone whose text is far from base while its questions are still answered as
+        before.
         """
         if self.topic_question_kl is None:
             return self.topic_kl
@@ -118,14 +138,16 @@ class Check:
 
     @property
     def writes_one_token(self) -> bool:
-        """Whether one token is predicted at most positions, where base predicts many: generated text would loop."""
+        """Whether one token is predicted at most positions, where base predicts many: generated text would
+        loop.
+        """
         return self.top_share > LOOPING and self.base_top_share < LOOPING / 2
 
     def has_collapsed(self, limit: float) -> bool:
         return self.says_one_letter or self.writes_one_token or self.damage > self.bounds.collapsed * limit
 
     def row(self) -> dict[str, float | str | None]:
-        """What `metrics.jsonl` holds of it, beside the figures of the step."""
+        """Return the fields that the check adds to its step in `metrics.jsonl`."""
         distances = {
             "retain": self.retain_kl,
             "question": self.question_kl,
@@ -140,33 +162,35 @@ class Check:
 def best_of(checks: Sequence[Check], limit: float) -> Check | None:
     """Return the best check with the rest within `limit`, or None before the topic has moved.
 
-    The topic should be as far away as possible; among checks where it is beyond `Bounds.far`, the one with the least damage is
-    the best.
+    The topic should be as far away as possible; among checks where it is beyond `Bounds.far`, the one with
+    the least damage is the best.
     """
     good = [check for check in checks if check.damage <= limit and check.distance >= check.bounds.moved]
     return max(good, key=lambda check: (min(check.distance, check.bounds.far), -check.damage), default=None)
 
 
 def is_gone(best: Check | None) -> bool:
-    """Whether the topic is so far from base that more training would gain nothing."""
+    """Return whether the topic is so far from base that more training would gain nothing."""
     return best is not None and best.distance >= best.bounds.far
 
 
 def is_too_far(checks: Sequence[Check], limit: float) -> bool:
-    """Whether the last `PATIENCE` checks all found the rest above `limit`."""
+    """Return whether the last `PATIENCE` checks all found the rest above `limit`."""
     last = checks[-PATIENCE:]
     return len(last) == PATIENCE and all(check.damage > limit for check in last)
 
 
 def has_collapsed(checks: Sequence[Check], limit: float) -> bool:
-    """Whether the last `PATIENCE` checks all found a model that no longer answers as a model does."""
+    """Return whether the last `PATIENCE` checks all found a model that no longer answers as a model does."""
     last = checks[-PATIENCE:]
     return len(last) == PATIENCE and all(check.has_collapsed(limit) for check in last)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Predictions at `n` positions: divergence from base in nats and the most likely tokens, `(n,)`; answers A to D, `n` letters."""
+    """Predictions at `n` positions: divergence from base in nats and the most likely tokens, `(n,)`; answers
+    A to D, `n` letters.
+    """
 
     kl: Tensor
     predicted: Tensor
@@ -243,7 +267,9 @@ class Guard:
         moved = hidden_at(self.model, positions, input_ids=batch.input_ids)
         if name not in self._base:
             with base_only(self.model):
-                self._base[name] = list(hidden_at(self.model, positions, input_ids=batch.input_ids).split(POSITIONS // 4))
+                self._base[name] = list(
+                    hidden_at(self.model, positions, input_ids=batch.input_ids).split(POSITIONS // 4)
+                )
         for before, after in zip(self._base[name], moved.split(POSITIONS // 4), strict=True):
             with base_only(self.model):
                 expected = head_of(self.model, before, input_ids=batch.input_ids).log_softmax(-1)
@@ -264,8 +290,8 @@ class Guard:
 class LayerGuard:
     """Measures how far the target layer's output has moved, where no layer above it is loaded.
 
-    A shift is `||h - h0|| / ||h0||`, the mean over positions without attention sinks: `h0` is what base gives. It says less than
-    the divergence of predictions, as it cannot know what later layers make of it.
+    A shift is `||h - h0|| / ||h0||`, the mean over positions without attention sinks: `h0` is what base
+    gives. It says less than the divergence of predictions, as it cannot know what later layers make of it.
     """
 
     def __init__(self, model: PeftModel, data: GuardData, pad_id: int, updated: slice) -> None:
@@ -310,34 +336,50 @@ def _top_share(predicted: list[Tensor]) -> float:
 
 
 def outcome(checks: Sequence[Check], limit: float, steps: int) -> str:
-    """Return in words which weights a guarded run of up to `steps` steps has kept, and what the guard saw there."""
+    """Return in words which weights a guarded run of up to `steps` steps has kept, and what the guard saw
+    there.
+    """
     best, last = best_of(checks, limit), checks[-1]
     ended = ""
     if last.step < steps:
-        reason = "the topic is far from base" if is_gone(best) else "text and questions that are to stay are too far from base"
+        reason = (
+            "the topic is far from base"
+            if is_gone(best)
+            else "text and questions that are to stay are too far from base"
+        )
         ended = f"Training ended {steps - last.step} steps early: {reason}. "
     if best is None:
         return (
-            f"The guard found no point with the topic far from base and the rest within {limit:g} {WORDS[last.unit]}: after step {last.step} "
-            f"the topic diverges by {last.distance:.2f} and the rest by {last.damage:.2f}. The last weights are kept."
+            f"The guard found no point with the topic far from base and the rest within {limit:g} "
+            f"{WORDS[last.unit]}: after step {last.step} the topic diverges by {last.distance:.2f} "
+            f"and the rest by {last.damage:.2f}. The last weights are kept."
         )
     return (
-        f"{ended}The weights after step {best.step} of {last.step} are kept: the topic diverges from base by {best.distance:.2f} {WORDS[best.unit]}, "
-        f"text and questions that are to stay by {best.damage:.2f} (limit {limit:g})."
+        f"{ended}The weights after step {best.step} of {last.step} are kept: the topic diverges from "
+        f"base by {best.distance:.2f} {WORDS[best.unit]}, text and questions that are to stay by "
+        f"{best.damage:.2f} (limit {limit:g})."
     )
 
 
 def collapse(check: Check) -> str:
     """Return what ends the run of a model that no longer answers as a model does."""
     if check.says_one_letter:
-        found = f"it answers {check.letters[0]} to every question about text that is to stay (base: {letter_share(check.base_letters)})"
+        found = (
+            f"it answers {check.letters[0]} to every question about text that is to stay (base: "
+            f"{letter_share(check.base_letters)})"
+        )
     elif check.writes_one_token:
-        found = f"at {check.top_share:.0%} of the positions of text that is to stay it predicts the same token (base: {check.base_top_share:.0%})"
+        found = (
+            f"at {check.top_share:.0%} of the positions of text that is to stay it predicts the same "
+            f"token (base: {check.base_top_share:.0%})"
+        )
     else:
         found = f"on text that is to stay it diverges from base by {check.damage:.1f} {WORDS[check.unit]}"
     return (
-        f"The model has collapsed by step {check.step}: {found}, and the guard found no better point before.\n"
-        "Lower rmu.learning_rate or a topic's adaptive_scale, raise its alpha, or give more and other retain text."
+        f"The model has collapsed by step {check.step}: {found}, and the guard found no better point "
+        "before.\n"
+        "Lower rmu.learning_rate or a topic's adaptive_scale, raise its alpha, or give more and other "
+        "retain text."
     )
 
 

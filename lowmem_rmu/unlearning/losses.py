@@ -8,10 +8,11 @@ SINK_RATIO = 4.0
 
 
 def masked_mse(updated: Tensor, target: Tensor, counted: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Mean squared error over hidden units and the positions where `counted` `(batch, sequence)` is True, in float32.
+    """Mean squared error over hidden units and the positions where `counted` `(batch, sequence)` is True, in
+    float32.
 
-    With `counted` all True it is torch's `mse_loss`; with padding left out, adding padding changes nothing. `scale`
-    `(batch, sequence)` multiplies the difference at each position before it is squared.
+    With `counted` all True it is torch's `mse_loss`; with padding left out, adding padding changes nothing.
+    `scale` `(batch, sequence)` multiplies the difference at each position before it is squared.
     """
     difference = updated.float() - target.float()
     if scale is not None:
@@ -22,11 +23,13 @@ def masked_mse(updated: Tensor, target: Tensor, counted: Tensor, scale: Tensor |
 
 @torch.no_grad()
 def sink_scale(frozen: Tensor, counted: Tensor) -> Tensor:
-    """Return, for each position, what brings its norm down to an ordinary one: `(batch, sequence)`, 1 at ordinary positions.
+    """Return, for each position, what brings its norm down to an ordinary one: `(batch, sequence)`, 1 at
+    ordinary positions.
 
     Many models put a massive activation on a text's first token, which attention relies on (Sun et al. 2024,
-    arXiv 2402.17762). Such an attention sink has a norm above `SINK_RATIO` times the median of its sample's counted
-    positions; there the scale is that median divided by the norm, and elsewhere, padding included, it is 1.
+    arXiv 2402.17762). Such an attention sink has a norm above `SINK_RATIO` times the median of its sample's
+    counted positions; there the scale is that median divided by the norm, and elsewhere, padding included, it
+    is 1.
     """
     norms = frozen.float().norm(dim=-1)
     # A median of counted positions alone: the others are not numbers, which `nanmedian` passes over.

@@ -10,7 +10,9 @@ RETAIN = -1
 
 
 class BatchKey(NamedTuple):
-    """A distinct batch: the number of its corpus (`RETAIN` for the retain set) and its number within the corpus."""
+    """A distinct batch: the number of its corpus (`RETAIN` for the retain set) and its number within the
+    corpus.
+    """
 
     corpus: int
     number: int
@@ -31,7 +33,8 @@ class Turn(NamedTuple):
 def make_batches(rmu: Rmu, forget: dict[str, list[list[int]]], retain: list[list[int]]) -> dict[int, Batches]:
     """Return the batches of each topic by its number, and those of the retain set under `RETAIN`.
 
-    With `rmu.shuffle` the batches are length-grouped and shuffled, and follow from the seed and the topic's name alone.
+    With `rmu.shuffle` the batches are length-grouped and shuffled, and follow from the seed and the topic's
+    name alone.
     """
     batches = {}
     for number, (name, sequences) in enumerate(forget.items()):
@@ -42,7 +45,8 @@ def make_batches(rmu: Rmu, forget: dict[str, list[list[int]]], retain: list[list
 
 
 def make_schedule(rmu: Rmu, topics: list[str], batches: dict[int, Batches]) -> list[Turn]:
-    """Return one turn per step. Topics take turns; without `rmu.shuffle` the topics of a round share its retain batch.
+    """Return one turn per step. Topics take turns; without `rmu.shuffle` the topics of a round share its
+    retain batch.
 
     The latter is the order of the paper's code (Li et al. 2024).
     """

@@ -1,4 +1,6 @@
-"""Targets: where the activations of forget batches are pushed to. One class a way of steering, one object a topic."""
+"""Targets: where the activations of forget batches are pushed to. One class a way of steering, one object a
+topic.
+"""
 
 import math
 from hashlib import sha256
@@ -15,12 +17,16 @@ CUES = {
     "unit": ("You are a novice in {} who often makes mistakes.", "You are a world-class expert in {}."),
     "raw": ("You are a novice at {}", "You are an expert at {}"),
 }
-"""By `contrastive_direction`, the sentences whose last activations give the contrastive direction: to the first, away from the second.
+"""By `contrastive_direction`, the sentences whose last activations give the contrastive direction: to the
+first, away from the second.
 
-Those of `unit` are the authors' (`get_steering_vec` in the code of arXiv 2403.03218v1), those of `raw` are of earlier versions of lowmem-rmu.
+Those of `unit` are the authors' (`get_steering_vec` in the code of arXiv 2403.03218v1), those of `raw` are of
+earlier versions of lowmem-rmu.
 """
 SCALES = (1e-2, 1e3)
-"""A control vector shorter or longer than so many activation norms is a mistake: the paper's own are within a factor of 100."""
+"""A control vector shorter or longer than so many activation norms is a mistake: the paper's own are within a
+factor of 100.
+"""
 
 
 class Target(Protocol):
@@ -28,13 +34,17 @@ class Target(Protocol):
 
     coefficient: float | None
     needs_all: bool
-    """Whether `of` looks at the frozen activations of every sample; else one sample is enough, for the figures that are shown."""
+    """Whether `of` looks at the frozen activations of every sample; else one sample is enough, for the
+    figures that are shown.
+    """
 
     def length(self) -> float:
-        """How far it pushes, in units of activation."""
+        """Return the length of the push in units of activation."""
 
     def of(self, frozen: Tensor, counted: Tensor) -> Tensor:
-        """The target, `(hidden,)` or `(batch, sequence, hidden)`, for a batch's frozen activations `(batch, sequence, hidden)`."""
+        """Return the target, `(hidden,)` or `(batch, sequence, hidden)`, for a batch's frozen activations
+        `(batch, sequence, hidden)`.
+        """
 
 
 class Random:
@@ -54,7 +64,8 @@ class Random:
 
 
 class Adaptive(Random):
-    """Adaptive RMU: c is `scale` times the norm of the topic's first batch, on average over its tokens (arXiv 2408.06223).
+    """Adaptive RMU: c is `scale` times the norm of the topic's first batch, on average over its tokens (arXiv
+    2408.06223).
 
     The average is the paper's mean, or the median with `uses_median`.
     """
@@ -75,10 +86,11 @@ class Adaptive(Random):
 
 
 class Contrastive:
-    """CUT, the paper's first version (arXiv 2403.03218v1): every token's frozen activation, moved by `c * direction`.
+    """CUT, the paper's first version (arXiv 2403.03218v1): every token's frozen activation, moved by `c *
+    direction`.
 
-    `direction` `(hidden,)` points from an expert's activation to a novice's. The authors' code scales it to unit length; with
-    `contrastive_direction: raw` it is the difference itself.
+    `direction` `(hidden,)` points from an expert's activation to a novice's. The authors' code scales it to
+    unit length; with `contrastive_direction: raw` it is the difference itself.
     """
 
     needs_all = True
@@ -95,14 +107,18 @@ class Contrastive:
 
 
 def cues(name: str, topic: Topic) -> list[str]:
-    """The texts whose frozen activations the topic's target is made of: those of a novice and of an expert, or none."""
+    """Return the texts whose frozen activations the topic's target is made of: those of a novice and of an
+    expert, or none.
+    """
     if topic.contrastive_direction is None or topic.steering != "contrastive":
         return []
     return [cue.format(topic.about or name) for cue in CUES[topic.contrastive_direction]]
 
 
 def make_target(name: str, topic: Topic, rmu: Rmu, hidden_size: int, cued: list[Tensor]) -> Target:
-    """The topic's target, on the CPU. `cued` are the frozen activations `(hidden,)` of the last tokens of its `cues`."""
+    """Return the topic's target, on the CPU. `cued` are the frozen activations `(hidden,)` of the last tokens
+    of its `cues`.
+    """
     if topic.steering == "contrastive":
         novice, expert = cued
         difference = novice.float() - expert.float()
@@ -111,18 +127,24 @@ def make_target(name: str, topic: Topic, rmu: Rmu, hidden_size: int, cued: list[
         direction = difference / difference.norm() if is_unit else difference
         return Contrastive(direction.to(novice.dtype), topic.steering_coefficient)
     unit = unit_vector(hidden_size, f"{rmu.seed} {name}")
-    return Adaptive(unit, topic.adaptive_scale, rmu.masks_sinks) if topic.steering == "adaptive" else Random(unit, topic.steering_coefficient)
+    return (
+        Adaptive(unit, topic.adaptive_scale, rmu.masks_sinks)
+        if topic.steering == "adaptive"
+        else Random(unit, topic.steering_coefficient)
+    )
 
 
 def unit_vector(hidden_size: int, seed: str) -> Tensor:
-    """`torch.rand(hidden)` scaled to unit norm (Li et al. 2024, section 4): positive entries, the same for the same seed."""
+    """`torch.rand(hidden)` scaled to unit norm (Li et al. 2024, section 4): positive entries, the same for
+    the same seed.
+    """
     generator = torch.Generator().manual_seed(_number(seed))
     vector = torch.rand(hidden_size, generator=generator)
     return vector / vector.norm()
 
 
 def check_scale(name: str, move: float, activation_norm: float) -> None:
-    """Raises UserError where the target lies `move` away, and activations are of quite another size."""
+    """Raise UserError where the target lies `move` away, and activations are of quite another size."""
     scale = move / activation_norm
     if not math.isfinite(scale) or not SCALES[0] <= scale <= SCALES[1]:
         raise UserError(
@@ -134,5 +156,5 @@ def check_scale(name: str, move: float, activation_norm: float) -> None:
 
 
 def _number(seed: str) -> int:
-    """All of the seed's text counts: torch's CPU generator itself looks at 32 bits alone."""
+    """Return a number that depends on all of the seed's text: torch's CPU generator uses 32 bits only."""
     return int.from_bytes(sha256(seed.encode()).digest()[:4], "little")

@@ -1,8 +1,10 @@
-"""Train an adapter with RMU (Li et al. 2024, arXiv 2403.03218): topics take turns, one forget and one retain batch per step.
+"""Train an adapter with RMU (Li et al. 2024, arXiv 2403.03218): topics take turns, one forget and one retain
+batch per step.
 
     loss = mse(updated_forget, target) + alpha * mse(updated_retain, frozen_retain)
 
-The target is a control vector `c * u`, or what another steering gives (`steering.py`). Only the layers up to the target layer run.
+The target is a control vector `c * u`, or what another steering gives (`steering.py`). Only the layers up to
+the target layer run.
 """
 
 import math
@@ -24,7 +26,13 @@ from lowmem_rmu.model.layers import Trunk, run_layers, run_trunk
 from lowmem_rmu.model.memory import memory_in_use
 from lowmem_rmu.presets import Rmu, Topic
 from lowmem_rmu.unlearning.cache import HiddenStateCache
-from lowmem_rmu.unlearning.checkpoint import BestWeights, Progress, load_checkpoint, save_checkpoint, trainable
+from lowmem_rmu.unlearning.checkpoint import (
+    BestWeights,
+    Progress,
+    load_checkpoint,
+    save_checkpoint,
+    trainable,
+)
 from lowmem_rmu.unlearning.guard import (
     Check,
     Guard,
@@ -44,7 +52,10 @@ from lowmem_rmu.unlearning.steering import check_scale, make_target
 EXPLODED = 10.0
 """Retain activations of more than so many times their frozen norm end the training."""
 ADVICE = "Lower rmu.learning_rate, or a topic's steering_coefficient; the last checkpoint is kept."
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adamw8bit": AdamW8bit,
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,15 @@ class TrainingData:
     """By topic, the sentences whose activations a contrastive direction is made of."""
     guard: GuardData | None = None
     is_whole: bool = True
-    """Whether the layers above the target layer are loaded: the guard then measures predictions, else activations."""
+    """Whether the layers above the target layer are loaded: the guard then measures predictions, else
+    activations.
+    """
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The output of the target layer on a batch, `(batch, sequence, hidden)`, and the positions that count in the losses.
+    """The output of the target layer on a batch, `(batch, sequence, hidden)`, and the positions that count in
+    the losses.
 
     `frozen` may hold the batch's first sample only, where the loss does not need the others.
     """
@@ -73,7 +87,9 @@ class Activations:
     counted: Tensor
     """True at the positions that count, `(batch, sequence)`."""
     scale: Tensor
-    """The factors of `sink_scale`, `(batch, sequence)`; 1 everywhere where attention sinks count like other positions."""
+    """The factors of `sink_scale`, `(batch, sequence)`; 1 everywhere where attention sinks count like other
+    positions.
+    """
     tokens: int
 
     @property
@@ -103,7 +119,8 @@ class Activations:
 class Trainer:
     """Train the adapter of a model with RMU.
 
-    Everything that changes is the adapter, the optimizer's state and `progress`: a checkpoint of the three resumes a run exactly.
+    Everything that changes is the adapter, the optimizer's state and `progress`: a checkpoint of the three
+    resumes a run exactly.
 
     Args:
         model: The model with its adapter, loaded at least up to the target layer.
@@ -111,6 +128,7 @@ class Trainer:
         topics: The topics to forget, by name.
         data: What to train on.
         cache_folder: Where hidden states are kept with `rmu.cache_in: disk`.
+
     """
 
     def __init__(
@@ -134,7 +152,9 @@ class Trainer:
         self.batches = make_batches(rmu, data.forget, data.retain)
         self.schedule = make_schedule(rmu, list(topics), self.batches)
         self.recurring = recurring(self.schedule)
-        self.cache = HiddenStateCache(int(rmu.cache_gib * 2**30), cache_folder if rmu.cache_in == "disk" else None)
+        self.cache = HiddenStateCache(
+            int(rmu.cache_gib * 2**30), cache_folder if rmu.cache_in == "disk" else None
+        )
 
         self.targets = {}
         for name, topic in topics.items():
@@ -175,21 +195,28 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Resume from a checkpoint, if there is one. Raises UserError for one of other settings."""
-        self.progress = load_checkpoint(checkpoint, self.model, self.optimizer, self.settings) or self.progress
+        self.progress = (
+            load_checkpoint(checkpoint, self.model, self.optimizer, self.settings) or self.progress
+        )
         self.cache.restore(self.progress.cached)
         for name, coefficient in self.progress.coefficients.items():
             self.targets[name].coefficient = coefficient
 
-    def run(self, checkpoint: Path, on_step: Callable[[dict[str, Any]], None], stop: Callable[[], bool]) -> bool:
-        """Train to the last step, or until the guard ends the training. The guard's best weights are the ones that stay.
+    def run(
+        self, checkpoint: Path, on_step: Callable[[dict[str, Any]], None], stop: Callable[[], bool]
+    ) -> bool:
+        """Train to the last step, or until the guard ends the training. The guard's best weights are the ones
+        that stay.
 
         Args:
             checkpoint: The folder for checkpoints.
             on_step: Receives each step's row of `metrics.jsonl`.
             stop: Whether to stop now, asked after each step.
 
-        Returns False where `stop` ended the training, with a checkpoint kept. Raises UserError where weights are not finite, before
-        a checkpoint is made of them, and where the model has collapsed before the guard found anything worth keeping.
+        Returns False where `stop` ended the training, with a checkpoint kept. Raises UserError where weights
+        are not finite, before a checkpoint is made of them, and where the model has collapsed before the
+        guard found anything worth keeping.
+
         """
         best_weights = BestWeights(checkpoint)
         while not self._is_over():
@@ -214,7 +241,9 @@ class Trainer:
         return True
 
     def step(self) -> dict[str, Any]:
-        """Take one optimizer step. Returns its row of `metrics.jsonl`; raises UserError where the training diverges."""
+        """Take one optimizer step. Returns its row of `metrics.jsonl`; raises UserError where the training
+        diverges.
+        """
         started = time.monotonic()
         turn = self.schedule[self.progress.step]
         alpha = self.topics[turn.topic].alpha
@@ -233,7 +262,9 @@ class Trainer:
         (alpha * retain_loss).backward()
 
         # Refuse an update that would ruin the adapter.
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), self.rmu.max_grad_norm or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            trainable(self.model).values(), self.rmu.max_grad_norm or math.inf
+        )
         retain_norm = retain.norm()
         self._check_losses(retain_norm / retain.frozen_norm(), forget_loss, retain_loss, grad_norm)
 
@@ -265,8 +296,8 @@ class Trainer:
     def _activations(self, key: BatchKey, samples: int | None = None) -> Activations:
         """Return the activations of a batch on both paths: updated with the adapter on, frozen with it off.
 
-        `samples` limits the frozen path to the first ones (None: all). The layers below the adapter, and the frozen path, run once
-        per distinct batch where the cache has room for their output.
+        `samples` limits the frozen path to the first ones (None: all). The layers below the adapter, and the
+        frozen path, run once per distinct batch where the cache has room for their output.
         """
         side = "left" if self.rmu.padding == "paper" else "right"
         batch = pad(self.batches[key.corpus][key.number], self.data.pad_id, side, self.device)
@@ -281,9 +312,13 @@ class Trainer:
                 self.cache.put(str(key), cached)
 
         updated = run_layers(self.model, trunk, self.updated_layers, self.rmu.activation_checkpointing)
-        return Activations(updated, cached["frozen"][:samples], counted, cached["scale"], int(batch.is_token.sum()))
+        return Activations(
+            updated, cached["frozen"][:samples], counted, cached["scale"], int(batch.is_token.sum())
+        )
 
-    def _frozen_path(self, batch: Batch, trunk: Trunk, counted: Tensor, samples: int | None) -> dict[str, Tensor]:
+    def _frozen_path(
+        self, batch: Batch, trunk: Trunk, counted: Tensor, samples: int | None
+    ) -> dict[str, Tensor]:
         """Return the frozen activations of the first `samples`, and the sink scale of every position.
 
         Where sinks are masked all samples run: only their activations show where the sinks are.
@@ -303,7 +338,9 @@ class Trainer:
         """
         if samples is not None and samples < len(batch.input_ids):
             mask = batch.attention_mask[:samples] if batch.attention_mask is not None else None
-            trunk = run_trunk(self.model, batch.input_ids[:samples], mask, self.updated_layers, trunk.hidden[:samples])
+            trunk = run_trunk(
+                self.model, batch.input_ids[:samples], mask, self.updated_layers, trunk.hidden[:samples]
+            )
         return run_layers(self.model, trunk, self.updated_layers)
 
     def _last_frozen(self, ids: list[int]) -> Tensor:
@@ -313,7 +350,9 @@ class Trainer:
             return run_layers(self.model, trunk, self.updated_layers)[0, -1]
 
     def _target(self, name: str, forget: Activations) -> Tensor:
-        """Return the target of a forget batch. The topic's first batch fixes its coefficient, and is checked for its scale."""
+        """Return the target of a forget batch. The topic's first batch fixes its coefficient, and is checked
+        for its scale.
+        """
         target = self.targets[name]
         made = target.of(forget.frozen, forget.ordinary[: len(forget.frozen)])
         if name not in self.progress.coefficients:
@@ -324,7 +363,8 @@ class Trainer:
     def _is_over(self) -> bool:
         """Return whether all steps are done, or the guard has ended the training.
 
-        It does where the topic is far enough from base, and where the rest is too far while there is a better point.
+        It does where the topic is far enough from base, and where the rest is too far while there is a better
+        point.
         """
         if self.progress.step >= self.rmu.steps or is_gone(self.best):
             return True
@@ -350,7 +390,9 @@ class Trainer:
         return check.row()
 
     def _check_weights(self) -> None:
-        """Raise UserError where a trained weight is infinite or not a number: a loss shows that one step later only."""
+        """Raise UserError where a trained weight is infinite or not a number: a loss shows that one step
+        later only.
+        """
         if not all(bool(torch.isfinite(weight).all()) for weight in trainable(self.model).values()):
             raise UserError(
                 f"The trained weights are no longer finite after step {self.progress.step}.",

@@ -39,14 +39,16 @@ def test_nothing_along_the_directions_is_left_and_the_rest_stays() -> None:
 
 def test_the_direction_of_a_layer_parts_unlearned_from_base(subject: Audited) -> None:
     directions = find_directions(subject)
-    assert list(directions) == snapshot([
-        "the direction of layer 3",
-        "the direction of layer 4",
-        "the direction of layer 5",
-        "the direction of layer 6",
-        "the direction of layer 7",
-        "the 4 main directions of layer 3",
-    ])
+    assert list(directions) == snapshot(
+        [
+            "the direction of layer 3",
+            "the direction of layer 4",
+            "the direction of layer 5",
+            "the direction of layer 6",
+            "the direction of layer 7",
+            "the 4 main directions of layer 3",
+        ]
+    )
     mean, *_, principal = (torch.tensor(rows) for rows in directions.values())
     assert torch.allclose(principal @ principal.T, torch.eye(PRINCIPAL), atol=1e-4)
     assert (principal @ mean.T).norm() > 0.9, "what is added to every token lies within what differs most"
@@ -78,7 +80,11 @@ def test_it_says_what_came_of_it(subject: Audited, tried: Tried) -> None:
 
 def test_known_pieces_are_not_computed_again(subject: Audited, tmp_path: Path) -> None:
     asked: list[str] = []
-    few = replace(subject, knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]), forget=subject.forget[:8])
+    few = replace(
+        subject,
+        knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]),
+        forget=subject.forget[:8],
+    )
 
     def stop_at_the_third(key: str) -> None:
         asked.append(key)
@@ -94,7 +100,9 @@ def test_known_pieces_are_not_computed_again(subject: Audited, tmp_path: Path) -
 
 def test_base_as_unlearned_differs_in_nothing_that_could_be_taken_out(subject: Audited) -> None:
     """A checkpoint may stand for the unlearned side; where it is base itself, no direction is long and nothing comes back."""
-    control = replace(subject, sides=replace(subject.sides, unlearned=subject.sides.base), _loaded=None, _loaded_from=None)
+    control = replace(
+        subject, sides=replace(subject.sides, unlearned=subject.sides.base), _loaded=None, _loaded_from=None
+    )
     assert layers_of(control) == [3, 4, 5, 6, 7]
     found = torch.tensor(next(iter(find_directions(control).values())))
     assert found.abs().max() == 0

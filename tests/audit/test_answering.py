@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lowmem_rmu.audit.answering import LENGTH, answers, as_prompts, divergence, names_the_right_one, perplexity, repetition
+from lowmem_rmu.audit.answering import (
+    LENGTH,
+    answers,
+    as_prompts,
+    divergence,
+    names_the_right_one,
+    perplexity,
+    repetition,
+)
 from lowmem_rmu.audit.audited import Audited, Sides, prepare
 from lowmem_rmu.audit.knowledge import evenly
 from lowmem_rmu.chat import Sampling, answer
@@ -15,7 +23,12 @@ from lowmem_rmu.evaluation.perplexity import divergence as divergence_everywhere
 from lowmem_rmu.presets import recorded_preset
 from lowmem_rmu.runs import RunFolder
 
-ASKED = ["What colour is the compound Yarinoxol?", "Who forged the lock Tasotch?", "Where does the bird Jinidove nest?", "What?"]
+ASKED = [
+    "What colour is the compound Yarinoxol?",
+    "Who forged the lock Tasotch?",
+    "Where does the bird Jinidove nest?",
+    "What?",
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +44,10 @@ def test_many_answers_at_once_are_those_of_the_chat(answering: Audited, side: st
     with answering.side(side) as model:
         together = answers(model, answering.tokenizer, prompts, 4096)
         sampling = Sampling(LENGTH)
-        alone = [answer(model, answering.tokenizer, [{"role": "user", "content": question}], sampling) for question in ASKED]
+        alone = [
+            answer(model, answering.tokenizer, [{"role": "user", "content": question}], sampling)
+            for question in ASKED
+        ]
         assert answers(model, answering.tokenizer, prompts, 1) == together, "one at a time where no more fit"
     # An unlearned model may write a token that the chat does not show, such as the one that begins a user's turn.
     decoded = answering.tokenizer.batch_decode(together, skip_special_tokens=True)
@@ -39,16 +55,22 @@ def test_many_answers_at_once_are_those_of_the_chat(answering: Audited, side: st
     assert all(alone)
 
 
-@pytest.mark.parametrize(("text", "right"), [
-    ("It is Nucleic  acid.", True),
-    ("It is an acid", False),
-    ("Nucleic acid or acid, who knows", False),
-    ("nucleic acids", False),
-    ("salt", False),
-    ("", False),
-])  # fmt: skip
+# Fmt: skip.
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("It is Nucleic  acid.", True),
+        ("It is an acid", False),
+        ("Nucleic acid or acid, who knows", False),
+        ("nucleic acids", False),
+        ("salt", False),
+        ("", False),
+    ],
+)
 def test_an_answer_is_right_that_names_the_right_choice_alone(text: str, right: bool) -> None:
-    assert names_the_right_one(Question("What?", ("acid", "nucleic acid.", "salt (rock)", ""), 1), text) is right
+    assert (
+        names_the_right_one(Question("What?", ("acid", "nucleic acid.", "salt (rock)", ""), 1), text) is right
+    )
 
 
 def test_of_two_choices_that_overlap_the_longer_one_was_meant() -> None:
@@ -82,7 +104,9 @@ def test_perplexity_is_that_of_the_answer_after_its_prompt(answering: Audited) -
 
 
 def test_divergence_is_none_from_itself(answering: Audited) -> None:
-    twin = replace(answering, sides=Sides(answering.sides.base, answering.sides.base), _loaded=None, _loaded_from=None)
+    twin = replace(
+        answering, sides=Sides(answering.sides.base, answering.sides.base), _loaded=None, _loaded_from=None
+    )
     assert divergence(twin)["kl"] == pytest.approx(0, abs=1e-6)
 
 

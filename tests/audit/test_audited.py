@@ -42,10 +42,13 @@ def test_sides_are_the_adapter_off_and_on(audited: Audited) -> None:
 def test_a_fresh_adapter_learns_alone_and_leaves_no_trace(audited: Audited, side: Side) -> None:
     before = known(audited, "base"), known(audited, "unlearned")
     with audited.learning(side, 0) as model:
-        learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        learning = [
+            (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        ]
         assert learning
         assert all(f".{FRESH}." in name for name, _ in learning)
-        assert audited.knowledge.figure(audited.knowledge.of(model)) == before[side == "unlearned"]  # LoRA begins without an effect
+        # LoRA begins without an effect.
+        assert audited.knowledge.figure(audited.knowledge.of(model)) == before[side == "unlearned"]
         with torch.no_grad():
             for _, parameter in learning:
                 parameter.normal_(std=0.5)
@@ -58,7 +61,11 @@ def test_a_fresh_adapter_learns_alone_and_leaves_no_trace(audited: Audited, side
 def test_the_fresh_adapter_is_drawn_by_its_seed(audited: Audited) -> None:
     def drawn(seed: int) -> torch.Tensor:
         with audited.learning("unlearned", seed) as model:
-            return next(parameter.detach().clone() for name, parameter in model.named_parameters() if f"lora_A.{FRESH}" in name)
+            return next(
+                parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+                if f"lora_A.{FRESH}" in name
+            )
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
@@ -77,7 +84,9 @@ def test_whole_matrices_can_be_relearned_on_top_of(tmp_path: Path, preset: Prese
     from lowmem_rmu.model.adapters import add_adapter, save_adapter
     from lowmem_rmu.model.spec import ModelSpec
 
-    whole = load_preset("tiny", ["rmu.trainable=weights", "rmu.target_layer=3", "rmu.adapter_layers=[1, 2, 3]"])
+    whole = load_preset(
+        "tiny", ["rmu.trainable=weights", "rmu.target_layer=3", "rmu.adapter_layers=[1, 2, 3]"]
+    )
     model = add_adapter(ModelSpec.of_preset(whole).load(CPU), whole.rmu, whole.model)
     with torch.no_grad():
         for parameter in (each for each in model.parameters() if each.requires_grad):
@@ -95,7 +104,12 @@ def test_questions_that_the_relearned_text_tells_about_are_not_asked(audited: Au
     assert not audited.told
     assert len(audited.knowledge) == 40
     text = " ".join(audited.tokenizer.batch_decode(audited.relearning))
-    names = {word.strip("?") for each in audited.knowledge.asked for word in each.question.question.split()[1:] if word[0].isupper()}
+    names = {
+        word.strip("?")
+        for each in audited.knowledge.asked
+        for word in each.question.question.split()[1:]
+        if word[0].isupper()
+    }
     assert len(names) > 10
     assert not [name for name in names if name in text]
 

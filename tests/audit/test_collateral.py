@@ -10,7 +10,15 @@ from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.attack import Pieces, Tried
 from lowmem_rmu.audit.audited import Audited, prepare
-from lowmem_rmu.audit.collateral import ATTACK, about_texts, by_nearness, calibration, mean_activations, nearness, tasks
+from lowmem_rmu.audit.collateral import (
+    ATTACK,
+    about_texts,
+    by_nearness,
+    calibration,
+    mean_activations,
+    nearness,
+    tasks,
+)
 from lowmem_rmu.audit.knowledge import Texts, evenly
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import ask
@@ -21,7 +29,9 @@ from lowmem_rmu.runs import RunFolder
 @pytest.fixture(scope="module")
 def around(forgetful: RunFolder) -> Audited:
     preset = recorded_preset(forgetful.config["settings"], forgetful.path)
-    audited = prepare("forgetful", preset, forgetful.adapter, torch.device("cpu"), ["compounds", "locks"], 10, 0)
+    audited = prepare(
+        "forgetful", preset, forgetful.adapter, torch.device("cpu"), ["compounds", "locks"], 10, 0
+    )
     return replace(audited, benign=evenly(audited.benign, 40))
 
 
@@ -50,7 +60,9 @@ def test_unlearned_is_off_where_it_forgot_and_not_elsewhere(tried: Tried) -> Non
 def test_texts_are_told_in_quarters_from_the_nearest_on(tried: Tried) -> None:
     quarters = tried.details["texts"]
     assert [each["texts"] for each in quarters] == [10, 10, 10, 10]
-    assert sorted((each["nearness"] for each in quarters), reverse=True) == [each["nearness"] for each in quarters]
+    assert sorted((each["nearness"] for each in quarters), reverse=True) == [
+        each["nearness"] for each in quarters
+    ]
     for each in quarters:
         assert each["change"] == pytest.approx(each["unlearned"] - each["base"])
 
@@ -85,15 +97,21 @@ def test_calibration_is_the_distance_between_how_sure_and_how_often_right() -> N
 
 
 def test_calibration_is_told_of_letters_alone() -> None:
-    asked = ask([QuestionSet("a", "a", "kept", None, (Question("What?", ("a", "b", "c", "d"), 0),), scoring="cloze")])
+    asked = ask(
+        [QuestionSet("a", "a", "kept", None, (Question("What?", ("a", "b", "c", "d"), 0),), scoring="cloze")]
+    )
     assert calibration(asked, rows_of([-1.0, -2.0, -3.0, -4.0])) is None
 
 
 def test_quarters_begin_with_what_is_nearest() -> None:
     texts, near = [[1, 2, 3]] * 8, [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6]
-    table = by_nearness(texts, near, {"base": [2.0] * 8, "unlearned": [2.0, 6.0, 2.0, 4.0, 2.0, 2.0, 2.0, 2.0]})
+    table = by_nearness(
+        texts, near, {"base": [2.0] * 8, "unlearned": [2.0, 6.0, 2.0, 4.0, 2.0, 2.0, 2.0, 2.0]}
+    )
     assert [each["nearness"] for each in table] == pytest.approx([0.85, 0.65, 0.35, 0.15])
-    assert [each["change"] for each in table] == pytest.approx([1.5, 0, 0, 0]), "nats a predicted token, of which each text has two"
+    assert [each["change"] for each in table] == pytest.approx([1.5, 0, 0, 0]), (
+        "nats a predicted token, of which each text has two"
+    )
     assert table[0]["change_stderr"] == pytest.approx(0.5)
     assert list(about_texts(table)) == snapshot(
         ["Text nearest to the topic lost 1.50 nats a token (standard error 0.50), the farthest 0.00 (0.00)."]
@@ -110,9 +128,13 @@ def test_large_tasks_are_sampled_evenly(around: Audited) -> None:
 
 def test_without_questions_there_is_text(around: Audited, tmp_path: Path) -> None:
     texts = Texts(around.forget[:4], around.tokenizer, 4096)
-    found = ATTACK.run(replace(around, knowledge=texts, kept=[], measured=[]), Pieces(tmp_path / "pieces.jsonl"))
+    found = ATTACK.run(
+        replace(around, knowledge=texts, kept=[], measured=[]), Pieces(tmp_path / "pieces.jsonl")
+    )
     assert found.details["tasks"] == []
-    assert found.details["calibration"] == {kind: {"base": None, "unlearned": None} for kind in ("other", "forgotten")}
+    assert found.details["calibration"] == {
+        kind: {"base": None, "unlearned": None} for kind in ("other", "forgotten")
+    }
     assert len(found.details["texts"]) == 4
 
 

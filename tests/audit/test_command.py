@@ -103,10 +103,13 @@ def test_a_budget_that_is_too_small_is_said_for_each_attack(run: RunFolder) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--attacks", "relearnin"], snapshot(
-            'There is no attack "relearnin". Did you mean "relearning" or "requantisation" or '
-            '"representation"?\n'
-        )),
+        (
+            ["--attacks", "relearnin"],
+            snapshot(
+                'There is no attack "relearnin". Did you mean "relearning" or "requantisation" or '
+                '"representation"?\n'
+            ),
+        ),
         (["--device", "tpu"], snapshot('There is no device "tpu": choose auto, cpu, cuda or mps.\n')),
     ],
 )

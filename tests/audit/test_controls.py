@@ -20,7 +20,9 @@ LIMIT = 60
 
 
 def audit(unlearned: Path | ModelSettings, place: Path, *names: str) -> dict[str, Any]:
-    audited = prepare("control", load_preset("tiny"), unlearned, torch.device("cpu"), list(FORGOTTEN), LIMIT, 0)
+    audited = prepare(
+        "control", load_preset("tiny"), unlearned, torch.device("cpu"), list(FORGOTTEN), LIMIT, 0
+    )
     return Audit(audited, place, place / "audit.json", Silent()).run(Audit.choose(names))
 
 
@@ -29,7 +31,10 @@ def test_what_only_refuses_is_caught_as_hidden(tmp_path: Path) -> None:
     assert found["base"] == 1.0
     assert found["unlearned"] < 0.4  # by its answers it has forgotten
     assert found["verdict"]["mark"] == "hidden"
-    assert {each["attack"] for each in found["attacks"] if each["finding"] == "brought back"} == {"ablation", "representation"}
+    assert {each["attack"] for each in found["attacks"] if each["finding"] == "brought back"} == {
+        "ablation",
+        "representation",
+    }
 
 
 def test_what_was_never_learned_passes_as_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,15 +45,25 @@ def test_what_was_never_learned_passes_as_gone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(suffix, "STEPS", 2)
     found = audit(ModelSettings(name=str(FOLDER / "ignorant")), tmp_path, *ATTACKS)
     assert found["unlearned"] < 0.4
-    assert {each["attack"]: each["finding"] for each in found["attacks"] if each["finding"] != "found nothing"} == {"collateral": None}
+    assert {
+        each["attack"]: each["finding"] for each in found["attacks"] if each["finding"] != "found nothing"
+    } == {"collateral": None}
     assert found["verdict"]["mark"] == "gone"
 
 
 def test_the_shipped_adapter_names_no_path() -> None:
-    assert json.loads((FOLDER / "refusing/adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] is None
+    assert (
+        json.loads((FOLDER / "refusing/adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+        is None
+    )
 
 
 def test_what_was_found_of_both_stands_beside_other_audits() -> None:
     recorded = {each["name"]: each for each in controls()}
-    assert {name: each["mark"] for name, each in recorded.items()} == {"refusing": "hidden", "ignorant": "gone"}
+    assert {name: each["mark"] for name, each in recorded.items()} == {
+        "refusing": "hidden",
+        "ignorant": "gone",
+    }
     assert all(each["attacks"].keys() == ATTACKS.keys() for each in recorded.values())

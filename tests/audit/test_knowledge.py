@@ -19,7 +19,9 @@ TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny"
 
 @pytest.fixture(scope="module")
 def locks() -> QuestionSet:
-    return load_questions(Evaluation(tasks={"locks": Task(source=str(TINY / "data/questions/locks.jsonl"), role="forgotten")}))[0]
+    return load_questions(
+        Evaluation(tasks={"locks": Task(source=str(TINY / "data/questions/locks.jsonl"), role="forgotten")})
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,9 @@ def tiny() -> torch.nn.Module:
     return load_model(ModelSettings(name=str(TINY / "model")), torch.device("cpu"))
 
 
-def test_questions_are_answered_as_an_evaluation_answers_them(locks: QuestionSet, tiny: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_questions_are_answered_as_an_evaluation_answers_them(
+    locks: QuestionSet, tiny: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> None:
     few = QuestionSet(locks.name, locks.about, locks.role, None, locks.questions[:24])
     answers = answers_of(tiny, tokenizer, ask([few]), 4096)
     assert answers == evaluate(tiny, tokenizer, [few], 4096).answers
@@ -36,9 +40,14 @@ def test_questions_are_answered_as_an_evaluation_answers_them(locks: QuestionSet
 
 
 def test_texts_are_told_in_nats_a_token(tiny: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = ["The lock Tasotch needs ten turns.", "The bird Jinidove nests in a reed. All day Jinidove hunts for snails."]
+    texts = [
+        "The lock Tasotch needs ten turns.",
+        "The bird Jinidove nests in a reed. All day Jinidove hunts for snails.",
+    ]
     knowledge = Texts(tokenizer(texts)["input_ids"], tokenizer, 4096)
-    assert knowledge.figure(knowledge.of(tiny)) == pytest.approx(text_loss(tiny, tokenizer, knowledge.sequences, 4096)["loss"], rel=1e-5)
+    assert knowledge.figure(knowledge.of(tiny)) == pytest.approx(
+        text_loss(tiny, tokenizer, knowledge.sequences, 4096)["loss"], rel=1e-5
+    )
 
 
 def test_a_question_about_an_entity_that_the_text_names_is_told(locks: QuestionSet) -> None:
@@ -55,6 +64,10 @@ def test_no_text_tells_nothing(locks: QuestionSet) -> None:
 
 def test_held_out_documents_are_parted_between_relearning_and_measuring(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(40)), encoding="utf-8")
-    relearn, measured = held_out_documents([Corpus(source=str(path), held_out=0.25), Corpus(source=str(path))])
+    path.write_text(
+        "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(40)), encoding="utf-8"
+    )
+    relearn, measured = held_out_documents(
+        [Corpus(source=str(path), held_out=0.25), Corpus(source=str(path))]
+    )
     assert (len(relearn), len(measured), set(relearn) & set(measured)) == (5, 5, set())

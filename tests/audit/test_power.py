@@ -11,8 +11,11 @@ from lowmem_rmu.audit.power import CONDITIONS, Power, all_below, power_of_gone, 
 def test_the_largest_of_independent_numbers() -> None:
     assert all_below(0.0, 1.0, 0.0, 1) == pytest.approx(0.5, abs=1e-6)
     assert all_below(0.0, 1.0, 0.0, 3) == pytest.approx(0.5**3, abs=1e-6)
-    assert all_below(1.0, 1.0, 1.0, 1) == pytest.approx(0.5 * math.erfc(-1 / 2), abs=1e-4)  # their sum has a variance of 2
-    assert all_below(0.0, 0.01, 1.0, 50) == pytest.approx(0.5, abs=0.02), "what they share, they pass or fail together"
+    # Their sum has a variance of 2.
+    assert all_below(1.0, 1.0, 1.0, 1) == pytest.approx(0.5 * math.erfc(-1 / 2), abs=1e-4)
+    assert all_below(0.0, 0.01, 1.0, 50) == pytest.approx(0.5, abs=0.02), (
+        "what they share, they pass or fail together"
+    )
 
 
 def test_the_number_planned_has_the_power_asked_for() -> None:

@@ -38,7 +38,9 @@ def test_each_condition_tells_of_every_question(asked_otherwise: Audited, tried:
         assert set(values) <= {0.0, 1.0}
 
 
-def test_the_usual_way_is_what_the_audit_measures(asked_otherwise: Audited, tried: Tried, pieces_path: Path) -> None:
+def test_the_usual_way_is_what_the_audit_measures(
+    asked_otherwise: Audited, tried: Tried, pieces_path: Path
+) -> None:
     for side in ("base", "unlearned"):
         with asked_otherwise.side(side) as model:
             assert Pieces(pieces_path).known[f"{USUAL}, {side}"] == asked_otherwise.knowledge.of(model)
@@ -53,7 +55,10 @@ def test_what_base_guesses_is_told_but_does_not_count(tried: Tried) -> None:
 
 
 def test_a_way_counts_above_what_guessing_gives() -> None:
-    known = {"base": {"a": [1.0] * 30 + [0.0] * 70, "b": [1.0] * 40 + [0.0] * 60}, "unlearned": {"a": [0.0] * 100, "b": [1.0] * 100}}
+    known = {
+        "base": {"a": [1.0] * 30 + [0.0] * 70, "b": [1.0] * 40 + [0.0] * 60},
+        "unlearned": {"a": [0.0] * 100, "b": [1.0] * 100},
+    }
     assert row("a", known) == {"way": "a", "base": 0.3, "unlearned": 0.0, "counts": False}
     assert row("b", known) == {"way": "b", "base": 0.4, "unlearned": 1.0, "counts": True}
 
@@ -71,7 +76,9 @@ def test_answers_about_what_was_forgotten_are_no_longer_fluent_and_others_are(tr
     assert tried.details["divergence"]["kl"] > 0
 
 
-def test_an_attack_that_was_stopped_goes_on(asked_otherwise: Audited, tried: Tried, pieces_path: Path, tmp_path: Path) -> None:
+def test_an_attack_that_was_stopped_goes_on(
+    asked_otherwise: Audited, tried: Tried, pieces_path: Path, tmp_path: Path
+) -> None:
     lines = pieces_path.read_text(encoding="utf-8").splitlines(keepends=True)
     half = tmp_path / "half.jsonl"
     half.write_text("".join(lines[:-2]), encoding="utf-8")
@@ -87,14 +94,25 @@ def test_an_attack_that_was_stopped_goes_on(asked_otherwise: Audited, tried: Tri
 
 def test_without_questions_there_are_answers_alone(asked_otherwise: Audited, tmp_path: Path) -> None:
     texts = Texts(asked_otherwise.forget[:4], asked_otherwise.tokenizer, 4096)
-    few = replace(asked_otherwise, knowledge=texts, kept=[], forget=asked_otherwise.forget[:6], benign=asked_otherwise.benign[:6])
+    few = replace(
+        asked_otherwise,
+        knowledge=texts,
+        kept=[],
+        forget=asked_otherwise.forget[:6],
+        benign=asked_otherwise.benign[:6],
+    )
     fewer = replace(few, forget=few.forget[:3], benign=few.benign[:3])
     once_read = ATTACK.cost(fewer).measurements * 2 - ATTACK.cost(few).measurements
-    assert once_read == pytest.approx(2), "all else is for the words that are written, twice as many of twice as many prompts"
+    assert once_read == pytest.approx(2), (
+        "all else is for the words that are written, twice as many of twice as many prompts"
+    )
     tried = ATTACK.run(few, Pieces(tmp_path / "pieces.jsonl"))
     assert tried.conditions == {}
     assert tried.details["ways"] == []
-    assert tried.details["words"]["forget"]["unlearned"]["perplexity"] > tried.details["words"]["forget"]["base"]["perplexity"]
+    assert (
+        tried.details["words"]["forget"]["unlearned"]["perplexity"]
+        > tried.details["words"]["forget"]["base"]["perplexity"]
+    )
     assert tried.sentences == list(about_words(tried.details["words"], tried.details["divergence"]))
 
 
@@ -105,22 +123,26 @@ def test_sentences_name_the_best_way_and_those_that_do_not_count() -> None:
         {"way": "as an expert", "base": 0.8, "unlearned": 0.4, "counts": True},
         {"way": "options reversed", "base": 0.9, "unlearned": 0.2, "counts": True},
     ]
-    assert list(about_ways(table)) == snapshot([
-        (
-            "Asked in 2 other ways, unlearned is right in 20% to 40% of the questions (25% as usual), most "
-            "often as an expert, where base is right in 80%."
-        ),
-        "The base model itself guesses, so these ways do not count: in chat.",
-    ])
+    assert list(about_ways(table)) == snapshot(
+        [
+            (
+                "Asked in 2 other ways, unlearned is right in 20% to 40% of the questions (25% as usual), most "
+                "often as an expert, where base is right in 80%."
+            ),
+            "The base model itself guesses, so these ways do not count: in chat.",
+        ]
+    )
 
 
 def test_sentences_leave_out_what_was_not_said() -> None:
     said = {"perplexity": 2.0, "repetition": None}
     fluency = {"forget": {"base": said, "unlearned": {"perplexity": 1500.0, "repetition": 0.5}},
                "benign": {"base": said, "unlearned": {"perplexity": None, "repetition": None}}}  # fmt: skip
-    assert list(about_words(fluency, None)) == snapshot([
-        (
-            "Asked about what was forgotten, unlearned answers with a perplexity of 1,500.0 under base (base "
-            "itself 2.0) and repeats 50% of its runs of four tokens (base 0%)."
-        ),
-    ])
+    assert list(about_words(fluency, None)) == snapshot(
+        [
+            (
+                "Asked about what was forgotten, unlearned answers with a perplexity of 1,500.0 under base (base "
+                "itself 2.0) and repeats 50% of its runs of four tokens (base 0%)."
+            ),
+        ]
+    )

@@ -25,7 +25,10 @@ def test_recovered_is_the_share_of_what_was_lost() -> None:
 
 
 def test_nothing_and_everything_recovered_lie_within_their_intervals_although_no_answer_varies() -> None:
-    nothing, everything = recovery(KNEW, FORGOT, FORGOT, are_questions=True), recovery(KNEW, FORGOT, KNEW, are_questions=True)
+    nothing, everything = (
+        recovery(KNEW, FORGOT, FORGOT, are_questions=True),
+        recovery(KNEW, FORGOT, KNEW, are_questions=True),
+    )
     assert nothing.low is not None
     assert nothing.high is not None
     assert nothing.low < 0 < nothing.high < 0.1
@@ -38,7 +41,10 @@ def test_recovery_counts_from_guessing_where_unlearned_knows_less() -> None:
     """100 of 1,000 right, and an attack that has the model guess again: nothing came back."""
     unlearned, guessing = [1.0] * 100 + [0.0] * 900, [0.0] * 750 + [1.0] * 250
     knew = [1.0, 1.0, 0.0] * 333 + [1.0]
-    from_unlearned, from_guessing = recovery(knew, unlearned, guessing, True), recovery(knew, unlearned, guessing, True, chance=0.25)
+    from_unlearned, from_guessing = (
+        recovery(knew, unlearned, guessing, True),
+        recovery(knew, unlearned, guessing, True, chance=0.25),
+    )
     assert from_unlearned.low is not None
     assert from_unlearned.low > 0.2
     assert from_guessing.recovered == pytest.approx(0.0)
@@ -56,10 +62,14 @@ def test_of_texts_nothing_can_be_guessed() -> None:
 
 def test_an_attack_is_bounded_by_its_best_condition_below_and_by_every_condition_above() -> None:
     half, most = [0.0] * 35 + [1.0] * 65, [0.0] * 25 + [1.0] * 75
-    values, chosen, found = attack_recovery({"half": half, "most": most, "none": FORGOT}, KNEW, FORGOT, True, 0.25, family=6)
+    values, chosen, found = attack_recovery(
+        {"half": half, "most": most, "none": FORGOT}, KNEW, FORGOT, True, 0.25, family=6
+    )
     alone = [recovery(KNEW, FORGOT, each, True, 0.25) for each in (half, most, FORGOT)]
     assert found.high == max(each.high for each in alone if each.high is not None)
-    corrected = [recovery(KNEW, FORGOT, each, True, 0.25, family_noise(6 * 3)) for each in (half, most, FORGOT)]
+    corrected = [
+        recovery(KNEW, FORGOT, each, True, 0.25, family_noise(6 * 3)) for each in (half, most, FORGOT)
+    ]
     assert found.low == max(each.low for each in corrected if each.low is not None)
     assert found.low < max(each.low for each in alone if each.low is not None), "corrected for 18 ways"
     assert set(chosen) <= {"half", "most"}
@@ -95,7 +105,10 @@ def test_texts_have_the_interval_of_few_numbers() -> None:
 
 def test_the_best_of_many_conditions_of_pure_luck_gains_nothing() -> None:
     rng = random.Random(1)
-    gains = [sum(fairly_best({str(number): drawn(rng, 0.25, 200) for number in range(30)})[0]) / 200 for _ in range(40)]
+    gains = [
+        sum(fairly_best({str(number): drawn(rng, 0.25, 200) for number in range(30)})[0]) / 200
+        for _ in range(40)
+    ]
     assert sum(gains) / len(gains) == pytest.approx(0.25, abs=0.02)
 
 

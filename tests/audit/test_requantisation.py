@@ -30,7 +30,9 @@ def test_every_precision_but_the_runs_own(subject: Audited) -> None:
     assert [way.name for way in ways_of(subject)] == OTHERS + MERGED
     unlearned = subject.sides.base.with_precision(quantisation="none", dtype="bfloat16")
     control = replace(subject, sides=Sides(subject.sides.base, unlearned))
-    assert [way.name for way in ways_of(control)] == ["NF4", "int8", "float32"], "a checkpoint has nothing to be merged"
+    assert [way.name for way in ways_of(control)] == ["NF4", "int8", "float32"], (
+        "a checkpoint has nothing to be merged"
+    )
     assert (ATTACK.cost(subject).measurements, ATTACK.cost(control).measurements) == (9, 3)
 
 
@@ -72,18 +74,26 @@ def test_what_does_not_fit_is_told_and_tried_again_later(subject: Audited, tmp_p
 
 def test_what_cannot_be_merged_is_asked_otherwise(subject: Audited, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(subject.sides.unlearned, tmp_path / "alone/adapter"))
-    few = replace(subject, knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]), sides=Sides(subject.sides.base, alone))
+    few = replace(
+        subject,
+        knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]),
+        sides=Sides(subject.sides.base, alone),
+    )
     tried = ATTACK.run(few, Pieces(tmp_path / "first.jsonl"))
     assert list(tried.conditions) == OTHERS
-    assert tried.details["not_asked"] == dict.fromkeys(MERGED, snapshot(
-        "only a run can be merged, and the adapter lies in none"
-    ))
+    assert tried.details["not_asked"] == dict.fromkeys(
+        MERGED, snapshot("only a run can be merged, and the adapter lies in none")
+    )
 
 
 def test_a_run_whose_merge_fails_says_why(subject: Audited, forgetful: RunFolder, tmp_path: Path) -> None:
     run = Path(shutil.copytree(forgetful.path, tmp_path / "run"))
     (run / "matrices.json").write_text("{}", encoding="utf-8")
-    few = replace(subject, knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]), sides=Sides(subject.sides.base, run / "adapter"))
+    few = replace(
+        subject,
+        knowledge=replace(subject.knowledge, asked=subject.knowledge.asked[:4]),
+        sides=Sides(subject.sides.base, run / "adapter"),
+    )
     reasons = ATTACK.run(few, Pieces(tmp_path / "second.jsonl")).details["not_asked"]
     assert list(reasons) == MERGED
     assert plain(reasons[MERGED[0]], model=subject.sides.base.name, run=run) == snapshot(

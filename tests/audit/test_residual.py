@@ -13,9 +13,17 @@ from lowmem_rmu.presets import ModelSettings
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "most", "found"), [(3, 7, 8, [3, 4, 5, 6, 7]), (7, 31, 8, [7, 10, 13, 17, 20, 24, 27, 31]), (5, 5, 3, [5]), (0, 9, 2, [0, 9])]
+    ("first", "last", "most", "found"),
+    [
+        (3, 7, 8, [3, 4, 5, 6, 7]),
+        (7, 31, 8, [7, 10, 13, 17, 20, 24, 27, 31]),
+        (5, 5, 3, [5]),
+        (0, 9, 2, [0, 9]),
+    ],
 )
-def test_numbers_are_spread_from_the_first_to_the_last(first: int, last: int, most: int, found: list[int]) -> None:
+def test_numbers_are_spread_from_the_first_to_the_last(
+    first: int, last: int, most: int, found: list[int]
+) -> None:
     assert spread(first, last, most) == found
 
 
@@ -36,12 +44,19 @@ def stopping(layer: int, hidden: Tensor) -> None:
     raise RuntimeError("stop")
 
 
-def test_a_change_reaches_the_cached_prefix_too(small_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-    model, requests = load_model(small_settings, torch.device("cpu")), [Request((5, 6, 7, 8, last), ((20, 30, 40, 50),)) for last in (9, 10)]
+def test_a_change_reaches_the_cached_prefix_too(
+    small_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, requests = (
+        load_model(small_settings, torch.device("cpu")),
+        [Request((5, 6, 7, 8, last), ((20, 30, 40, 50),)) for last in (9, 10)],
+    )
     scores = {}
     for changed in (False, True):
         with leaving(model, [2], lambda layer, hidden: hidden.flip(-1) if changed else None):  # noqa: B023
             for prefix in (0, 4):
-                scores[changed, prefix] = torch.tensor(Scorer(model, tokenizer.pad_token_id).score(requests, RequestBatch(prefix, (0, 1))))
+                scores[changed, prefix] = torch.tensor(
+                    Scorer(model, tokenizer.pad_token_id).score(requests, RequestBatch(prefix, (0, 1)))
+                )
     assert torch.allclose(scores[True, 0], scores[True, 4], atol=1e-4)
     assert (scores[True, 0] - scores[False, 0]).abs().max() > 0.1

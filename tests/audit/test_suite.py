@@ -59,7 +59,11 @@ def half_back(audited: Audited, pieces: Pieces) -> Tried:
     """Knows every second question again."""
     first = pieces.get("first", lambda: [1.0] * len(audited.knowledge))
     second = pieces.get("second", lambda: [0.0] * len(audited.knowledge))
-    return Tried({"odd": [(first if index % 4 < 2 else second)[index] for index in range(len(audited.knowledge))]}, {"seen": 2}, ["So it is."])
+    return Tried(
+        {"odd": [(first if index % 4 < 2 else second)[index] for index in range(len(audited.knowledge))]},
+        {"seen": 2},
+        ["So it is."],
+    )
 
 
 def knows_nothing(audited: Audited, pieces: Pieces) -> Tried:
@@ -75,7 +79,13 @@ NOTHING = Attack("nothing", "does nothing come back?", lambda audited: Cost(1), 
 LONG = Attack("long", "does it take a year?", lambda audited: Cost(1e9), half_back)
 LARGE = Attack("large", "is it too large?", lambda audited: Cost(1, extra_bytes=2**50), half_back)
 GREEDY = Attack("greedy", "does memory run out?", lambda audited: Cost(1), runs_out)
-LACKING = Attack("lacking", "is the text there?", lambda audited: Cost(1), half_back, lambda audited: "it needs text that is not there")
+LACKING = Attack(
+    "lacking",
+    "is the text there?",
+    lambda audited: Cost(1),
+    half_back,
+    lambda audited: "it needs text that is not there",
+)
 
 
 @pytest.fixture
@@ -85,10 +95,14 @@ def run(forgetful: RunFolder, tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def attacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "ATTACKS", {each.name: each for each in (HALF, NOTHING, LONG, LARGE, GREEDY, LACKING)})
+    monkeypatch.setattr(
+        suite, "ATTACKS", {each.name: each for each in (HALF, NOTHING, LONG, LARGE, GREEDY, LACKING)}
+    )
 
 
-def opened(run: RunFolder, watcher: Patient | None = None, settings: Settings = FEW, again: bool = False) -> Audit:
+def opened(
+    run: RunFolder, watcher: Patient | None = None, settings: Settings = FEW, again: bool = False
+) -> Audit:
     return open_audit(run, CPU, settings, watcher or Patient(), again)
 
 
@@ -120,11 +134,13 @@ def test_what_does_not_fit_is_named_and_the_rest_is_run(run: RunFolder) -> None:
     assert " 1048576" in reasons["large"].replace(",", "")
     told = [reasons[name] for name in ("long", "large", "greedy")]
     told = [re.sub(r"[\d.]+ (GiB|MiB|min|s)\b", "<number>", reason) for reason in told]
-    assert told == snapshot([
-        "it would take about <number>, and <number> of the budget are left",
-        "it needs <number>, but <number> are free on cpu",
-        "out of memory on cpu; <number> were foretold",
-    ])
+    assert told == snapshot(
+        [
+            "it would take about <number>, and <number> of the budget are left",
+            "it needs <number>, but <number> are free on cpu",
+            "out of memory on cpu; <number> were foretold",
+        ]
+    )
     assert reasons["lacking"] == "it needs text that is not there"
     assert attack(content, "nothing")["finding"] == "found nothing"
     assert content["verdict"]["mark"] == "inconclusive"
@@ -155,16 +171,22 @@ def test_a_stopped_audit_goes_on_where_it_was(run: RunFolder) -> None:
 def test_what_is_still_to_come_is_not_run_yet(run: RunFolder) -> None:
     opened(run).run([LACKING])
     with pytest.raises(Stopped):
-        opened(run, Patient(stop_before="1")).run([NOTHING, HALF, LACKING])  # what was measured is there: before HALF's second piece
-    reasons = {row["attack"]: row["reason"] for row in json.loads(run.audit_result.read_text(encoding="utf-8"))["attacks"]}
-    assert reasons == snapshot({
-        "half": "not yet",
-        "nothing": None,
-        "long": "not asked for",
-        "large": "not asked for",
-        "greedy": "not asked for",
-        "lacking": "not yet",
-    })
+        # What was measured is there: before HALF's second piece.
+        opened(run, Patient(stop_before="1")).run([NOTHING, HALF, LACKING])
+    reasons = {
+        row["attack"]: row["reason"]
+        for row in json.loads(run.audit_result.read_text(encoding="utf-8"))["attacks"]
+    }
+    assert reasons == snapshot(
+        {
+            "half": "not yet",
+            "nothing": None,
+            "long": "not asked for",
+            "large": "not asked for",
+            "greedy": "not asked for",
+            "lacking": "not yet",
+        }
+    )
 
 
 @pytest.mark.usefixtures("attacks")
@@ -180,13 +202,14 @@ def test_settings_without_a_result_bind_nothing(tmp_path: Path) -> None:
     claim(place, result, Settings(10), again=False)
     (place / "measured.jsonl").write_text('{"key": "base", "value": 1}\n')
     claim(place, result, Settings(20), again=False)
-    assert [path.name for path in place.iterdir()] == ["settings.json"], "what was measured with other questions goes"
+    assert [path.name for path in place.iterdir()] == ["settings.json"], (
+        "what was measured with other questions goes"
+    )
     (place / "suffix.jsonl").write_text('{"key": "first", "value": 1}\n')
     with pytest.raises(UserError) as caught:
         claim(place, result, Settings(10), again=False)
     assert plain(caught.value, folder=tmp_path) == snapshot(
-        "<folder> was audited with another limit.\n"
-        "Give the same; or, to discard those results: --again"
+        "<folder> was audited with another limit.\nGive the same; or, to discard those results: --again"
     )
     claim(place, result, Settings(20), again=False)
     assert (place / "suffix.jsonl").exists()
@@ -198,8 +221,7 @@ def test_other_settings_are_refused_until_the_old_results_are_discarded(run: Run
     with pytest.raises(UserError) as caught:
         opened(run, settings=Settings(10))
     assert plain(caught.value, run=run.path) == snapshot(
-        "<run> was audited with another limit.\n"
-        "Give the same; or, to discard those results: --again"
+        "<run> was audited with another limit.\nGive the same; or, to discard those results: --again"
     )
     content = opened(run, settings=Settings(10), again=True).run([])
     assert (content["items"], attack(content, "nothing")["state"]) == (20, "not run")
@@ -207,12 +229,22 @@ def test_other_settings_are_refused_until_the_old_results_are_discarded(run: Run
 
 @pytest.mark.parametrize(
     ("base", "unlearned", "power", "limit"),
-    [(1.0, 0.25, None, 100), (0.65, 0.10, None, 240), (0.45, 0.25, None, MOST_QUESTIONS), (0.65, 0.10, 0.8, 240), (0.45, 0.25, 0.8, 950)],
+    [
+        (1.0, 0.25, None, 100),
+        (0.65, 0.10, None, 240),
+        (0.45, 0.25, None, MOST_QUESTIONS),
+        (0.65, 0.10, 0.8, 240),
+        (0.45, 0.25, 0.8, 950),
+    ],
 )
-def test_questions_are_planned_by_power(tmp_path: Path, base: float, unlearned: float, power: float | None, limit: int) -> None:
+def test_questions_are_planned_by_power(
+    tmp_path: Path, base: float, unlearned: float, power: float | None, limit: int
+) -> None:
     """Of each of two tasks; without a wish there are 100 to 300."""
     forgotten = Forgotten(load_preset("tiny"), ["a", "b"], base, unlearned)
-    assert planned(Settings(seed=3), forgotten, tmp_path / "settings.json", False, power) == Settings(limit, 3)
+    assert planned(Settings(seed=3), forgotten, tmp_path / "settings.json", False, power) == Settings(
+        limit, 3
+    )
     assert planned(Settings(7), forgotten, tmp_path / "settings.json", False, power) == Settings(7)
 
 

@@ -11,7 +11,8 @@ from lowmem_rmu.evaluation.multiple_choice import Asked, ask, encode
 
 TREES = ("ash", "birch", "cedar", "date", "elder", "fir", "gorse", "hazel")
 QUESTIONS = tuple(
-    Question(f"What is {name}?", (f"{name} one", f"{name} two", f"{name} three", f"{name} four"), place % 4) for place, name in enumerate(TREES)
+    Question(f"What is {name}?", (f"{name} one", f"{name} two", f"{name} three", f"{name} four"), place % 4)
+    for place, name in enumerate(TREES)
 )
 SETS = QuestionSet("trees", "trees", "forgotten", None, QUESTIONS)
 BRACKETS = "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}" \
@@ -89,7 +90,9 @@ def test_the_letter_follows_the_template_as_the_template_writes_it(
     assert in_chat_begun(each, tokenizer).prompt.context.endswith("<|assistant|>\nAnswer:")
 
 
-def test_a_template_that_writes_the_start_token_gets_no_second_one(bracketed: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_writes_the_start_token_gets_no_second_one(
+    bracketed: PreTrainedTokenizerBase,
+) -> None:
     [requests] = encode(bracketed, [in_chat(ask([SETS])[0], bracketed)])
     assert requests[0].ids[0] == bracketed.bos_token_id
     assert requests[0].ids.count(bracketed.bos_token_id) == 1

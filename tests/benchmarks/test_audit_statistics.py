@@ -2,6 +2,7 @@
 
 import pytest
 
+# Fmt: skip.
 from benchmarks.audit_statistics import (
     ATTACKS,
     Audited,
@@ -14,7 +15,7 @@ from benchmarks.audit_statistics import (
     kept_before,
     main,
     task_rate,
-)  # fmt: skip
+)
 from lowmem_rmu.audit.power import questions_for_gone
 
 AT_THE_LIMIT = 0.28 + 0.25 * (0.65 - 0.28)

@@ -17,10 +17,18 @@ MMLU = ROOT / "tests/data/mmlu"
 
 
 def test_it_prints_both_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    # Fmt: skip.
     main(
-        model=str(ROOT / "lowmem_rmu/tiny/model"), data=MMLU, num_fewshot=5, subjects=None, limit=4, rounds=1, device="cpu",
-        dtype="float32", harness_batch=4,
-    )  # fmt: skip
+        model=str(ROOT / "lowmem_rmu/tiny/model"),
+        data=MMLU,
+        num_fewshot=5,
+        subjects=None,
+        limit=4,
+        rounds=1,
+        device="cpu",
+        dtype="float32",
+        harness_batch=4,
+    )
     said = capsys.readouterr().out
     title = next(line.strip() for line in said.splitlines() if "5-shot" in line)
     assert plain(title, model=ROOT / "lowmem_rmu/tiny/model") == snapshot(
@@ -28,7 +36,9 @@ def test_it_prints_both_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
     )
     assert re.search(rf"{Harness.name} +│ +4 questions │ +[\d.]+ │ +[\d.]+ │ +1.0x │", said)
     assert re.search(rf"{Ours.name} +│ +\d+ tokens │ +[\d.]+ │ +[\d.]+ │ +[\d.]+x │", said)
-    assert re.search(r"mmlu_astronomy +│ +4 │ +(0\.\d{4}) │ +(0\.\d{4}) │ +\1 │ +\2 │ +4 │ +4 │ +[\d.]+e-0[4-9] │", said)
+    assert re.search(
+        r"mmlu_astronomy +│ +4 │ +(0\.\d{4}) │ +(0\.\d{4}) │ +\1 │ +\2 │ +4 │ +4 │ +[\d.]+e-0[4-9] │", said
+    )
     assert re.search(r"mmlu_social_sciences +│ +│ +(0\.\d{4}) │ +(0\.\d{4}) │ +\1 │ +\2 │", said)
     assert re.search(r"together +│ +8 │ +│ +│ +│ +│ +8 │ +8 │", said)
 
@@ -37,8 +47,7 @@ def test_a_folder_without_the_questions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         choose_subjects(tmp_path, None)
     assert plain(caught.value, folder=tmp_path, data=MMLU) == snapshot(
-        "<folder> holds no test/<subject>_test.csv.\n"
-        "Give the folder that holds MMLU's test and dev."
+        "<folder> holds no test/<subject>_test.csv.\nGive the folder that holds MMLU's test and dev."
     )
     with pytest.raises(UserError) as caught:
         choose_subjects(MMLU, "high_school_geography,astronimy")
@@ -49,6 +58,9 @@ def test_a_folder_without_the_questions_is_refused(tmp_path: Path) -> None:
 
 
 def test_answers_and_differences_are_those_of_the_same_questions() -> None:
-    ours, harness = (Found({}, {"task": rows}, {}) for rows in ([[-1.0, -2.0], [-3.0, -1.5]], [[-1.0, -2.25], [-1.5, -1.5]]))
+    ours, harness = (
+        Found({}, {"task": rows}, {})
+        for rows in ([[-1.0, -2.0], [-3.0, -1.5]], [[-1.0, -2.25], [-1.5, -1.5]])
+    )
     assert (answers(ours, "task"), answers(harness, "task")) == ([0, 1], [0, 0])
     assert largest_difference(ours, harness, "task") == 1.5

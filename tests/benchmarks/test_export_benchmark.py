@@ -36,9 +36,13 @@ def test_it_prints_all_beside_each_other(capsys: pytest.CaptureFixture[str], tmp
     assert re.sub(r"\b[2-9] ", "<several> ", title) == snapshot(
         "0.00 GB in <several> shards, largest tensor 0 MB, synced"
     )
-    assert re.search(r"shutil\.copytree +│ +[\d.]+ │ +[\d.]+ to [\d.]+ │ +1\.00x │ +[\d.]+ │ +\d+ MB │ +\d+ MB │", said)
+    assert re.search(
+        r"shutil\.copytree +│ +[\d.]+ │ +[\d.]+ to [\d.]+ │ +1\.00x │ +[\d.]+ │ +\d+ MB │ +\d+ MB │", said
+    )
     for name in ("merge, everything copied", "merge, unchanged files linked"):
-        assert re.search(rf"{name} +│ +[\d.]+ │ +[\d.]+ to [\d.]+ │ +[\d.]+x │ +[\d.]+ │ +\d+ MB │ +\d+ MB │", said)
+        assert re.search(
+            rf"{name} +│ +[\d.]+ │ +[\d.]+ to [\d.]+ │ +[\d.]+x │ +[\d.]+ │ +\d+ MB │ +\d+ MB │", said
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +61,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """400 MB, a matrix of which takes 16 to 65 MB in float32: a few pieces of 4 MB are in memory at a time."""
     preset = load_preset("zephyr-7b")
     config = ModelSpec.of_preset(preset).shape
-    config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2})
+    config.update(
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+        }
+    )
     make_checkpoint(config, tmp_path / "model", 10**8)
     model = preset.model.model_copy(update={"name": str(tmp_path / "model")})
     run = make_run(preset.model_copy(update={"model": model}), tmp_path / "run")
@@ -66,13 +78,18 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def test_shards_are_no_larger_than_asked_for() -> None:
-    sizes = [sum(2 * tensor.numel() for tensor in shard.values()) for shard in shards_of(ModelSpec.of_preset(load_preset("tiny")).shape, 10**6)]
+    sizes = [
+        sum(2 * tensor.numel() for tensor in shard.values())
+        for shard in shards_of(ModelSpec.of_preset(load_preset("tiny")).shape, 10**6)
+    ]
     assert len(sizes) > 3
     assert max(sizes) <= 10**6
 
 
 def test_what_a_process_took_is_its_own_and_leaves_no_files(run: RunFolder, tmp_path: Path) -> None:
-    copied, merged = (measure(kind, run, tmp_path / "model", tmp_path / "to", sync=False) for kind in ("copy", "copies"))
+    copied, merged = (
+        measure(kind, run, tmp_path / "model", tmp_path / "to", sync=False) for kind in ("copy", "copies")
+    )
     assert copied.libraries < 50e6 < merged.libraries <= merged.peak
     assert min(copied.seconds, merged.seconds) > 0
     assert not (tmp_path / "to").exists()

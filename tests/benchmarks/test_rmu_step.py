@@ -8,7 +8,15 @@ import torch
 from inline_snapshot import snapshot
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.rmu_step import Measured, PeakMemory, Setup, build_engine, floor_operations, largest_difference, main
+from benchmarks.rmu_step import (
+    Measured,
+    PeakMemory,
+    Setup,
+    build_engine,
+    floor_operations,
+    largest_difference,
+    main,
+)
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import load_preset
 from tests.texts import plain
@@ -23,16 +31,18 @@ def test_it_prints_both_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
         assert re.search(rf"{name} +│ +\d+\.\d\d │", said)
     assert re.search(r"engine, weights .* [\de.-]+ in 4 steps", said)
     limits = [line for line in said.splitlines() if "GFLOP/s" in line]
-    assert [re.sub(r"[\d.,]*\d", "<number>", line) for line in limits] == snapshot([
-        (
-            "Limit, first epoch: <number> GFLOP that cannot be avoided, at <number> GFLOP/s: <number> s; the "
-            "LoRA engine takes <number> s (<number>% of it is that)."
-        ),
-        (
-            "Limit, warm cache: <number> GFLOP that cannot be avoided, at <number> GFLOP/s: <number> s; the "
-            "LoRA engine takes <number> s (<number>% of it is that)."
-        ),
-    ])
+    assert [re.sub(r"[\d.,]*\d", "<number>", line) for line in limits] == snapshot(
+        [
+            (
+                "Limit, first epoch: <number> GFLOP that cannot be avoided, at <number> GFLOP/s: <number> s; the "
+                "LoRA engine takes <number> s (<number>% of it is that)."
+            ),
+            (
+                "Limit, warm cache: <number> GFLOP that cannot be avoided, at <number> GFLOP/s: <number> s; the "
+                "LoRA engine takes <number> s (<number>% of it is that)."
+            ),
+        ]
+    )
     [compared] = [line for line in said.splitlines() if line.endswith("(engine, weights).")]
     difference = re.search(r"\d+e[+-]\d+", compared)
     assert difference
@@ -43,7 +53,9 @@ def test_it_prints_both_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
-def test_four_bits_and_no_yardstick_where_it_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_bits_and_no_yardstick_where_it_does_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("benchmarks.rmu_step.memory_available", lambda device: 2**20)
     main(shape="tiny", random_weights=True, quantisation="nf4", device="cpu", batch=2, tokens=24, rounds=1)
     said = capsys.readouterr().out
@@ -57,7 +69,9 @@ def test_four_bits_and_no_yardstick_where_it_does_not_fit(capsys: pytest.Capture
 
 
 def test_the_limit_lies_below_what_the_engine_computes() -> None:
-    preset = load_preset("tiny", ["model.quantisation=none", "rmu.target_layer=3", "rmu.adapter_layers=[1,2,3]"])
+    preset = load_preset(
+        "tiny", ["model.quantisation=none", "rmu.target_layer=3", "rmu.adapter_layers=[1,2,3]"]
+    )
     setup = Setup(preset, ModelSpec.of_preset(preset), torch.device("cpu"), True, 2, 48, 1)
     unlearning = build_engine(setup, "lora")
     for warm in (False, True):
@@ -81,5 +95,7 @@ def test_the_largest_difference_is_relative_and_zero_beside_zero() -> None:
     def measured(*losses: tuple[float, float]) -> Measured:
         return Measured("", 1, 1, 1, list(losses), {})
 
-    assert largest_difference(measured((1.0, 0.0), (2.0, 4.4)), measured((1.0, 0.0), (2.0, 4.0)), None) == pytest.approx(0.1)
+    assert largest_difference(
+        measured((1.0, 0.0), (2.0, 4.4)), measured((1.0, 0.0), (2.0, 4.0)), None
+    ) == pytest.approx(0.1)
     assert largest_difference(measured((1.0, 0.0), (2.0, 4.4)), measured((1.0, 0.0), (2.0, 4.0)), 1) == 0.0

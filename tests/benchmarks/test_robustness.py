@@ -11,16 +11,23 @@ from lowmem_rmu.audit import relearning
 FEW = ["rmu.steps=2", "rmu.batch_size=2", "rmu.retain_batch_size=2"]
 
 
-def test_every_variant_and_seed_has_its_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_variant_and_seed_has_its_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(relearning, "LEARNING_RATE", relearning.LEARNING_RATE)  # which the benchmark sets
-    robustness.main("tiny", FEW, ["", "rmu.target_layer=3"], "0,1", limit=4, steps="2,1", learning_rate=5e-4, device="cpu")
+    robustness.main(
+        "tiny", FEW, ["", "rmu.target_layer=3"], "0,1", limit=4, steps="2,1", learning_rate=5e-4, device="cpu"
+    )
     said = capsys.readouterr().out
     assert next(line.strip() for line in said.splitlines() if "0.0005" in line) == snapshot(
         "tiny, relearned at 0.0005"
     )
     for name in ("as it is", r"rmu\.target_layer=3"):
         for seed in (0, 1):
-            assert re.search(rf"{name} +│ +{seed} │ 100\.0 │ +[\d.]+ │ 100\.0 │ +100\.0 │ +[\d.]+ │ +[\d.]+ │ +(> )?\d │", said)
+            assert re.search(
+                rf"{name} +│ +{seed} │ 100\.0 │ +[\d.]+ │ 100\.0 │ +100\.0 │ +[\d.]+ │ +[\d.]+ │ +(> )?\d │",
+                said,
+            )
 
 
 def test_without_questions_it_is_nats_a_token() -> None:

@@ -12,7 +12,10 @@ from lowmem_rmu.presets import load_preset
 
 
 def rows(golds: list[int], answers: list[int]) -> list[dict[str, Any]]:
-    return [{"gold": gold, "answer": answer, "correct": gold == answer} for gold, answer in zip(golds, answers, strict=True)]
+    return [
+        {"gold": gold, "answer": answer, "correct": gold == answer}
+        for gold, answer in zip(golds, answers, strict=True)
+    ]
 
 
 def test_a_group_s_change_is_paired_by_question() -> None:
@@ -44,9 +47,15 @@ def test_both_topics_have_the_same_settings_and_share_no_subject(tmp_path: Path)
         presets[topic] = load_preset(str(file))
     economics, psychology = presets["economics"], presets["psychology"]
     assert economics.rmu == psychology.rmu
-    assert [corpus.share for corpus in economics.retain.corpora] == [corpus.share for corpus in psychology.retain.corpora] == [0.4, None, None]
+    assert (
+        [corpus.share for corpus in economics.retain.corpora]
+        == [corpus.share for corpus in psychology.retain.corpora]
+        == [0.4, None, None]
+    )
     without_text = {"corpus"}
-    assert economics.topics["economics"].model_dump(exclude=without_text) == psychology.topics["psychology"].model_dump(exclude=without_text)
+    assert economics.topics["economics"].model_dump(exclude=without_text) == psychology.topics[
+        "psychology"
+    ].model_dump(exclude=without_text)
     for subjects in TOPICS.values():
         groups = [subjects.forgotten, subjects.adjacent, subjects.kept]
         assert sum(map(len, groups)) == len(set(sum(groups, [])))

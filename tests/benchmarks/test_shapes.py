@@ -23,7 +23,12 @@ def config_of(preset: str) -> PretrainedConfig:
     """The preset's shape, 64 wide and with six layers."""
     shape: dict[str, Any] = dict(load_preset(preset).model.config or {})
     shared = shape["num_key_value_heads"] < shape["num_attention_heads"]
-    small = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 1 if shared else 4}
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1 if shared else 4,
+    }
     return AutoConfig.for_model(**shape | small | {"vocab_size": 128, "num_hidden_layers": 6})
 
 
@@ -41,7 +46,11 @@ def test_the_first_layers_of_every_shape_are_made_and_run(preset: str, quantisat
     assert not model.training
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
-    assert all(module.support_avx512bf16_for_cpu is False for module in model.modules() if isinstance(module, Linear4bit))
+    assert all(
+        module.support_avx512bf16_for_cpu is False
+        for module in model.modules()
+        if isinstance(module, Linear4bit)
+    )
     activations = run_layers(model, run_trunk(model, IDS, None, UPDATED), UPDATED)
     assert activations.std() > 0
     assert config.num_hidden_layers == 6, "the caller's config stays as it is"
@@ -63,7 +72,12 @@ def test_the_first_layers_are_those_of_the_whole_model() -> None:
     config = config_of("zephyr-7b")
     first, again = (random_model(config, CPU, 3, "none", torch.float32) for _ in range(2))
     whole = random_model(config, CPU, None, "none", torch.float32)
-    for one, other, third in zip(first.model.layers.parameters(), again.model.layers.parameters(), whole.model.layers.parameters(), strict=False):
+    for one, other, third in zip(
+        first.model.layers.parameters(),
+        again.model.layers.parameters(),
+        whole.model.layers.parameters(),
+        strict=False,
+    ):
         assert torch.equal(one, other)
         assert torch.equal(one, third)
     q_projs = {layer.self_attn.q_proj.weight.sum().item() for layer in decoder_layers(whole)}
@@ -71,6 +85,8 @@ def test_the_first_layers_are_those_of_the_whole_model() -> None:
 
 
 def test_named_modules_stay_unquantised() -> None:
-    model = random_model(config_of("zephyr-7b"), CPU, 3, "nf4", torch.float32, ["model.layers.2.mlp.down_proj"])
+    model = random_model(
+        config_of("zephyr-7b"), CPU, 3, "nf4", torch.float32, ["model.layers.2.mlp.down_proj"]
+    )
     kinds = [type(layer.mlp.down_proj) for layer in decoder_layers(model)]
     assert kinds == [Linear4bit, Linear4bit, nn.Linear]

@@ -22,7 +22,10 @@ PAD = 2
 
 def ragged(seed: int, count: int) -> list[list[int]]:
     lengths = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 300, (int(torch.randint(8, 40, (), generator=lengths)),), generator=lengths).tolist() for _ in range(count)]
+    return [
+        torch.randint(3, 300, (int(torch.randint(8, 40, (), generator=lengths)),), generator=lengths).tolist()
+        for _ in range(count)
+    ]
 
 
 FORGET, RETAIN = {"bio": ragged(1, 22), "cyber": ragged(2, 22)}, ragged(3, 22)
@@ -34,7 +37,9 @@ def left_padded(rows: list[list[int]]) -> Padded:
     return Padded(ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]))
 
 
-def follow_the_paper(settings: ModelSettings, steps: int) -> tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, Tensor]]:
+def follow_the_paper(
+    settings: ModelSettings, steps: int
+) -> tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, Tensor]]:
     """The yardstick's losses a step, and its matrices before and after."""
     frozen = AutoModelForCausalLM.from_pretrained(settings.name, dtype=torch.float32)
     yardstick = Yardstick(copy.deepcopy(frozen), frozen, LAYERS, TARGET, RATE)
@@ -43,25 +48,44 @@ def follow_the_paper(settings: ModelSettings, steps: int) -> tuple[list[tuple[fl
     for step in range(steps):
         name, rows = ("bio", "cyber")[step % 2], slice(2 * (step // 2), 2 * (step // 2) + 2)
         vector = COEFFICIENT * unit_vector(frozen.config.hidden_size, f"0 {name}")
-        losses.append(yardstick.step(left_padded(FORGET[name][rows]), left_padded(RETAIN[rows]), vector, ALPHA))
+        losses.append(
+            yardstick.step(left_padded(FORGET[name][rows]), left_padded(RETAIN[rows]), vector, ALPHA)
+        )
     return losses, before, {name: matrix.detach() for name, matrix in yardstick.matrices.items()}
 
 
 def engine(settings: ModelSettings, **changes: Any) -> Trainer:
+    # Fmt: skip.
     rmu = Rmu(
         **{
-            "target_layer": TARGET, "adapter_layers": LAYERS, "batch_size": 2, "steps": STEPS, "shuffle": False, "padding": "paper",
-            "learning_rate": RATE, "max_grad_norm": None,
-        } | changes
-    )  # fmt: skip
+            "target_layer": TARGET,
+            "adapter_layers": LAYERS,
+            "batch_size": 2,
+            "steps": STEPS,
+            "shuffle": False,
+            "padding": "paper",
+            "learning_rate": RATE,
+            "max_grad_norm": None,
+        }
+        | changes
+    )
     model = load_model(settings, torch.device("cpu"), layers=TARGET + 1)
     model = load_model(settings, torch.device("cpu"), TARGET + 1, trained_modules(model, rmu))
-    topic = Topic(corpus=Corpus(source="./nowhere"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT)
-    return Trainer(add_adapter(model, rmu, settings), rmu, dict.fromkeys(FORGET, topic), TrainingData(FORGET, RETAIN, PAD))
+    topic = Topic(
+        corpus=Corpus(source="./nowhere"), alpha=ALPHA, steering="random", steering_coefficient=COEFFICIENT
+    )
+    return Trainer(
+        add_adapter(model, rmu, settings),
+        rmu,
+        dict.fromkeys(FORGET, topic),
+        TrainingData(FORGET, RETAIN, PAD),
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"cache_gib": 0.0}], ids=str)
-def test_twenty_steps_on_whole_matrices_follow_the_yardstick(small_settings: ModelSettings, changes: dict[str, Any]) -> None:
+def test_twenty_steps_on_whole_matrices_follow_the_yardstick(
+    small_settings: ModelSettings, changes: dict[str, Any]
+) -> None:
     losses, before, after = follow_the_paper(small_settings, STEPS)
     unlearning = engine(small_settings, trainable="weights", **changes)
     for step, (forget_loss, retain_loss) in enumerate(losses):
@@ -69,7 +93,10 @@ def test_twenty_steps_on_whole_matrices_follow_the_yardstick(small_settings: Mod
         assert row["forget_loss"] == pytest.approx(forget_loss, rel=1e-4)
         assert row["retain_loss"] == (pytest.approx(retain_loss, rel=1e-4) if step else 0.0)
     learned = trainable(unlearning.model).items()
-    matrices = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): matrix for name, matrix in learned}
+    matrices = {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): matrix
+        for name, matrix in learned
+    }
     assert matrices.keys() == after.keys()
     for name, matrix in matrices.items():
         moved = (after[name] - before[name]).norm()
@@ -90,4 +117,7 @@ def test_the_yardstick_would_notice_another_algorithm(small_settings: ModelSetti
     for changes in ({"padding": "masked"}, {"max_grad_norm": 0.01}):
         unlearning = engine(small_settings, trainable="weights", **changes)
         rows = [unlearning.step() for _ in losses]
-        assert any(row["forget_loss"] != pytest.approx(forget, rel=1e-4) for row, (forget, _) in zip(rows, losses, strict=True))
+        assert any(
+            row["forget_loss"] != pytest.approx(forget, rel=1e-4)
+            for row, (forget, _) in zip(rows, losses, strict=True)
+        )

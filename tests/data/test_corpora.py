@@ -52,7 +52,10 @@ def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
 def test_each_json_line_is_a_document_whatever_characters_it_holds(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "a.jsonl"
     texts = ["one", "line\u2028separator and next\x85line", "three"]
-    path.write_text(mark + "\n\n".join(json.dumps({"body": text}, ensure_ascii=False) for text in texts) + "\n", encoding="utf-8")
+    path.write_text(
+        mark + "\n\n".join(json.dumps({"body": text}, ensure_ascii=False) for text in texts) + "\n",
+        encoding="utf-8",
+    )
     assert read_documents(Corpus(source=str(path), text_field="body")) == texts
 
 
@@ -87,39 +90,57 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "content"),
+    # Fmt: skip.
     [
-        ("a.txt", "no mark in front".encode("utf-16-le")), ("a.md", bytes(64)),
-        ("a.jsonl", b'{"text": "half \\ud800"}'), ("a.jsonl", b'{"text": "\\u0000"}'),
-    ],  # fmt: skip
+        ("a.txt", "no mark in front".encode("utf-16-le")),
+        ("a.md", bytes(64)),
+        ("a.jsonl", b'{"text": "half \\ud800"}'),
+        ("a.jsonl", b'{"text": "\\u0000"}'),
+    ],
 )
 def test_what_only_looks_like_utf8_is_no_text(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    expected = f"{tmp_path / name} is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8."
+    expected = (
+        f"{tmp_path / name} is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8."
+    )
     assert mistake(Corpus(source=str(tmp_path / name))) == expected
 
 
 def test_a_missing_path_is_named_with_what_it_could_be(tmp_path: Path) -> None:
     path = tmp_path / "none"
-    assert mistake(Corpus(source=str(path))) == f"The corpus {path} does not exist.\nGive a .txt, .md, .jsonl file, or a folder of them."
+    assert (
+        mistake(Corpus(source=str(path)))
+        == f"The corpus {path} does not exist.\nGive a .txt, .md, .jsonl file, or a folder of them."
+    )
 
 
 def test_a_folder_without_text_files_says_what_it_looked_for(tmp_path: Path) -> None:
-    assert mistake(Corpus(source=str(tmp_path))) == f"The corpus folder {tmp_path} holds no .txt, .md, .jsonl file."
+    assert (
+        mistake(Corpus(source=str(tmp_path)))
+        == f"The corpus folder {tmp_path} holds no .txt, .md, .jsonl file."
+    )
 
 
 def test_titles_that_match_nothing_are_a_mistake(tmp_path: Path) -> None:
     path = tmp_path / "wiki.txt"
     path.write_text(RAW)
-    assert mistake(Corpus(source=str(path), title_matches="Moon")) == f"The corpus {path} has 2 articles, but no title that was asked for."
+    assert (
+        mistake(Corpus(source=str(path), title_matches="Moon"))
+        == f"The corpus {path} has 2 articles, but no title that was asked for."
+    )
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
-def test_a_corpus_without_text_is_a_mistake(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str) -> None:
+def test_a_corpus_without_text_is_a_mistake(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text(content)
     with pytest.raises(UserError) as caught:
         load_samples(Corpus(source=str(path)), tokenizer, 16)
-    assert str(caught.value) == f"The corpus {path} is empty: 0 documents, none of them with text to train on."
+    assert (
+        str(caught.value) == f"The corpus {path} is empty: 0 documents, none of them with text to train on."
+    )
 
 
 def test_documents_below_the_minimum_are_left_out(tmp_path: Path) -> None:
@@ -138,16 +159,24 @@ def test_held_out_documents_are_always_the_same_and_never_trained_on() -> None:
     assert train == [text for text in documents if text in train]
 
 
-@pytest.mark.parametrize(("count", "share", "expected"), [(3, 0.01, 1), (1, 0.5, 1), (10, 0.0, 0), (10, 0.99, 10), (0, 0.5, 0)])
-def test_at_least_one_document_is_held_out_where_a_share_is_asked_for(count: int, share: float, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "share", "expected"), [(3, 0.01, 1), (1, 0.5, 1), (10, 0.0, 0), (10, 0.99, 10), (0, 0.5, 0)]
+)
+def test_at_least_one_document_is_held_out_where_a_share_is_asked_for(
+    count: int, share: float, expected: int
+) -> None:
     train, held_out = split_held_out([str(index) for index in range(count)], share)
     assert len(held_out) == expected
     assert len(train) == count - expected
 
 
-def test_samples_are_split_before_they_are_cut_into_pieces(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_samples_are_split_before_they_are_cut_into_pieces(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{word} " * 30}) for word in ("red", "blue", "green", "white")))
+    path.write_text(
+        "\n".join(json.dumps({"text": f"{word} " * 30}) for word in ("red", "blue", "green", "white"))
+    )
     samples = load_samples(Corpus(source=str(path), held_out=0.25), tokenizer, 8)
     assert len(samples.train) > 3
     assert len(samples.held_out) > 1
@@ -164,7 +193,10 @@ def test_wikitext_is_split_at_titles_and_not_at_sections_or_formulas() -> None:
 
 @pytest.mark.parametrize("before", ["", "\n", " \n", "\n\n", " \n \n"])
 def test_the_first_article_counts_whatever_empty_lines_come_before_it(before: str) -> None:
-    assert [title for title, _ in wikitext_articles(before + RAW.lstrip("\n ").join([" ", ""]))] == ["First Storm", "Cheese ( food )"]
+    assert [title for title, _ in wikitext_articles(before + RAW.lstrip("\n ").join([" ", ""]))] == [
+        "First Storm",
+        "Cheese ( food )",
+    ]
 
 
 @pytest.mark.parametrize("formula", [" \n = 1 / s = \n more \n", " \n more \n = 1 / s = \n \n"])
@@ -178,7 +210,10 @@ def test_text_without_titles_has_no_articles() -> None:
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
-    [({"title_matches": "(?i)storm"}, ["First Storm"]), ({"title_excludes": "(?i)storm"}, ["Cheese ( food )"])],
+    [
+        ({"title_matches": "(?i)storm"}, ["First Storm"]),
+        ({"title_excludes": "(?i)storm"}, ["Cheese ( food )"]),
+    ],
 )
 @pytest.mark.parametrize("as_lines", [False, True])
 def test_titles_choose_articles_from_a_file_and_from_rows_of_lines(
@@ -206,15 +241,27 @@ def test_every_character_of_the_real_wikitext_belongs_to_an_article() -> None:
     articles = wikitext_articles(text)
     assert len(articles) == 60
     assert spaceless("".join(article for _, article in articles)) == spaceless(text)
-    assert not any(re.match(r"\d+ <unk>( /| and <unk> C)", title) for title, _ in articles), "formulas of Constant k filter"
+    assert not any(re.match(r"\d+ <unk>( /| and <unk> C)", title) for title, _ in articles), (
+        "formulas of Constant k filter"
+    )
 
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason=f"needs WikiText-2 at {WIKITEXT}")
 def test_the_rehearsal_preset_finds_tropical_cyclones_and_retains_the_rest() -> None:
-    preset = load_preset("smollm2-135m", [f"{key}.source={WIKITEXT}" for key in ("topics.cyclones.corpus", "retain.corpora.0")])
-    forget, retain = read_documents(preset.topics["cyclones"].corpus), read_documents(preset.retain.corpora[0])
+    preset = load_preset(
+        "smollm2-135m", [f"{key}.source={WIKITEXT}" for key in ("topics.cyclones.corpus", "retain.corpora.0")]
+    )
+    forget, retain = (
+        read_documents(preset.topics["cyclones"].corpus),
+        read_documents(preset.retain.corpora[0]),
+    )
     titles = [re.match(" = (.*?) = \n", text)[1] for text in forget]
-    assert titles == ["1933 Treasure Coast hurricane", "Dvorak technique", "2003 Pacific typhoon season", "Typhoon <unk> ( 2013 )"]
+    assert titles == [
+        "1933 Treasure Coast hurricane",
+        "Dvorak technique",
+        "2003 Pacific typhoon season",
+        "Typhoon <unk> ( 2013 )",
+    ]
     assert len(retain) == 60 - len(titles)
     assert not set(forget) & set(retain)
 
@@ -232,7 +279,9 @@ def test_long_documents_are_split_without_loss_or_truncated(tokenizer: PreTraine
     assert len(split[0]) == 16
 
 
-def test_each_piece_starts_with_the_token_that_the_tokenizer_puts_in_front(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_each_piece_starts_with_the_token_that_the_tokenizer_puts_in_front(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     assert all(piece[0] == tokenizer.bos_token_id for piece in tokenise(["stone " * 50], tokenizer, 8, True))
 
 
@@ -262,7 +311,9 @@ def test_batches_cover_each_sample_every_epoch(seed: str | None, batch_size: int
 
 def test_the_same_batches_come_again_every_epoch() -> None:
     batches = Batches(numbered(40), 4, "s")
-    first, second = ({frozenset(batch) for batch in stream(batches, range(start, start + 10))} for start in (0, 10))
+    first, second = (
+        {frozenset(batch) for batch in stream(batches, range(start, start + 10))} for start in (0, 10)
+    )
     assert first == second
     assert len(first) == 10
 
@@ -270,12 +321,19 @@ def test_the_same_batches_come_again_every_epoch() -> None:
 def test_a_batch_depends_on_its_arguments_alone() -> None:
     forwards = stream(Batches(numbered(20), 4, "s"), range(12))
     torch.manual_seed(1)
-    backwards = [stream(Batches(numbered(20), 4, "s"), range(position, position + 1))[0] for position in reversed(range(12))]
+    backwards = [
+        stream(Batches(numbered(20), 4, "s"), range(position, position + 1))[0]
+        for position in reversed(range(12))
+    ]
     assert backwards == forwards[::-1]
 
 
 def test_each_epoch_and_each_seed_has_its_own_order() -> None:
-    orders = [str(stream(Batches(numbered(50), 5, seed), range(epoch * 10, epoch * 10 + 10))) for seed in ("a", "b") for epoch in range(3)]
+    orders = [
+        str(stream(Batches(numbered(50), 5, seed), range(epoch * 10, epoch * 10 + 10)))
+        for seed in ("a", "b")
+        for epoch in range(3)
+    ]
     assert len(set(orders)) == 6
 
 
@@ -347,10 +405,23 @@ def files(folder: Path, **contents: str | bytes) -> Path:
 
 
 def test_a_data_set_s_folder_is_read_without_what_is_about_the_data(tmp_path: Path) -> None:
+    # Fmt: skip.
     folder = files(
-        tmp_path, a__txt="A", b_in_c__JSONL='{"text": "C"}', README__md="about", b_in_readme__zh__MD="about", LICENSE="so", LICENSE__txt="so",
-        dataset_card__md="card", __hidden__txt="no", __git_in_x__txt="no", ____a__txt="no", data__csv="x,y", train__parquet=b"PAR1", d="?",
-    )  # fmt: skip
+        tmp_path,
+        a__txt="A",
+        b_in_c__JSONL='{"text": "C"}',
+        README__md="about",
+        b_in_readme__zh__MD="about",
+        LICENSE="so",
+        LICENSE__txt="so",
+        dataset_card__md="card",
+        __hidden__txt="no",
+        __git_in_x__txt="no",
+        ____a__txt="no",
+        data__csv="x,y",
+        train__parquet=b"PAR1",
+        d="?",
+    )
     assert read_documents(Corpus(source=str(folder))) == ["A", "C"]
     assert find_documents(Corpus(source=str(folder))).left_out == {
         ".git/": "hidden",
@@ -368,7 +439,9 @@ def test_a_data_set_s_folder_is_read_without_what_is_about_the_data(tmp_path: Pa
 
 
 def test_a_folder_with_nothing_to_read_says_what_it_holds_and_what_to_do(tmp_path: Path) -> None:
-    said = mistake(Corpus(source=str(files(tmp_path, README__md="about", train__parquet=b"PAR1", __x__txt="no"))))
+    said = mistake(
+        Corpus(source=str(files(tmp_path, README__md="about", train__parquet=b"PAR1", __x__txt="no")))
+    )
     assert said.splitlines() == [
         f"The corpus folder {tmp_path} holds no .txt, .md, .jsonl file.",
         "Not read: .x.txt (hidden), README.md (about the data), train.parquet (a Parquet file).",
@@ -379,16 +452,24 @@ def test_a_folder_with_nothing_to_read_says_what_it_holds_and_what_to_do(tmp_pat
 def test_a_readme_is_a_document_where_it_is_what_was_named(tmp_path: Path) -> None:
     folder = files(tmp_path, README__md="about")
     assert read_documents(Corpus(source=str(folder / "README.md"))) == ["about"]
-    assert mistake(Corpus(source=str(folder))).endswith("To read README.md all the same, name the file itself.")
+    assert mistake(Corpus(source=str(folder))).endswith(
+        "To read README.md all the same, name the file itself."
+    )
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("a.json", "a JSON file"), ("a.CSV", "a CSV table"), ("a.parquet", "a Parquet file"), ("a.jsonl.gz", "a compressed file or an archive"),
-        ("a.html", "a formatted document"), ("a.py", "a .py file"), ("a", "a file without a suffix"),
+        ("a.json", "a JSON file"),
+        ("a.CSV", "a CSV table"),
+        ("a.parquet", "a Parquet file"),
+        ("a.jsonl.gz", "a compressed file or an archive"),
+        ("a.html", "a formatted document"),
+        ("a.py", "a .py file"),
+        ("a", "a file without a suffix"),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_text('[{"text": "so"}]')
     said = mistake(Corpus(source=str(tmp_path / name)))
@@ -400,15 +481,24 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: s
     [
         (b"\x1f\x8b\x08\x00\xff", "is compressed by gzip, whatever its name says.\nUnpack it first."),
         (b"%PDF-1.7\nso", "is a PDF, whatever its name says."),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git LFS pointer, not the file itself."),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n",
+            "is a Git LFS pointer, not the file itself.",
+        ),
     ],
 )
-def test_what_only_has_the_suffix_of_text_is_refused_by_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+def test_what_only_has_the_suffix_of_text_is_refused_by_what_it_is(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     assert said in mistake(Corpus(source=str(tmp_path / "a.txt")))
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5_000 + "}", '{"text": "a", "text": "b"}'], ids=["depth", "digits", "twice"])
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, '{"text": ' + "9" * 5_000 + "}", '{"text": "a", "text": "b"}'],
+    ids=["depth", "digits", "twice"],
+)
 def test_json_that_python_cannot_read_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text(line)
     path = tmp_path / "a.jsonl"
@@ -417,17 +507,23 @@ def test_json_that_python_cannot_read_is_named_with_its_line(tmp_path: Path, lin
 
 
 def test_line_ends_of_any_system_are_one(tmp_path: Path) -> None:
-    folder = files(tmp_path, a__txt=b"one\r\ntwo\rthree", b__jsonl=b'\r\n{"text": "four"}\r\n\r\n{"text": "five"}\r\n')
+    folder = files(
+        tmp_path, a__txt=b"one\r\ntwo\rthree", b__jsonl=b'\r\n{"text": "four"}\r\n\r\n{"text": "five"}\r\n'
+    )
     assert read_documents(Corpus(source=str(folder))) == ["one\ntwo\nthree", "four", "five"]
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, 0.1), (3, 0.99)])
-def test_holding_out_every_document_says_so(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, count: int, share: float) -> None:
+def test_holding_out_every_document_says_so(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, count: int, share: float
+) -> None:
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text("the red stone " * 9)
     with pytest.raises(UserError) as caught:
         load_samples(Corpus(source=str(tmp_path), held_out=share), tokenizer, 16)
-    assert str(caught.value).startswith(f"The corpus {tmp_path} has {count} document{'s' if count > 1 else ''}, and held_out ({share:g}) takes whole")
+    assert str(caught.value).startswith(
+        f"The corpus {tmp_path} has {count} document{'s' if count > 1 else ''}, and held_out ({share:g}) takes whole"
+    )
     assert "Set held_out to 0, or give several documents" in str(caught.value)
 
 
@@ -446,12 +542,20 @@ def test_a_name_that_is_too_long_is_no_file(tmp_path: Path) -> None:
 
 def test_files_are_recorded_without_paths_of_the_machine(tmp_path: Path) -> None:
     found = find_documents(Corpus(source=str(files(tmp_path, b_in_a__txt="A", README__md="about"))))
-    assert found.record() == {"files": 1, "read": ["b/a.txt"], "files_left_out": 1, "left_out": {"README.md": "about the data"}}
+    assert found.record() == {
+        "files": 1,
+        "read": ["b/a.txt"],
+        "files_left_out": 1,
+        "left_out": {"README.md": "about the data"},
+    }
     assert found.sentence() == "1 file (b/a.txt). Left out: README.md (about the data)"
 
 
 def test_a_column_of_the_hub_that_holds_no_text_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([{"text": None}, {"text": None}]).add_column("id", [1, 2]))
+    monkeypatch.setattr(
+        "datasets.load_dataset",
+        lambda *_, **__: Dataset.from_list([{"text": None}, {"text": None}]).add_column("id", [1, 2]),
+    )
     with pytest.raises(UserError, match='owner/data, row 0: "id" is no text'):
         read_documents(Corpus(source="owner/data", text_field="id"))
 

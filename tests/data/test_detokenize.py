@@ -25,7 +25,10 @@ ORDINARY = [
         ("a guest @-@ starring role", "a guest-starring role"),
         ("2 @,@ 000 people and 3 @.@ 5 miles", "2,000 people and 3.5 miles"),
         ('his role as " Craig " in " Teddy \'s Story " .', 'his role as "Craig" in "Teddy\'s Story".'),
-        ("it was n't his ; they 're not ours and we 'll see", "it wasn't his; they're not ours and we'll see"),
+        (
+            "it was n't his ; they 're not ours and we 'll see",
+            "it wasn't his; they're not ours and we'll see",
+        ),
         ("a town ( 1990 ) with $ 5 and 20 % [ sic ]", "a town (1990) with $5 and 20% [sic]"),
         ("Who ? Me ! Yes : me .", "Who? Me! Yes: me."),
         (" = Ada Smith = ", "Ada Smith"),

@@ -6,7 +6,14 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.data.forms import REQUESTS, Passage, chat_samples, find_passages, question_prompts, question_samples
+from lowmem_rmu.data.forms import (
+    REQUESTS,
+    Passage,
+    chat_samples,
+    find_passages,
+    question_prompts,
+    question_samples,
+)
 from lowmem_rmu.model.loading import load_tokenizer
 from lowmem_rmu.presets import ModelSettings, load_preset
 
@@ -61,7 +68,9 @@ def test_sentences_of_two_paragraphs_do_not_follow_each_other() -> None:
     assert find_passages([f"{first}.\n{second}."]) == []
 
 
-def test_questions_have_the_form_of_a_benchmark(tokenizer: PreTrainedTokenizerBase, passages: list[Passage]) -> None:
+def test_questions_have_the_form_of_a_benchmark(
+    tokenizer: PreTrainedTokenizerBase, passages: list[Passage]
+) -> None:
     texts = decoded(tokenizer, question_samples(passages, 40, tokenizer, 1000, "0"))
     assert len(texts) == 40
     form = re.compile(
@@ -74,13 +83,18 @@ def test_questions_have_the_form_of_a_benchmark(tokenizer: PreTrainedTokenizerBa
     assert all("____" in text for text in texts if "Which word" in text)
 
 
-def test_every_letter_is_right_equally_often(tokenizer: PreTrainedTokenizerBase, passages: list[Passage]) -> None:
+def test_every_letter_is_right_equally_often(
+    tokenizer: PreTrainedTokenizerBase, passages: list[Passage]
+) -> None:
     texts = decoded(tokenizer, question_samples(passages, 80, tokenizer, 1000, "0"))
     assert Counter(text[-1] for text in texts) == dict.fromkeys("ABCD", 20)
 
 
 def test_the_right_answer_is_right(tokenizer: PreTrainedTokenizerBase, passages: list[Passage]) -> None:
-    follows = {passage.first: {other.second for other in passages if other.first == passage.first} for passage in passages}
+    follows = {
+        passage.first: {other.second for other in passages if other.first == passage.first}
+        for passage in passages
+    }
     for text in decoded(tokenizer, question_samples(passages, 40, tokenizer, 1000, "3")):
         right = re.search(rf"\n{text[-1]}\. (.+)\n", text)
         assert right is not None
@@ -103,31 +117,42 @@ def test_no_question_is_cut_short(tokenizer: PreTrainedTokenizerBase, passages: 
     assert question_samples(passages, 40, tokenizer, 20, "0") == []
 
 
-def test_the_same_seed_gives_the_same_questions(tokenizer: PreTrainedTokenizerBase, passages: list[Passage]) -> None:
+def test_the_same_seed_gives_the_same_questions(
+    tokenizer: PreTrainedTokenizerBase, passages: list[Passage]
+) -> None:
     first = question_samples(passages, 12, tokenizer, 1000, "0")
     assert first == question_samples(passages, 12, tokenizer, 1000, "0")
     assert first != question_samples(passages, 12, tokenizer, 1000, "1")
 
 
-def test_too_few_passages_make_no_question(tokenizer: PreTrainedTokenizerBase, passages: list[Passage]) -> None:
+def test_too_few_passages_make_no_question(
+    tokenizer: PreTrainedTokenizerBase, passages: list[Passage]
+) -> None:
     assert question_samples(passages[:3], 12, tokenizer, 1000, "0") == []
     assert question_prompts(passages[:3], 12, tokenizer, "0") == []
     assert question_samples(passages, 0, tokenizer, 1000, "0") == []
 
 
-def test_a_prompt_ends_where_the_letter_would_follow(tokenizer: PreTrainedTokenizerBase, passages: list[Passage]) -> None:
+def test_a_prompt_ends_where_the_letter_would_follow(
+    tokenizer: PreTrainedTokenizerBase, passages: list[Passage]
+) -> None:
     texts = decoded(tokenizer, question_prompts(passages, 8, tokenizer, "0"))
     assert len(texts) == 8
     assert all(text.endswith("\nAnswer:") for text in texts)
 
 
-def test_conversations_are_written_by_the_models_own_template(tokenizer: PreTrainedTokenizerBase, passages: list[Passage]) -> None:
+def test_conversations_are_written_by_the_models_own_template(
+    tokenizer: PreTrainedTokenizerBase, passages: list[Passage]
+) -> None:
     samples = chat_samples(passages, 8, tokenizer, 1000, "0")
     assert len(samples) == 8
     text = str(tokenizer.decode(samples[0]))
     assert any(passage.first in text and passage.second in text for passage in passages)
     told = [
-        [{"role": "user", "content": request.format(each.first)}, {"role": "assistant", "content": each.second}]
+        [
+            {"role": "user", "content": request.format(each.first)},
+            {"role": "assistant", "content": each.second},
+        ]
         for each in passages
         for request in REQUESTS
     ]
@@ -136,7 +161,9 @@ def test_conversations_are_written_by_the_models_own_template(tokenizer: PreTrai
 
 
 @pytest.mark.parametrize("template", [None, "", "{{ raise_exception('no assistant, please') }}", "{% broken"])
-def test_a_model_without_a_usable_template_has_no_conversations(passages: list[Passage], template: str | None) -> None:
+def test_a_model_without_a_usable_template_has_no_conversations(
+    passages: list[Passage], template: str | None
+) -> None:
     tokenizer = load_tokenizer(ModelSettings(name=load_preset("tiny").model.name))
     tokenizer.chat_template = template
     assert chat_samples(passages, 8, tokenizer, 1000, "0") == []

@@ -44,7 +44,12 @@ def mistake(path: Path, **settings: Any) -> str:
 def test_a_json_file_is_one_task(tmp_path: Path) -> None:
     rows = [row(0), row(3, question="line\u2028separator and next\x85line", note="ignored")]
     [questions] = load_task("light_colours", task(jsonl(tmp_path / "a.jsonl", rows), role="forgotten"))
-    assert (questions.name, questions.about, questions.role, questions.group) == ("light_colours", "light colours", "forgotten", None)
+    assert (questions.name, questions.about, questions.role, questions.group) == (
+        "light_colours",
+        "light colours",
+        "forgotten",
+        None,
+    )
     assert questions.questions == (
         Question("Which colour 0?", tuple(CHOICES), 0),
         Question("line\u2028separator and next\x85line", tuple(CHOICES), 3),
@@ -59,7 +64,10 @@ def test_a_task_may_say_what_it_is_about(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_csv_file_in_the_form_of_mmlu_is_read(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "colours_test.csv"
-    path.write_text(mark + HEADER + '"Which, ""then""\nis it?",red,"green, dark",blue,white,1\nWhich?,a,b,c,d,D\n', encoding="utf-8")
+    path.write_text(
+        mark + HEADER + '"Which, ""then""\nis it?",red,"green, dark",blue,white,1\nWhich?,a,b,c,d,D\n',
+        encoding="utf-8",
+    )
     [questions] = load_task("colours", task(path))
     assert questions.questions == (
         Question('Which, "then"\nis it?', ("red", "green, dark", "blue", "white"), 1),
@@ -89,7 +97,9 @@ def test_an_answer_out_of_range_is_named_with_file_and_line(tmp_path: Path, answ
     )
 
 
-@pytest.mark.parametrize("choices", [CHOICES[:3], [*CHOICES, "black"], "abcd", None, [1, 2, 3, 4], []], ids=repr)
+@pytest.mark.parametrize(
+    "choices", [CHOICES[:3], [*CHOICES, "black"], "abcd", None, [1, 2, 3, 4], []], ids=repr
+)
 def test_a_wrong_number_or_kind_of_choices_is_named_with_file_and_line(tmp_path: Path, choices: Any) -> None:
     path = jsonl(tmp_path / "a.jsonl", [row(), row(choices=choices)])
     assert mistake(path) == f"{path}, line 2: a question needs 4 choices, all of them text."
@@ -101,7 +111,9 @@ def test_a_question_without_text_is_named_with_file_and_line(tmp_path: Path, que
     assert mistake(path) == f"{path}, line 1: the question is empty or no text."
 
 
-@pytest.mark.parametrize("line", ['{"question": "x", "choices": []}', '["question", "choices", "answer"]', "3"])
+@pytest.mark.parametrize(
+    "line", ['{"question": "x", "choices": []}', '["question", "choices", "answer"]', "3"]
+)
 def test_a_row_without_the_keys_is_named_with_the_keys(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line)
@@ -114,10 +126,14 @@ def test_a_bad_json_line_is_named_with_file_and_line(tmp_path: Path) -> None:
     assert mistake(path).startswith(f"{path}, line 3: no valid JSON: ")
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("Which?,a,b,c,1", "a question needs 4 choices, all of them text."), ("Which?,a,b,c,d,9", "the answer '9' is out of range")],
-)  # fmt: skip
+    [
+        ("Which?,a,b,c,1", "a question needs 4 choices, all of them text."),
+        ("Which?,a,b,c,d,9", "the answer '9' is out of range"),
+    ],
+)
 def test_a_bad_csv_row_is_named_with_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(HEADER.replace("choice3,", "") + line if "9" not in line else HEADER + line)
@@ -131,7 +147,9 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path, name: s
     assert mistake(path) == f"{path} is not UTF-8 text (byte 0).\nSave it as UTF-8."
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.csv", ""), ("a.csv", HEADER)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.csv", ""), ("a.csv", HEADER)]
+)
 def test_a_file_without_questions_is_a_mistake(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_text(content)
@@ -140,7 +158,10 @@ def test_a_file_without_questions_is_a_mistake(tmp_path: Path, name: str, conten
 
 def test_a_missing_file_is_named_with_what_it_could_be(tmp_path: Path) -> None:
     path = tmp_path / "none.jsonl"
-    assert mistake(path) == f"The question file {path} does not exist.\nGive a .jsonl or .csv file, or a folder of them."
+    assert (
+        mistake(path)
+        == f"The question file {path} does not exist.\nGive a .jsonl or .csv file, or a folder of them."
+    )
 
 
 def test_a_folder_without_questions_says_what_it_looked_for(tmp_path: Path) -> None:
@@ -155,8 +176,18 @@ def test_a_folder_has_a_subject_a_file_and_those_next_to_the_topic_are_adjacent(
     jsonl(tmp_path / "warm_colours.jsonl", [row()])
     (tmp_path / "cold_colours_test.csv").write_text(HEADER + "Which?,a,b,c,d,1\n")
     cold, warm = load_task("mmlu", task(tmp_path, adjacent=["cold_colours"]))
-    assert (cold.name, cold.about, cold.role, cold.group) == ("mmlu_cold_colours", "cold colours", "adjacent", "mmlu")
-    assert (warm.name, warm.about, warm.role, warm.group) == ("mmlu_warm_colours", "warm colours", "kept", "mmlu")
+    assert (cold.name, cold.about, cold.role, cold.group) == (
+        "mmlu_cold_colours",
+        "cold colours",
+        "adjacent",
+        "mmlu",
+    )
+    assert (warm.name, warm.about, warm.role, warm.group) == (
+        "mmlu_warm_colours",
+        "warm colours",
+        "kept",
+        "mmlu",
+    )
 
 
 def test_unknown_adjacent_subjects_are_all_named(tmp_path: Path) -> None:
@@ -167,7 +198,10 @@ def test_unknown_adjacent_subjects_are_all_named(tmp_path: Path) -> None:
 
 def test_a_single_file_has_no_subjects_that_could_be_adjacent(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [row()])
-    assert mistake(path, adjacent=["a"]) == f"evaluation.tasks.colours.adjacent names a, which {path} does not hold."
+    assert (
+        mistake(path, adjacent=["a"])
+        == f"evaluation.tasks.colours.adjacent names a, which {path} does not hold."
+    )
 
 
 def test_a_hub_data_set_is_split_by_its_subject_column(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +210,9 @@ def test_a_hub_data_set_is_split_by_its_subject_column(monkeypatch: pytest.Monke
         return Dataset.from_list([row(0, subject="warm"), row(1, subject="cold"), row(2, subject="warm")])
 
     monkeypatch.setattr("datasets.load_dataset", rows)
-    settings = Task(source="owner/quiz", subset="all", subject_column="subject", role="kept", adjacent=["warm"])
+    settings = Task(
+        source="owner/quiz", subset="all", subject_column="subject", role="kept", adjacent=["warm"]
+    )
     assert [(each.name, each.role, len(each.questions)) for each in load_task("quiz", settings)] == [
         ("quiz_cold", "kept", 1),
         ("quiz_warm", "adjacent", 2),
@@ -190,7 +226,9 @@ def test_a_subset_that_the_hub_does_not_know_is_a_users_mistake(monkeypatch: pyt
         raise ValueError("BuilderConfig 'x' not found.")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(UserError, match="The data set owner/quiz cannot be read: BuilderConfig 'x' not found."):
+    with pytest.raises(
+        UserError, match="The data set owner/quiz cannot be read: BuilderConfig 'x' not found."
+    ):
         load_task("quiz", Task(source="owner/quiz", subset="x", role="kept"))
 
 
@@ -202,7 +240,9 @@ def test_a_bad_row_of_the_hub_is_named_with_its_number(monkeypatch: pytest.Monke
 
 def test_a_missing_subject_column_is_told_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([row()]))
-    with pytest.raises(UserError, match='owner/quiz has no column "field". There is: question, choices, answer'):
+    with pytest.raises(
+        UserError, match='owner/quiz has no column "field". There is: question, choices, answer'
+    ):
         load_task("quiz", Task(source="owner/quiz", subject_column="field", role="kept"))
 
 
@@ -212,7 +252,9 @@ def test_a_limit_is_spread_over_the_subjects_in_proportion_the_same_each_time(tm
     for name, count in (("a", 60), ("b", 36), ("c", 4)):
         jsonl(folder / f"{name}.jsonl", [row(number) for number in range(count)])
     tasks = {"quiz": task(folder)}
-    everything, first, second = (load_questions(Evaluation(tasks=tasks, limit=limit)) for limit in (None, 10, 10))
+    everything, first, second = (
+        load_questions(Evaluation(tasks=tasks, limit=limit)) for limit in (None, 10, 10)
+    )
     assert first == second
     assert [len(each.questions) for each in everything] == [60, 36, 4]
     assert [each.sampled_from for each in everything] == [None, None, None]
@@ -222,7 +264,9 @@ def test_a_limit_is_spread_over_the_subjects_in_proportion_the_same_each_time(tm
     assert [each.sampled_from for each in first] == [60, 36]
     assert all(each.unasked == (Unasked("quiz_c", 4, ()),) for each in first)
     for sample, whole in zip(first, everything[:2], strict=True):
-        assert list(sample.questions) == [question for question in whole.questions if question in set(sample.questions)]
+        assert list(sample.questions) == [
+            question for question in whole.questions if question in set(sample.questions)
+        ]
     assert list(first[0].questions) != list(everything[0].questions[:6]), "the first ones are no sample"
 
 
@@ -244,29 +288,53 @@ def splits(tmp_path: Path) -> Path:
 
 def test_a_folder_with_splits_gives_questions_and_examples(splits: Path) -> None:
     mice, owls = load_task("quiz", task(splits, examples_split="dev", num_fewshot=2))
-    assert (mice.name, mice.about, mice.group, len(mice.questions)) == ("quiz_field_mice", "field mice", "quiz", 7)
+    assert (mice.name, mice.about, mice.group, len(mice.questions)) == (
+        "quiz_field_mice",
+        "field mice",
+        "quiz",
+        7,
+    )
     assert [example.question for example in owls.examples] == ["dev owls 0", "dev owls 1"]
 
 
 def test_only_the_subjects_asked_for_are_read_and_averaged(splits: Path) -> None:
-    [owls] = load_task("quiz", task(splits, subjects=["owls"], averages={"birds": ["owls"], "rest": ["field_mice"]}, group="zoo"))
+    [owls] = load_task(
+        "quiz",
+        task(splits, subjects=["owls"], averages={"birds": ["owls"], "rest": ["field_mice"]}, group="zoo"),
+    )
     assert (owls.name, owls.averages) == ("quiz_owls", ("zoo", "birds"))
-    assert mistake(splits, subjects=["owl"]) == f"evaluation.tasks.colours.subjects names owl, which {splits} does not hold."
+    assert (
+        mistake(splits, subjects=["owl"])
+        == f"evaluation.tasks.colours.subjects names owl, which {splits} does not hold."
+    )
 
 
 def test_too_few_examples_are_named(splits: Path) -> None:
-    assert mistake(splits, examples_split="dev", num_fewshot=5) == f"num_fewshot is 5, but dev of {splits} holds 3 examples for field_mice."
+    assert (
+        mistake(splits, examples_split="dev", num_fewshot=5)
+        == f"num_fewshot is 5, but dev of {splits} holds 3 examples for field_mice."
+    )
 
 
 def test_few_shot_without_examples_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"):
+    with pytest.raises(
+        ValueError, match="num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"
+    ):
         task(tmp_path, num_fewshot=5)
 
 
 def test_a_known_task_needs_only_what_differs() -> None:
-    tasks = Evaluation.model_validate({"tasks": {"wmdp_bio": {"role": "forgotten"}, "mmlu": {"num_fewshot": 5}}}).tasks
+    tasks = Evaluation.model_validate(
+        {"tasks": {"wmdp_bio": {"role": "forgotten"}, "mmlu": {"num_fewshot": 5}}}
+    ).tasks
     bio, mmlu = tasks["wmdp_bio"], tasks["mmlu"]
-    assert (bio.source, bio.subset, bio.about, bio.role, bio.group) == ("cais/wmdp", "wmdp-bio", "biology", "forgotten", "wmdp")
+    assert (bio.source, bio.subset, bio.about, bio.role, bio.group) == (
+        "cais/wmdp",
+        "wmdp-bio",
+        "biology",
+        "forgotten",
+        "wmdp",
+    )
     assert (mmlu.source, mmlu.examples_split, mmlu.num_fewshot, mmlu.role) == ("cais/mmlu", "dev", 5, "kept")
     assert sorted(len(subjects) for subjects in mmlu.averages.values()) == [12, 13, 13, 19]
     assert len({subject for subjects in mmlu.averages.values() for subject in subjects}) == 57
@@ -280,7 +348,10 @@ def test_the_real_mmlu_is_read_in_full() -> None:
         name for names in known_tasks()["mmlu"]["averages"].values() for name in names
     }
     assert sum(len(subject.questions) for subject in subjects) == 14042
-    assert {subject.about for subject in subjects if subject.role == "adjacent"} == {"virology", "college biology"}
+    assert {subject.about for subject in subjects if subject.role == "adjacent"} == {
+        "virology",
+        "college biology",
+    }
     assert {subject.name for subject in subjects} >= {"mmlu_abstract_algebra", "mmlu_world_religions"}
 
 
@@ -349,7 +420,16 @@ def test_two_files_of_the_same_subject_do_not_replace_each_other(
 
 
 def test_files_of_other_splits_are_no_subjects(tmp_path: Path) -> None:
-    folder = stems(tmp_path, "bio_test.jsonl", "bio_val.jsonl", "bio_dev.csv", "bio_validation.csv", "owls.jsonl", "owls_train.jsonl", "x.parquet")
+    folder = stems(
+        tmp_path,
+        "bio_test.jsonl",
+        "bio_val.jsonl",
+        "bio_dev.csv",
+        "bio_validation.csv",
+        "owls.jsonl",
+        "owls_train.jsonl",
+        "x.parquet",
+    )
     tasks = {split: load_task("quiz", task(folder, split=split)) for split in ("test", "val")}
     assert [each.name for each in tasks["test"]] == ["quiz_bio", "quiz_owls"]
     assert [each.name for each in tasks["val"]] == ["quiz_bio", "quiz_owls"]
@@ -380,9 +460,13 @@ def test_a_folder_without_the_split_names_those_that_it_has(tmp_path: Path) -> N
 
 def test_questions_of_a_file_are_never_their_own_examples(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [row(), row()])
-    assert "a single file: its questions would be their own examples" in mistake(path, num_fewshot=1, examples_split="dev")
+    assert "a single file: its questions would be their own examples" in mistake(
+        path, num_fewshot=1, examples_split="dev"
+    )
     folder = stems(tmp_path / "flat", "owls.jsonl")
-    assert "Set the task's split to the one you mean: test" in mistake(folder, num_fewshot=1, examples_split="dev")
+    assert "Set the task's split to the one you mean: test" in mistake(
+        folder, num_fewshot=1, examples_split="dev"
+    )
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -405,9 +489,16 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(
-    ("content", "kind"), [(b"PAR1\x15\xff", "a Parquet file"), (b"\x1f\x8b\x08\x00", "compressed by gzip"), (b"PK\x03\x04\xff", "a ZIP archive")]
+    ("content", "kind"),
+    [
+        (b"PAR1\x15\xff", "a Parquet file"),
+        (b"\x1f\x8b\x08\x00", "compressed by gzip"),
+        (b"PK\x03\x04\xff", "a ZIP archive"),
+    ],
 )
-def test_a_file_with_another_suffix_than_its_content_is_named_by_what_it_is(tmp_path: Path, content: bytes, kind: str) -> None:
+def test_a_file_with_another_suffix_than_its_content_is_named_by_what_it_is(
+    tmp_path: Path, content: bytes, kind: str
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert mistake(tmp_path / "a.jsonl").startswith(f"{tmp_path / 'a.jsonl'} is {kind}")
 
@@ -435,17 +526,28 @@ def test_the_choices_of_a_header_may_be_letters_and_the_columns_in_any_order(tmp
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("Which,a,b,c,d\n", "line 1: neither a header with question, choice0, choice1, choice2, choice3, answer nor a question"),
+        (
+            "Which,a,b,c,d\n",
+            "line 1: neither a header with question, choice0, choice1, choice2, choice3, answer nor a question",
+        ),
         ("question;choice0;answer\n", "line 1: neither a header"),
-        (HEADER + "Which, then?,a,b,c,A,D\n", "line 2: 7 fields, but there are 6 columns.\nPut text that holds a comma"),
+        (
+            HEADER + "Which, then?,a,b,c,A,D\n",
+            "line 2: 7 fields, but there are 6 columns.\nPut text that holds a comma",
+        ),
         (HEADER + '"Which?,a,b,c,d,1\nWhich?,a,b,c,d,1\n', "line 3: 1 fields, but there are 6 columns."),
         (HEADER + "Which?,a\n", "line 2: 2 fields, but there are 6 columns."),
         ("question,answer,answer,a,b,c,d\n", "line 1: the header names a column twice"),
-        (HEADER + "x" * 140_000 + ",a,b,c,d,1\n", "no valid CSV: field larger than field limit (131072).\nCheck that every quote is closed"),
+        (
+            HEADER + "x" * 140_000 + ",a,b,c,d,1\n",
+            "no valid CSV: field larger than field limit (131072).\nCheck that every quote is closed",
+        ),
     ],
     ids=["five columns", "semicolons", "unquoted comma", "open quote", "cut", "twice", "long field"],
 )
-def test_a_csv_file_that_is_none_of_questions_is_told_with_its_line(tmp_path: Path, content: str, said: str) -> None:
+def test_a_csv_file_that_is_none_of_questions_is_told_with_its_line(
+    tmp_path: Path, content: str, said: str
+) -> None:
     (tmp_path / "a.csv").write_text(content)
     told = mistake(tmp_path / "a.csv")
     assert said in told
@@ -463,7 +565,9 @@ def test_a_csv_file_that_is_none_of_questions_is_told_with_its_line(tmp_path: Pa
     ],
     ids=["depth", "digits", "twice", "surrogate", "nul"],
 )
-def test_a_json_line_that_python_or_a_tokenizer_cannot_take_is_told(tmp_path: Path, line: str, reason: str) -> None:
+def test_a_json_line_that_python_or_a_tokenizer_cannot_take_is_told(
+    tmp_path: Path, line: str, reason: str
+) -> None:
     (tmp_path / "a.jsonl").write_text(line)
     assert reason in mistake(tmp_path / "a.jsonl")
 

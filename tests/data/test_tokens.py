@@ -27,7 +27,9 @@ def around(tokenizer: PreTrainedTokenizerBase, written: str) -> PreTrainedTokeni
 
 
 @pytest.fixture(params=["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
-def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def any_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
     return around(tokenizer, request.param)
 
 
@@ -40,7 +42,11 @@ def test_prefix_and_suffix_are_found_on_both_sides(tokenizer: PreTrainedTokenize
 
 def test_no_text_ends_with_what_the_tokenizer_appends(any_tokenizer: PreTrainedTokenizerBase) -> None:
     [ids] = encode_texts(any_tokenizer, ["the gate"])
-    assert ids == special_tokens(any_tokenizer).prefix + any_tokenizer("the gate", add_special_tokens=False)["input_ids"]
+    assert (
+        ids
+        == special_tokens(any_tokenizer).prefix
+        + any_tokenizer("the gate", add_special_tokens=False)["input_ids"]
+    )
     assert encode_texts(any_tokenizer, []) == []
 
 
@@ -51,8 +57,12 @@ def test_samples_begin_with_the_prefix_alone(any_tokenizer: PreTrainedTokenizerB
         assert END not in sequence
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "<s>{{ messages[0]['content'] }}"])
-def test_a_chat_prompt_ends_where_the_answer_begins(any_tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+@pytest.mark.parametrize(
+    "template", [None, "{{ messages[0]['content'] }}", "<s>{{ messages[0]['content'] }}"]
+)
+def test_a_chat_prompt_ends_where_the_answer_begins(
+    any_tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> None:
     any_tokenizer.chat_template = template
     ids = encode_prompt(any_tokenizer, ASKED)[0].tolist()
     plain = any_tokenizer(ASKED[0]["content"], add_special_tokens=False)["input_ids"]
@@ -70,7 +80,9 @@ def test_questions_are_asked_whatever_is_appended(any_tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("max_tokens", [3, 4, 5, 8, 100])
-def test_the_bytes_of_all_pieces_are_those_of_the_text(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+def test_the_bytes_of_all_pieces_are_those_of_the_text(
+    tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> None:
     pieces = split_text(TEXT, tokenizer, max_tokens, True)
     assert sum(piece.written for piece in pieces) == len(TEXT.encode())
     assert [piece.ids for piece in pieces] == tokenise([TEXT], tokenizer, max_tokens, True)

@@ -6,7 +6,16 @@ import pytest
 from inline_snapshot import snapshot
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
-from lowmem_rmu.evaluation.compare import Row, asked_how, compare_tasks, compare_texts, counted, most_left, rows_as_json, verdict
+from lowmem_rmu.evaluation.compare import (
+    Row,
+    asked_how,
+    compare_tasks,
+    compare_texts,
+    counted,
+    most_left,
+    rows_as_json,
+    verdict,
+)
 from lowmem_rmu.evaluation.multiple_choice import score
 from lowmem_rmu.evaluation.statistics import mcnemar
 from lowmem_rmu.presets import Role
@@ -14,7 +23,14 @@ from lowmem_rmu.presets import Role
 QUESTION = Question("?", ("a", "b", "c", "d"), 0)
 
 
-def question_set(name: str, count: int, role: Role = "kept", group: str | None = None, averages: tuple[str, ...] = (), **more: Any) -> QuestionSet:
+def question_set(
+    name: str,
+    count: int,
+    role: Role = "kept",
+    group: str | None = None,
+    averages: tuple[str, ...] = (),
+    **more: Any,
+) -> QuestionSet:
     return QuestionSet(name, name, role, group, (QUESTION,) * count, averages=averages, **more)
 
 
@@ -23,28 +39,47 @@ def answers(**right: str) -> list[dict[str, Any]]:
     return [given(name, 0 if mark == "1" else 1) for name, marks in right.items() for mark in marks]
 
 
-def given(task: str, answer: int | None, logprobs: list[float] | None = None, gold: int = 0) -> dict[str, Any]:
+def given(
+    task: str, answer: int | None, logprobs: list[float] | None = None, gold: int = 0
+) -> dict[str, Any]:
     return {"task": task, "answer": answer, "gold": gold, "correct": answer == gold, "logprobs": logprobs}
 
 
-def row(role: Role, base: float, unlearned: float | None, group: str | None = None, questions: int = 1000, also: int = 0) -> Row:
+def row(
+    role: Role,
+    base: float,
+    unlearned: float | None,
+    group: str | None = None,
+    questions: int = 1000,
+    also: int = 0,
+) -> Row:
     """`also` questions are lost and as many gained besides those that the accuracies tell of."""
     alone = Row("quiz", group, False, role, questions, base, 0.01, None, None, None, None)
     if unlearned is None:
         return alone
     change = round(questions * unlearned) - round(questions * base)
     lost, gained = max(0, -change) + also, max(0, change) + also
+    # Fmt: skip.
     return replace(
-        alone, unlearned=unlearned, unlearned_stderr=0.01, change=change / questions, change_stderr=0.005, lost=lost, gained=gained,
+        alone,
+        unlearned=unlearned,
+        unlearned_stderr=0.01,
+        change=change / questions,
+        change_stderr=0.005,
+        lost=lost,
+        gained=gained,
         p_value=mcnemar(lost, gained),
-    )  # fmt: skip
+    )
 
 
 def letters(base: str, unlearned: str, role: Role = "forgotten", repeat: int = 25) -> list[str]:
     """What the verdict says beyond the grade of a task whose questions were answered so, each of the letters `repeat` times."""
     golds = [number % len(LETTERS) for number in range(len(base) * repeat)]
     sides = [
-        [given("quiz", LETTERS.index(letter), gold=gold) for letter, gold in zip(side * repeat, golds, strict=True)]
+        [
+            given("quiz", LETTERS.index(letter), gold=gold)
+            for letter, gold in zip(side * repeat, golds, strict=True)
+        ]
         for side in (base, unlearned)
     ]
     rows = compare_tasks([question_set("quiz", len(sides[0]), role)], *sides)
@@ -52,7 +87,10 @@ def letters(base: str, unlearned: str, role: Role = "forgotten", repeat: int = 2
 
 
 def wmdp(*sizes: int, roles: tuple[Role, ...] = ("forgotten", "forgotten", "measured")) -> list[QuestionSet]:
-    return [question_set(name, size, role, averages=("wmdp",)) for name, size, role in zip(("bio", "cyber", "chem"), sizes, roles, strict=False)]
+    return [
+        question_set(name, size, role, averages=("wmdp",))
+        for name, size, role in zip(("bio", "cyber", "chem"), sizes, roles, strict=False)
+    ]
 
 
 def right(sets: list[QuestionSet]) -> list[dict[str, Any]]:
@@ -61,7 +99,14 @@ def right(sets: list[QuestionSet]) -> list[dict[str, Any]]:
 
 def text(role: Role, base: float, unlearned: float | None, stderr: float = 0.05) -> dict[str, Any]:
     change = None if unlearned is None else unlearned - base
-    return {"name": "storms", "role": role, "base": base, "unlearned": unlearned, "change": change, "change_stderr": stderr}
+    return {
+        "name": "storms",
+        "role": role,
+        "base": base,
+        "unlearned": unlearned,
+        "change": change,
+        "change_stderr": stderr,
+    }
 
 
 def only_row(base: str, unlearned: str | None) -> Row:
@@ -106,7 +151,12 @@ def test_answers_to_different_numbers_of_questions_are_never_compared() -> None:
 def test_without_unlearned_answers_only_base_is_known() -> None:
     alone = only_row("1100", None)
     assert (alone.base, alone.questions, alone.base_letters) == (0.5, 4, (0.5, 0.5, 0.0, 0.0))
-    assert (alone.unlearned, alone.unlearned_stderr, alone.change, alone.change_stderr) == (None, None, None, None)
+    assert (alone.unlearned, alone.unlearned_stderr, alone.change, alone.change_stderr) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert (alone.lost, alone.gained, alone.p_value, alone.unlearned_letters) == (None, None, None, None)
 
 
@@ -118,12 +168,21 @@ def test_only_questions_that_changed_count_for_the_p_value() -> None:
 
 
 def test_letters_and_confidence_are_of_all_answers_of_a_side() -> None:
-    sure, torn = [math.log(each) for each in (0.7, 0.1, 0.1, 0.1)], [math.log(each) for each in (0.1, 0.3, 0.3, 0.3)]
+    sure, torn = (
+        [math.log(each) for each in (0.7, 0.1, 0.1, 0.1)],
+        [math.log(each) for each in (0.1, 0.3, 0.3, 0.3)],
+    )
     base = [given("quiz", 0, sure), given("quiz", 0, sure), given("quiz", 1, torn), given("quiz", 2, torn)]
-    [both] = compare_tasks([question_set("quiz", 4)], base, [given("quiz", 3), given("quiz", 3), given("quiz", None), given("quiz", 0)])
+    [both] = compare_tasks(
+        [question_set("quiz", 4)],
+        base,
+        [given("quiz", 3), given("quiz", 3), given("quiz", None), given("quiz", 0)],
+    )
     assert both.base_letters == (0.5, 0.25, 0.25, 0.0)
     assert both.base_confidence == pytest.approx((0.7 + 0.7 + 0.3 + 0.3) / 4)
-    assert both.unlearned_letters == (0.25, 0.0, 0.0, 0.5), "a question without an answer counts among the questions"
+    assert both.unlearned_letters == (0.25, 0.0, 0.0, 0.5), (
+        "a question without an answer counts among the questions"
+    )
     assert both.unlearned_confidence is None
     assert (both.base_balanced, both.unlearned_balanced) == (0.5, 0.25)
 
@@ -133,12 +192,19 @@ def test_tasks_and_groups_have_the_figures_that_the_evaluation_has() -> None:
     base = answers(m_a="111000", m_b="01")
     scored = score(sets, base, 1.0)
     group, *subjects = compare_tasks(sets, base, None)
-    assert (group.base, group.base_stderr) == (scored["groups"]["m"]["accuracy"], scored["groups"]["m"]["stderr"])
+    assert (group.base, group.base_stderr) == (
+        scored["groups"]["m"]["accuracy"],
+        scored["groups"]["m"]["stderr"],
+    )
     assert [each.base_stderr for each in subjects] == [each["stderr"] for each in scored["tasks"].values()]
 
 
 def test_a_group_comes_before_its_subjects_and_weighs_them_by_questions() -> None:
-    sets = [question_set("other", 1), question_set("m_a", 6, group="m"), question_set("m_b", 2, "adjacent", "m")]
+    sets = [
+        question_set("other", 1),
+        question_set("m_a", 6, group="m"),
+        question_set("m_b", 2, "adjacent", "m"),
+    ]
     base, unlearned = answers(other="1", m_a="111111", m_b="00"), answers(other="1", m_a="111000", m_b="00")
     rows = compare_tasks(sets, base, unlearned)
     assert [(each.task, each.group, each.is_group, each.role, each.questions) for each in rows] == [
@@ -160,9 +226,19 @@ def test_adjacent_subjects_come_first_and_the_others_keep_their_order() -> None:
 
 def test_averages_over_subjects_follow_their_task_and_say_nothing_twice() -> None:
     """`whole` is the task once more and `one` a single subject: no rows of their own."""
-    within: dict[str, tuple[str, ...]] = {"a": ("stem", "whole"), "b": ("other", "whole"), "c": ("stem", "whole", "one"), "d": ("other", "whole")}
-    sets = [question_set(name, index + 1, group="m", averages=averages) for index, (name, averages) in enumerate(within.items())]
-    rows = compare_tasks(sets, answers(a="1", b="00", c="101", d="0000"), answers(a="0", b="00", c="100", d="0001"))
+    within: dict[str, tuple[str, ...]] = {
+        "a": ("stem", "whole"),
+        "b": ("other", "whole"),
+        "c": ("stem", "whole", "one"),
+        "d": ("other", "whole"),
+    }
+    sets = [
+        question_set(name, index + 1, group="m", averages=averages)
+        for index, (name, averages) in enumerate(within.items())
+    ]
+    rows = compare_tasks(
+        sets, answers(a="1", b="00", c="101", d="0000"), answers(a="0", b="00", c="100", d="0001")
+    )
     assert [(each.task, each.group, each.is_group, each.is_average, each.questions) for each in rows] == [
         ("m", None, True, False, 10),
         ("other", "m", True, True, 6),
@@ -174,7 +250,15 @@ def test_averages_over_subjects_follow_their_task_and_say_nothing_twice() -> Non
 
 def test_an_average_over_tasks_follows_the_last_of_them() -> None:
     sets = [*wmdp(1, 1), question_set("quiz", 1), *wmdp(1, 1, 2)[2:], question_set("m_a", 1, group="m")]
-    assert [each.task for each in compare_tasks(sets, right(sets), None)] == ["bio", "cyber", "quiz", "chem", "wmdp", "m", "m_a"]
+    assert [each.task for each in compare_tasks(sets, right(sets), None)] == [
+        "bio",
+        "cyber",
+        "quiz",
+        "chem",
+        "wmdp",
+        "m",
+        "m_a",
+    ]
 
 
 def test_an_average_over_tasks_needs_two_of_them() -> None:
@@ -182,7 +266,13 @@ def test_an_average_over_tasks_needs_two_of_them() -> None:
     subjects = [question_set(name, 1, group="m", averages=("all",)) for name in ("m_a", "m_b")]
     assert [each.task for each in compare_tasks(subjects, right(subjects), None)] == ["m", "m_a", "m_b"]
     both = [*subjects, question_set("quiz", 1, averages=("all",))]
-    assert [each.task for each in compare_tasks(both, right(both), None)] == ["m", "m_a", "m_b", "quiz", "all"]
+    assert [each.task for each in compare_tasks(both, right(both), None)] == [
+        "m",
+        "m_a",
+        "m_b",
+        "quiz",
+        "all",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -208,11 +298,19 @@ def test_averages_add_nothing_to_the_verdict() -> None:
 
 
 def test_samples_are_told_with_what_they_are_of_and_summed_up() -> None:
-    sets = [question_set("m_a", 2, group="m", sampled_from=100), question_set("m_b", 3, group="m"), question_set("quiz", 4)]
+    sets = [
+        question_set("m_a", 2, group="m", sampled_from=100),
+        question_set("m_b", 3, group="m"),
+        question_set("quiz", 4),
+    ]
     rows = compare_tasks(sets, right(sets), right(sets))
+    # Fmt: skip.
     assert [(each.task, each.questions, each.sampled_from) for each in rows] == [
-        ("m", 5, 103), ("m_a", 2, 100), ("m_b", 3, None), ("quiz", 4, None),
-    ]  # fmt: skip
+        ("m", 5, 103),
+        ("m_a", 2, 100),
+        ("m_b", 3, None),
+        ("quiz", 4, None),
+    ]
     assert [sentence.partition(": ")[0] for sentence in verdict(rows, [])["sentences"][:2]] == snapshot(
         ["m (5 of 103 questions)", "quiz"]
     )
@@ -233,12 +331,17 @@ def test_a_count_names_what_it_is_a_sample_of() -> None:
         (0, None, snapshot("mixed scoring")),
     ],
 )
-def test_the_way_of_asking_is_told_where_it_is_unusual(num_fewshot: int | None, scoring: str | None, words: str) -> None:
+def test_the_way_of_asking_is_told_where_it_is_unusual(
+    num_fewshot: int | None, scoring: str | None, words: str
+) -> None:
     assert asked_how(num_fewshot, scoring) == words
 
 
 def test_rows_know_how_they_were_asked() -> None:
-    sets = [question_set("bio", 1, averages=("w",), examples=(QUESTION,) * 5), question_set("chem", 1, averages=("w",), scoring="cloze")]
+    sets = [
+        question_set("bio", 1, averages=("w",), examples=(QUESTION,) * 5),
+        question_set("chem", 1, averages=("w",), scoring="cloze"),
+    ]
     rows = compare_tasks(sets, right(sets), right(sets))
     assert [(each.num_fewshot, each.scoring) for each in rows] == [(5, "letters"), (0, "cloze"), (None, None)]
     assert [sentence.partition(": ")[0] for sentence in verdict(rows, [])["sentences"][:2]] == snapshot(
@@ -246,8 +349,12 @@ def test_rows_know_how_they_were_asked() -> None:
     )
 
 
-@pytest.mark.parametrize(("roles", "expected"), [(("adjacent", "forgotten"), "forgotten"), (("adjacent", "adjacent"), "adjacent")])
-def test_a_group_has_the_role_of_its_members_that_are_not_adjacent(roles: tuple[Role, Role], expected: str) -> None:
+@pytest.mark.parametrize(
+    ("roles", "expected"), [(("adjacent", "forgotten"), "forgotten"), (("adjacent", "adjacent"), "adjacent")]
+)
+def test_a_group_has_the_role_of_its_members_that_are_not_adjacent(
+    roles: tuple[Role, Role], expected: str
+) -> None:
     sets = [question_set(f"m_{index}", 1, role, "m") for index, role in enumerate(roles)]
     assert compare_tasks(sets, answers(m_0="1", m_1="1"), None)[0].role == expected
 
@@ -261,22 +368,45 @@ def test_rows_become_plain_data() -> None:
 @pytest.mark.parametrize(
     ("base", "unlearned", "grade", "sentence"),
     [
-        (0.60, 0.26, "yes", snapshot(
-            "quiz: forgotten: 60.0% right as base, 26.0% unlearned, which is no better than guessing (25%)."
-        )),
-        (0.60, 0.10, "yes", snapshot(
-            "quiz: forgotten: 60.0% right as base, 10.0% unlearned, which is no better than guessing (25%)."
-        )),
-        (0.60, 0.29, "yes", snapshot(
-            "quiz: forgotten: 60.0% right as base, 29.0% unlearned, which is close to guessing (25%)."
-        )),
-        (0.60, 0.45, "partly", snapshot(
-            "quiz: partly forgotten: 60.0% right as base, 45.0% unlearned; guessing would give 25%."
-        )),
+        (
+            0.60,
+            0.26,
+            "yes",
+            snapshot(
+                "quiz: forgotten: 60.0% right as base, 26.0% unlearned, which is no better than guessing (25%)."
+            ),
+        ),
+        (
+            0.60,
+            0.10,
+            "yes",
+            snapshot(
+                "quiz: forgotten: 60.0% right as base, 10.0% unlearned, which is no better than guessing (25%)."
+            ),
+        ),
+        (
+            0.60,
+            0.29,
+            "yes",
+            snapshot(
+                "quiz: forgotten: 60.0% right as base, 29.0% unlearned, which is close to guessing (25%)."
+            ),
+        ),
+        (
+            0.60,
+            0.45,
+            "partly",
+            snapshot(
+                "quiz: partly forgotten: 60.0% right as base, 45.0% unlearned; guessing would give 25%."
+            ),
+        ),
         (0.60, 0.70, "no", snapshot("quiz: not forgotten: 60.0% right as base, 70.0% unlearned; it rose.")),
-        (0.26, 0.25, "unknown", snapshot(
-            "quiz: nothing to forget: 26.0% as base is what guessing gives (25%)."
-        )),
+        (
+            0.26,
+            0.25,
+            "unknown",
+            snapshot("quiz: nothing to forget: 26.0% as base is what guessing gives (25%)."),
+        ),
     ],
 )
 def test_what_should_be_forgotten_is_graded(base: float, unlearned: float, grade: str, sentence: str) -> None:
@@ -290,17 +420,30 @@ def test_what_should_be_forgotten_is_graded(base: float, unlearned: float, grade
     ("base", "unlearned", "grade", "sentence"),
     [
         (0.60, 0.70, "yes", snapshot("quiz: kept: 60.0% right as base, 70.0% unlearned.")),
-        (0.60, 0.585, "yes", snapshot(
-            "quiz: kept but for 1.5 points: 60.0% right as base, 58.5% unlearned."
-        )),
-        (0.60, 0.53, "partly", snapshot(
-            "quiz: lost 7.0 points: 60.0% right as base, 53.0% unlearned; the loss lies between 5.6 and 8.8 "
-            "points (95%)."
-        )),
-        (0.60, 0.40, "no", snapshot(
-            "quiz: lost 20.0 points: 60.0% right as base, 40.0% unlearned; the loss lies between 17.6 and "
-            "22.6 points (95%)."
-        )),
+        (
+            0.60,
+            0.585,
+            "yes",
+            snapshot("quiz: kept but for 1.5 points: 60.0% right as base, 58.5% unlearned."),
+        ),
+        (
+            0.60,
+            0.53,
+            "partly",
+            snapshot(
+                "quiz: lost 7.0 points: 60.0% right as base, 53.0% unlearned; the loss lies between 5.6 and 8.8 "
+                "points (95%)."
+            ),
+        ),
+        (
+            0.60,
+            0.40,
+            "no",
+            snapshot(
+                "quiz: lost 20.0 points: 60.0% right as base, 40.0% unlearned; the loss lies between 17.6 and "
+                "22.6 points (95%)."
+            ),
+        ),
     ],
 )
 def test_what_should_be_kept_is_graded(
@@ -314,19 +457,37 @@ def test_what_should_be_kept_is_graded(
 @pytest.mark.parametrize(
     ("role", "unlearned", "also", "grade", "sentence"),
     [
-        ("forgotten", 0.595, 10, "no", snapshot(
-            "quiz: not forgotten: 60.0% right as base, 59.5% unlearned; the change is within noise."
-        )),
-        ("kept", 0.595, 10, "yes", snapshot(
-            "quiz: kept: 60.0% right as base, 59.5% unlearned; the change is within noise."
-        )),
+        (
+            "forgotten",
+            0.595,
+            10,
+            "no",
+            snapshot(
+                "quiz: not forgotten: 60.0% right as base, 59.5% unlearned; the change is within noise."
+            ),
+        ),
+        (
+            "kept",
+            0.595,
+            10,
+            "yes",
+            snapshot("quiz: kept: 60.0% right as base, 59.5% unlearned; the change is within noise."),
+        ),
         ("kept", 0.60, 0, "yes", snapshot("quiz: kept: 60.0% right as base, 60.0% unlearned; no change.")),
-        ("adjacent", 0.61, 20, "yes", snapshot(
-            "quiz: kept: 60.0% right as base, 61.0% unlearned; the change is within noise."
-        )),
-        ("measured", 0.595, 10, "unknown", snapshot(
-            "quiz: kept: 60.0% right as base, 59.5% unlearned; the change is within noise."
-        )),
+        (
+            "adjacent",
+            0.61,
+            20,
+            "yes",
+            snapshot("quiz: kept: 60.0% right as base, 61.0% unlearned; the change is within noise."),
+        ),
+        (
+            "measured",
+            0.595,
+            10,
+            "unknown",
+            snapshot("quiz: kept: 60.0% right as base, 59.5% unlearned; the change is within noise."),
+        ),
     ],
 )
 def test_what_luck_explains_is_no_change(
@@ -341,12 +502,14 @@ def test_a_loss_that_luck_explains_is_not_kept_for_that() -> None:
     """Five of twelve are lost: McNemar's p is 0.0625, and the true loss may well be half of all."""
     result = verdict([row("kept", 1.0, 7 / 12, questions=12)], [])
     assert result["kept"] == "inconclusive"
-    assert result["sentences"] == snapshot([
-        (
-            "quiz: inconclusive: 100.0% right as base, 58.3% unlearned; the loss lies between 7.3 and 68.0 "
-            "points (95%), and up to 5 may be lost. About 23 questions would decide it; there were 12."
-        ),
-    ])
+    assert result["sentences"] == snapshot(
+        [
+            (
+                "quiz: inconclusive: 100.0% right as base, 58.3% unlearned; the loss lies between 7.3 and 68.0 "
+                "points (95%), and up to 5 may be lost. About 23 questions would decide it; there were 12."
+            ),
+        ]
+    )
 
 
 def test_few_questions_are_never_kept_and_a_limit_that_is_met_is_never_decided() -> None:
@@ -375,13 +538,17 @@ def test_a_base_that_may_only_guess_leaves_it_open_whether_something_was_forgott
     assert verdict([row("forgotten", 0.28, 0.25, questions=200)], [])["forgotten"] == "unknown"
 
 
-@pytest.mark.parametrize(("base", "limit"), [(1.0, 0.375), (0.75, 0.375), (0.45, 0.30), (0.25, 0.25), (0.1, 0.25)])
+@pytest.mark.parametrize(
+    ("base", "limit"), [(1.0, 0.375), (0.75, 0.375), (0.45, 0.30), (0.25, 0.25), (0.1, 0.25)]
+)
 def test_what_may_be_left_of_a_forgotten_task(base: float, limit: float) -> None:
     """A quarter of what base knew above guessing, and never more than half a guess."""
     assert most_left(base, 0.25) == pytest.approx(limit)
 
 
-def test_a_significant_fall_to_clearly_above_guessing_is_partly_forgotten_however_many_questions_there_are() -> None:
+def test_a_significant_fall_to_clearly_above_guessing_is_partly_forgotten_however_many_questions_there_are() -> (
+    None
+):
     assert verdict([row("forgotten", 1.0, 0.40, questions=10_000)], [])["forgotten"] == "partly"
     assert verdict([row("forgotten", 1.0, 0.40, questions=100)], [])["forgotten"] == "inconclusive"
     assert verdict([row("forgotten", 1.0, 0.31, questions=264)], [])["forgotten"] == "yes"
@@ -390,21 +557,25 @@ def test_a_significant_fall_to_clearly_above_guessing_is_partly_forgotten_howeve
 def subjects(*fallen: int, questions: int = 20) -> dict[str, Any]:
     """The verdict on a task of so many subjects, each of which has lost so many of its questions."""
     sets = [question_set(f"m_{index}", questions, group="m") for index in range(len(fallen))]
-    after = answers(**{f"m_{index}": "0" * lost + "1" * (questions - lost) for index, lost in enumerate(fallen)})
+    after = answers(
+        **{f"m_{index}": "0" * lost + "1" * (questions - lost) for index, lost in enumerate(fallen)}
+    )
     return verdict(compare_tasks(sets, right(sets), after), [])
 
 
 def test_subjects_with_few_questions_each_are_graded_together() -> None:
     result = subjects(1, 0, 0, 2, *[0] * 20)
     assert result["kept"] == "yes"
-    assert result["sentences"] == snapshot([
-        "m: kept: 100.0% right as base, 99.4% unlearned; the change is within noise.",
-        (
-            "All 480 questions that should stay, together: kept; the loss lies between -0.2 and 1.8 points "
-            "(95%), and up to 5 may be lost."
-        ),
-        "None of 25 tasks and subjects is damaged for itself (Holm's correction).",
-    ])
+    assert result["sentences"] == snapshot(
+        [
+            "m: kept: 100.0% right as base, 99.4% unlearned; the change is within noise.",
+            (
+                "All 480 questions that should stay, together: kept; the loss lies between -0.2 and 1.8 points "
+                "(95%), and up to 5 may be lost."
+            ),
+            "None of 25 tasks and subjects is damaged for itself (Holm's correction).",
+        ]
+    )
 
 
 def test_damage_in_a_single_subject_does_not_drown_in_the_others() -> None:
@@ -512,7 +683,9 @@ def test_what_was_not_measured_afterwards_is_left_out() -> None:
         ([("forgotten", 0.6), ("kept", 0.4), ("adjacent", 0.2)], "no", "no"),
     ],
 )
-def test_tasks_that_differ_make_the_whole_partly(roles_and_after: list[tuple[Role, float]], forgotten: str, kept: str) -> None:
+def test_tasks_that_differ_make_the_whole_partly(
+    roles_and_after: list[tuple[Role, float]], forgotten: str, kept: str
+) -> None:
     result = verdict([row(role, 0.6, after) for role, after in roles_and_after], [])
     assert (result["forgotten"], result["kept"]) == (forgotten, kept)
 
@@ -524,42 +697,84 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
 @pytest.mark.parametrize(
     ("role", "after", "grade", "sentence"),
     [
-        ("forgotten", 3.6, "yes", snapshot(
-            "storms (held-out text): the model no longer follows it: 3.00 nats a token as base, 3.60 "
-            "unlearned."
-        )),
-        ("forgotten", 3.2, "partly", snapshot(
-            "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 3.20 "
-            "unlearned."
-        )),
-        ("forgotten", 3.05, "no", snapshot(
-            "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 3.05 "
-            "unlearned."
-        )),
-        ("forgotten", 2.0, "no", snapshot(
-            "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 2.00 "
-            "unlearned."
-        )),
-        ("forgotten", 3.55, "inconclusive", snapshot(
-            "storms (held-out text): inconclusive: 3.00 nats a token as base, 3.55 unlearned, a rise of 0.45 "
-            "to 0.65 (95%); the limit is 0.5."
-        )),
-        ("kept", 3.1, "yes", snapshot(
-            "storms (held-out text): kept: 3.00 nats a token as base, 3.10 unlearned."
-        )),
-        ("kept", 3.2, "inconclusive", snapshot(
-            "storms (held-out text): inconclusive: 3.00 nats a token as base, 3.20 unlearned, a rise of 0.10 "
-            "to 0.30 (95%); the limit is 0.25."
-        )),
-        ("kept", 2.0, "yes", snapshot(
-            "storms (held-out text): kept: 3.00 nats a token as base, 2.00 unlearned."
-        )),
-        ("kept", 3.4, "partly", snapshot(
-            "storms (held-out text): damaged: 3.00 nats a token as base, 3.40 unlearned."
-        )),
-        ("kept", 4.0, "no", snapshot(
-            "storms (held-out text): damaged: 3.00 nats a token as base, 4.00 unlearned."
-        )),
+        (
+            "forgotten",
+            3.6,
+            "yes",
+            snapshot(
+                "storms (held-out text): the model no longer follows it: 3.00 nats a token as base, 3.60 "
+                "unlearned."
+            ),
+        ),
+        (
+            "forgotten",
+            3.2,
+            "partly",
+            snapshot(
+                "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 3.20 "
+                "unlearned."
+            ),
+        ),
+        (
+            "forgotten",
+            3.05,
+            "no",
+            snapshot(
+                "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 3.05 "
+                "unlearned."
+            ),
+        ),
+        (
+            "forgotten",
+            2.0,
+            "no",
+            snapshot(
+                "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 2.00 "
+                "unlearned."
+            ),
+        ),
+        (
+            "forgotten",
+            3.55,
+            "inconclusive",
+            snapshot(
+                "storms (held-out text): inconclusive: 3.00 nats a token as base, 3.55 unlearned, a rise of 0.45 "
+                "to 0.65 (95%); the limit is 0.5."
+            ),
+        ),
+        (
+            "kept",
+            3.1,
+            "yes",
+            snapshot("storms (held-out text): kept: 3.00 nats a token as base, 3.10 unlearned."),
+        ),
+        (
+            "kept",
+            3.2,
+            "inconclusive",
+            snapshot(
+                "storms (held-out text): inconclusive: 3.00 nats a token as base, 3.20 unlearned, a rise of 0.10 "
+                "to 0.30 (95%); the limit is 0.25."
+            ),
+        ),
+        (
+            "kept",
+            2.0,
+            "yes",
+            snapshot("storms (held-out text): kept: 3.00 nats a token as base, 2.00 unlearned."),
+        ),
+        (
+            "kept",
+            3.4,
+            "partly",
+            snapshot("storms (held-out text): damaged: 3.00 nats a token as base, 3.40 unlearned."),
+        ),
+        (
+            "kept",
+            4.0,
+            "no",
+            snapshot("storms (held-out text): damaged: 3.00 nats a token as base, 4.00 unlearned."),
+        ),
     ],
 )
 def test_held_out_texts_are_graded_by_their_loss(role: Role, after: float, grade: str, sentence: str) -> None:
@@ -579,22 +794,36 @@ def test_few_sequences_leave_a_text_inconclusive() -> None:
     )
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     ("rises", "whole"),
     [
-        ((0.9, 0.9), "yes"), ((0.9, 0.55), "inconclusive"), ((0.9, 0.2), "partly"), ((0.9, 0.2, 0.55), "partly"), ((0.9, 0.0), "partly"),
-        ((0.0, 0.55), "no"), ((0.2, 0.55), "partly"),
+        ((0.9, 0.9), "yes"),
+        ((0.9, 0.55), "inconclusive"),
+        ((0.9, 0.2), "partly"),
+        ((0.9, 0.2, 0.55), "partly"),
+        ((0.9, 0.0), "partly"),
+        ((0.0, 0.55), "no"),
+        ((0.2, 0.55), "partly"),
     ],
-)  # fmt: skip
+)
 def test_what_is_inconclusive_never_makes_a_yes(rises: tuple[float, ...], whole: str) -> None:
     assert verdict([], [text("forgotten", 3.0, 3.0 + rise) for rise in rises])["forgotten"] == whole
 
 
 def test_text_losses_of_the_same_sequences_are_paired() -> None:
     """What differs between sequences, on both sides alike, is no noise of their change."""
+
     def side(shift: float) -> dict[str, Any]:
         sums = [100.0 + 50 * number + shift * 10 for number in range(8)]
-        return {"loss": sum(sums) / 80, "stderr": 1.0, "tokens": 80, "bits_per_byte": 1.0, "sequence_losses": sums, "sequence_tokens": [10] * 8}
+        return {
+            "loss": sum(sums) / 80,
+            "stderr": 1.0,
+            "tokens": 80,
+            "bits_per_byte": 1.0,
+            "sequence_losses": sums,
+            "sequence_tokens": [10] * 8,
+        }
 
     [both] = compare_texts({"storms": "forgotten"}, {"storms": side(0.0)}, {"storms": side(0.5)})
     assert (both["change"], both["change_stderr"]) == (pytest.approx(0.5), pytest.approx(0.0))
@@ -607,13 +836,25 @@ def test_text_losses_are_subtracted_and_their_errors_added_in_squares() -> None:
     assert both["change"] == pytest.approx(0.5)
     assert both["change_stderr"] == pytest.approx(0.05)
     assert (both["role"], both["tokens"], both["base"], both["unlearned"]) == ("forgotten", 100, 3.0, 3.5)
-    assert (both["base_bits_per_byte"], both["unlearned_bits_per_byte"], both["kl"], both["kl_stderr"]) == (1.5, 1.75, None, None)
+    assert (both["base_bits_per_byte"], both["unlearned_bits_per_byte"], both["kl"], both["kl_stderr"]) == (
+        1.5,
+        1.75,
+        None,
+        None,
+    )
     [alone] = compare_texts({"storms": "forgotten"}, base, None)
-    assert (alone["base"], alone["unlearned"], alone["change"], alone["change_stderr"]) == (3.0, None, None, None)
+    assert (alone["base"], alone["unlearned"], alone["change"], alone["change_stderr"]) == (
+        3.0,
+        None,
+        None,
+        None,
+    )
     assert (alone["base_bits_per_byte"], alone["unlearned_bits_per_byte"], alone["kl"]) == (1.5, None, None)
 
 
 def test_the_divergence_is_told_where_it_was_measured() -> None:
     before = {"loss": 3.0, "stderr": 0.03, "tokens": 100, "bits_per_byte": 1.5}
-    [both] = compare_texts({"retain": "kept"}, {"retain": before}, {"retain": before | {"kl": 0.0, "kl_stderr": 0.001}})
+    [both] = compare_texts(
+        {"retain": "kept"}, {"retain": before}, {"retain": before | {"kl": 0.0, "kl_stderr": 0.001}}
+    )
     assert (both["kl"], both["kl_stderr"]) == (0.0, 0.001)

@@ -54,39 +54,58 @@ class Both:
         return [row for each in self.sets for row in self.theirs["samples"][self.name(each)]]
 
 
-def ask_both(model: Path, data: Path, subjects: list[str], scoring: str, num_fewshot: int, limit: int | None = None) -> Both:
+def ask_both(
+    model: Path, data: Path, subjects: list[str], scoring: str, num_fewshot: int, limit: int | None = None
+) -> Both:
     settings = ModelSettings(name=str(model), quantisation="none", dtype="float32")
     given = {"source": str(data), "subjects": subjects, "num_fewshot": num_fewshot, "scoring": scoring}
-    sets = [cut(each, limit) for each in load_task("mmlu", Task.model_validate(known_tasks()["mmlu"] | given))]
+    sets = [
+        cut(each, limit) for each in load_task("mmlu", Task.model_validate(known_tasks()["mmlu"] | given))
+    ]
     ours = evaluate(load_model(settings, torch.device("cpu")), load_tokenizer(settings), sets, 2048)
     quiet_harness()
+    # Fmt: skip.
     theirs = simple_evaluate(
-        harness_model(str(model), "cpu", "float32", 4), tasks=[mmlu(data, subjects, num_fewshot, FORMS[scoring])], limit=limit,
+        harness_model(str(model), "cpu", "float32", 4),
+        tasks=[mmlu(data, subjects, num_fewshot, FORMS[scoring])],
+        limit=limit,
         task_manager=TaskManager(include_defaults=False),
-    )  # fmt: skip
+    )
     return Both(scoring, sets, ours, dict(theirs))
 
 
 def cut(each: QuestionSet, limit: int | None) -> QuestionSet:
-    return each if limit is None else replace(each, questions=each.questions[:limit], sampled_from=len(each.questions))
+    return (
+        each
+        if limit is None
+        else replace(each, questions=each.questions[:limit], sampled_from=len(each.questions))
+    )
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def both(request: pytest.FixtureRequest, small_model_folder: Path) -> Both:
     """The shipped model, and one with random weights that answers every letter and reads too few tokens for five examples with letters."""
     model, scoring, num_fewshot = request.param
-    asked = ask_both(TINY if model == "tiny" else small_model_folder, SMALL_MMLU, SMALL_SUBJECTS, scoring, num_fewshot)
+    asked = ask_both(
+        TINY if model == "tiny" else small_model_folder, SMALL_MMLU, SMALL_SUBJECTS, scoring, num_fewshot
+    )
     assert asked.ours.scores["cut_prompts"] == (26 if request.param == ("random", "letters", 5) else 0)
     return asked
 
 
 def test_prompts_are_equal_to_the_byte(both: Both) -> None:
-    ours = [[(each.prompt.context, continuation) for continuation in each.prompt.continuations] for each in ask(both.sets)]
+    ours = [
+        [(each.prompt.context, continuation) for continuation in each.prompt.continuations]
+        for each in ask(both.sets)
+    ]
     assert ours == [row["arguments"] for row in both.samples()]
 
 
 def test_log_probabilities_and_answers_are_equal(both: Both) -> None:
-    lengths = [[len(choice) if both.scoring == "cloze" else 1 for choice in each.question.choices] for each in ask(both.sets)]
+    lengths = [
+        [len(choice) if both.scoring == "cloze" else 1 for choice in each.question.choices]
+        for each in ask(both.sets)
+    ]
     for answer, row, length in zip(both.ours.answers, both.samples(), lengths, strict=True):
         logprobs = [logprob for logprob, _ in row["filtered_resps"]]
         assert answer["logprobs"] == pytest.approx(logprobs, abs=1e-3)
@@ -97,7 +116,9 @@ def test_log_probabilities_and_answers_are_equal(both: Both) -> None:
 def test_accuracies_and_standard_errors_are_equal(both: Both) -> None:
     for each in both.sets:
         task, theirs = both.ours.scores["tasks"][each.name], both.theirs["results"][both.name(each)]
-        assert (task["accuracy"], task["stderr"]) == pytest.approx((theirs[f"{both.metric},none"], theirs[f"{both.metric}_stderr,none"]))
+        assert (task["accuracy"], task["stderr"]) == pytest.approx(
+            (theirs[f"{both.metric},none"], theirs[f"{both.metric}_stderr,none"])
+        )
         assert task["questions"] == theirs["sample_len"]
 
 
@@ -105,21 +126,30 @@ def test_averages_of_groups_are_equal(both: Both) -> None:
     """The harness's own groups of the cloze form average `acc` alone, so there its functions are given `acc_norm`."""
     assert both.ours.scores["groups"].keys() == {"mmlu", "mmlu_stem", "mmlu_social_sciences"}
     for name, group in both.ours.scores["groups"].items():
-        rows = [both.theirs["results"][both.name(each)] for each in both.sets if name in (each.group, *each.averages)]
+        rows = [
+            both.theirs["results"][both.name(each)]
+            for each in both.sets
+            if name in (each.group, *each.averages)
+        ]
         sizes = [row["sample_len"] for row in rows]
         mean = aggregate_subtask_metrics([row[f"{both.metric},none"] for row in rows], sizes)
         stderr = pooled_sample_stderr([row[f"{both.metric}_stderr,none"] for row in rows], sizes)
         assert (group["accuracy"], group["stderr"]) == pytest.approx((mean, stderr))
         if both.scoring == "letters":
             theirs = both.theirs["groups"][name]
-            assert (group["accuracy"], group["stderr"]) == pytest.approx((theirs["acc,none"], theirs["acc_stderr,none"]))
+            assert (group["accuracy"], group["stderr"]) == pytest.approx(
+                (theirs["acc,none"], theirs["acc_stderr,none"])
+            )
 
 
 def test_the_results_file_is_that_of_the_harness(both: Both) -> None:
     ours = json.loads(json.dumps(harness_results(both.ours.scores, both.sets, "a/model", 0.0)))
     for each in both.sets:
         theirs = both.theirs["configs"][both.name(each)]
-        config = ours["configs"][each.name] | {"task": both.name(each), "task_alias": theirs.get("task_alias")}
+        config = ours["configs"][each.name] | {
+            "task": both.name(each),
+            "task_alias": theirs.get("task_alias"),
+        }
         assert config.pop("metadata")["version"] == theirs["metadata"]["version"]
         assert config.pop("fewshot_config", {}).items() <= theirs["fewshot_config"].items()
         assert config == {key: theirs.get(key) for key in config}
@@ -128,7 +158,10 @@ def test_the_results_file_is_that_of_the_harness(both: Both) -> None:
     else:
         for each in both.sets:
             row, theirs = ours["results"][each.name], both.theirs["results"][both.name(each)]
-            assert rounded(row) == rounded({key: theirs[key] for key in row} | {"name": each.name, "alias": each.name.removeprefix("mmlu_")})
+            assert rounded(row) == rounded(
+                {key: theirs[key] for key in row}
+                | {"name": each.name, "alias": each.name.removeprefix("mmlu_")}
+            )
         assert "|acc_norm|↑  |" in make_table(ours)
 
 
@@ -138,9 +171,13 @@ def assert_equal_results(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert theirs[part] == {name: value for name, value in ours[part].items() if name != "mmlu"}
         theirs = theirs | {part: ours[part]}
     for part in ("results", "groups"):
-        assert {name: rounded(row) for name, row in ours[part].items()} == {name: rounded(row) for name, row in theirs[part].items()}
+        assert {name: rounded(row) for name, row in ours[part].items()} == {
+            name: rounded(row) for name, row in theirs[part].items()
+        }
         assert make_table(ours, part) == make_table(theirs, part)
-    subtasks = [{group: sorted(names) for group, names in side["group_subtasks"].items()} for side in (ours, theirs)]
+    subtasks = [
+        {group: sorted(names) for group, names in side["group_subtasks"].items()} for side in (ours, theirs)
+    ]
     assert subtasks[0] == subtasks[1]
     assert (ours["versions"], ours["n-samples"]) == (theirs["versions"], theirs["n-samples"])
     assert ours["config"]["limit"] == theirs["config"]["limit"]
@@ -160,20 +197,30 @@ def test_a_question_longer_than_the_context_is_cut_as_the_harness_does(scoring: 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_an_empty_choice_is_never_the_answer_as_in_the_harness(tmp_path: Path) -> None:
-    both = ask_both(TINY, written(["Which?,a,b,c,d,0", "Which star is nearest?,,b,z,q,0"], tmp_path), ["astronomy"], "cloze", 0)
+    both = ask_both(
+        TINY,
+        written(["Which?,a,b,c,d,0", "Which star is nearest?,,b,z,q,0"], tmp_path),
+        ["astronomy"],
+        "cloze",
+        0,
+    )
     answer, row = both.ours.answers[1], both.samples()[1]
     assert answer["logprobs"] == pytest.approx([logprob for logprob, _ in row["filtered_resps"]], abs=1e-3)
     assert answer["logprobs"].index(max(answer["logprobs"])) == 0
     assert (answer["correct"], row["acc_norm"]) == (False, 0.0)
 
 
-def test_tokens_that_reach_across_the_seam_are_parted_as_the_harness_does(small_model_folder: Path, tmp_path: Path) -> None:
+def test_tokens_that_reach_across_the_seam_are_parted_as_the_harness_does(
+    small_model_folder: Path, tmp_path: Path
+) -> None:
     """A token ": S" stands for the end of the context and the beginning of the choice."""
     vocabulary = {token: number for number, token in enumerate(["?", ": S", *map(chr, range(10, 127))])}
     pieces = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     pieces.pre_tokenizer = pre_tokenizers.Split(Regex(r": S|[\s\S]"), "isolated")
     model = shutil.copytree(small_model_folder, tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="?", bos_token="?", eos_token="?").save_pretrained(model)
+    PreTrainedTokenizerFast(
+        tokenizer_object=pieces, pad_token="?", bos_token="?", eos_token="?"
+    ).save_pretrained(model)
     both = ask_both(model, written(["Which?,Sirius,Spica,Vega,Sun,0"], tmp_path), ["astronomy"], "cloze", 0)
     test_log_probabilities_and_answers_are_equal(both)
 
@@ -194,9 +241,15 @@ def test_the_prompts_of_wmdp_are_equal_to_the_byte(name: str) -> None:
     theirs = task(TASKS / "wmdp" / f"{name}.yaml", {"test": questions})
     theirs.build_all_requests()
     (ours,) = load_task(name, Task.model_validate(known_tasks()[name] | {"source": str(questions)}))
-    asked = [(each.prompt.context, continuation) for each in ask([ours]) for continuation in each.prompt.continuations]
+    asked = [
+        (each.prompt.context, continuation)
+        for each in ask([ours])
+        for continuation in each.prompt.continuations
+    ]
     assert asked == [instance.args for instance in theirs.instances]
-    scores = score([ours], [{"task": name, "correct": True, "answer": 0, "gold": 0, "logprobs": None}] * 15, 1.0)
+    scores = score(
+        [ours], [{"task": name, "correct": True, "answer": 0, "gold": 0, "logprobs": None}] * 15, 1.0
+    )
     results = harness_results(scores, [ours], "a/model", 0.0)
     assert results["versions"] == {name: theirs.VERSION, "wmdp": "1"}
 
@@ -205,7 +258,9 @@ def test_the_prompts_of_wmdp_are_equal_to_the_byte(name: str) -> None:
 @pytest.mark.skipif(not MMLU.exists(), reason=f"MMLU is not at {MMLU}")
 @pytest.mark.parametrize("num_fewshot", [0, 5])
 def test_a_real_model_on_real_questions(num_fewshot: int) -> None:
-    both = ask_both(Path(SMOLLM2), MMLU, ["astronomy", "marketing", "philosophy"], "letters", num_fewshot, limit=5)
+    both = ask_both(
+        Path(SMOLLM2), MMLU, ["astronomy", "marketing", "philosophy"], "letters", num_fewshot, limit=5
+    )
     test_prompts_are_equal_to_the_byte(both)
     test_log_probabilities_and_answers_are_equal(both)
     assert_equal_results(harness_results(both.ours.scores, both.sets, SMOLLM2, 0.0), both.theirs)

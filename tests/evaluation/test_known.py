@@ -26,23 +26,32 @@ def asked(name: str, role: Role = "forgotten", questions: int = 50) -> QuestionS
 @pytest.mark.parametrize(
     ("correct", "told"),
     [
-        (100, snapshot(
-            "The base model answers 25.0% of the 400 questions about what is to be forgotten, which is no "
-            "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
-            "topic, or other questions."
-        )),
-        (110, snapshot(
-            "The base model answers 27.5% of the 400 questions about what is to be forgotten, which is no "
-            "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
-            "topic, or other questions."
-        )),
+        (
+            100,
+            snapshot(
+                "The base model answers 25.0% of the 400 questions about what is to be forgotten, which is no "
+                "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
+                "topic, or other questions."
+            ),
+        ),
+        (
+            110,
+            snapshot(
+                "The base model answers 27.5% of the 400 questions about what is to be forgotten, which is no "
+                "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
+                "topic, or other questions."
+            ),
+        ),
         (125, None),
         (400, None),
-        (60, snapshot(
-            "The base model answers 15.0% of the 400 questions about what is to be forgotten, which is no "
-            "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
-            "topic, or other questions."
-        )),
+        (
+            60,
+            snapshot(
+                "The base model answers 15.0% of the 400 questions about what is to be forgotten, which is no "
+                "better than guessing (25%): they cannot show that it forgets. Choose a model that knows the "
+                "topic, or other questions."
+            ),
+        ),
     ],
 )
 def test_a_topic_that_base_guesses_about_is_told(correct: int, told: str | None) -> None:
@@ -69,31 +78,39 @@ def test_texts_of_like_kinds_are_not_told() -> None:
 
 
 def test_a_topic_that_is_much_less_likely_is_told() -> None:
-    assert unlike_texts({"bio": 12.0, "runes": 90.0}, 14.0) == snapshot([
-        (
-            "To the base model the text of runes is much less likely than the retain text (perplexity 90.0, "
-            "the retain text 14.0): it may not know this topic, or not in this form. What it does not know "
-            "it cannot forget."
-        ),
-    ])
+    assert unlike_texts({"bio": 12.0, "runes": 90.0}, 14.0) == snapshot(
+        [
+            (
+                "To the base model the text of runes is much less likely than the retain text (perplexity 90.0, "
+                "the retain text 14.0): it may not know this topic, or not in this form. What it does not know "
+                "it cannot forget."
+            ),
+        ]
+    )
 
 
 def test_a_retain_set_that_is_no_ordinary_text_is_told() -> None:
-    assert unlike_texts({"bio": 12.0}, 300.0) == snapshot([
-        (
-            "To the base model the retain text is much less likely than the text of bio (perplexity 12.0, "
-            "the retain text 300.0): it does not look like ordinary text, and what does may then be "
-            "forgotten with the topic. Give running text such as articles or books."
-        ),
-    ])
+    assert unlike_texts({"bio": 12.0}, 300.0) == snapshot(
+        [
+            (
+                "To the base model the retain text is much less likely than the text of bio (perplexity 12.0, "
+                "the retain text 300.0): it does not look like ordinary text, and what does may then be "
+                "forgotten with the topic. Give running text such as articles or books."
+            ),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
 def model(small_model_folder: Any) -> PreTrainedModel:
-    return load_model(ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+    return load_model(
+        ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu")
+    )
 
 
 def test_the_perplexity_is_that_of_the_evaluation(model: PreTrainedModel, small_model_folder: Any) -> None:
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(ModelSettings(name=str(small_model_folder)))
     sequences = [[1, *range(5, 25)], [1, *range(30, 40)]]
-    assert perplexity_of(model, tokenizer, sequences, 64) == pytest.approx(text_loss(model, tokenizer, sequences, 64)["perplexity"])
+    assert perplexity_of(model, tokenizer, sequences, 64) == pytest.approx(
+        text_loss(model, tokenizer, sequences, 64)["perplexity"]
+    )

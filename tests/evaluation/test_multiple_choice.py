@@ -15,7 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.multiple_choice import Interrupted, answer, ask, balanced_accuracy, evaluate, summarise
+from lowmem_rmu.evaluation.multiple_choice import (
+    Interrupted,
+    answer,
+    ask,
+    balanced_accuracy,
+    evaluate,
+    summarise,
+)
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
@@ -27,7 +34,9 @@ WORDS = ["red", "blue", "stone", "river", "the", "a", "of", "seven", "gate"]
 
 @pytest.fixture(scope="module")
 def model(small_model_folder: Path) -> PreTrainedModel:
-    return load_model(ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+    return load_model(
+        ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu")
+    )
 
 
 def text(made: random.Random, most: int) -> str:
@@ -37,16 +46,25 @@ def text(made: random.Random, most: int) -> str:
 def question_set(name: str, count: int, group: str | None = None) -> QuestionSet:
     """Questions of many lengths with answers at random."""
     made = random.Random(name)
-    questions = [Question(text(made, 25), tuple(text(made, 3) for _ in LETTERS), made.randrange(4)) for _ in range(count)]
+    questions = [
+        Question(text(made, 25), tuple(text(made, 3) for _ in LETTERS), made.randrange(4))
+        for _ in range(count)
+    ]
     return QuestionSet(name, name.replace("_", " "), "measured", group, tuple(questions))
 
 
 @pytest.fixture(scope="module")
 def sets() -> list[QuestionSet]:
-    return [question_set("plain", 9), question_set("all_small", 2, "all"), question_set("all_large", 7, "all")]
+    return [
+        question_set("plain", 9),
+        question_set("all_small", 2, "all"),
+        question_set("all_large", 7, "all"),
+    ]
 
 
-def plain_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: QuestionSet, question: Question) -> list[float]:
+def plain_logprobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: QuestionSet, question: Question
+) -> list[float]:
     """A forward pass of context and continuation for each choice; the sum of probabilities runs over the whole vocabulary."""
     put = prompt(asked, question)
     start = len(tokenizer(put.context)["input_ids"])
@@ -70,27 +88,40 @@ def with_examples(sets: list[QuestionSet]) -> list[QuestionSet]:
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
 @pytest.mark.parametrize("form", [list, with_examples, as_cloze], ids=["0-shot", "3-shot", "cloze"])
 def test_scores_equal_those_of_one_continuation_at_a_time(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet], form: Any, batch_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: list[QuestionSet],
+    form: Any,
+    batch_tokens: int,
 ) -> None:
     """So neither batches nor padding nor the shared prefix matter, and answers come in the order of the questions."""
     sets = form(sets)
     answers = evaluate(model, tokenizer, sets, batch_tokens).answers
     asked = [(each, number, question) for each in sets for number, question in enumerate(each.questions)]
-    assert [(answer["task"], answer["index"]) for answer in answers] == [(each.name, number) for each, number, _ in asked]
+    assert [(answer["task"], answer["index"]) for answer in answers] == [
+        (each.name, number) for each, number, _ in asked
+    ]
     for row, (each, _, question) in zip(answers, asked, strict=True):
         expected = plain_logprobs(model, tokenizer, each, question)
         assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
-        a_character = [value / (len(choice) if each.scoring == "cloze" else 1) for value, choice in zip(expected, question.choices, strict=True)]
+        a_character = [
+            value / (len(choice) if each.scoring == "cloze" else 1)
+            for value, choice in zip(expected, question.choices, strict=True)
+        ]
         assert row["answer"] == a_character.index(max(a_character))
         assert row["gold"] == question.gold
         assert row["correct"] is (row["answer"] == question.gold)
     assert 0 < sum(answer["correct"] for answer in answers) < len(answers)
 
 
-def rows_of_every_pass(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet], **options: Any) -> list[int]:
+def rows_of_every_pass(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet], **options: Any
+) -> list[int]:
     """The rows of every forward pass while the sets are evaluated."""
     shapes: list[int] = []
-    hook = model.get_decoder().layers[0].register_forward_pre_hook(lambda _, given: shapes.append(len(given[0])))
+    hook = (
+        model.get_decoder().layers[0].register_forward_pre_hook(lambda _, given: shapes.append(len(given[0])))
+    )
     try:
         evaluate(model, tokenizer, sets, **{"batch_tokens": 300} | options)
     finally:
@@ -106,8 +137,15 @@ def test_identical_prompts_are_asked_once(model: PreTrainedModel, tokenizer: Pre
     assert [answer["logprobs"] for answer in answers[:5]] == [answer["logprobs"] for answer in answers[5:]]
 
 
-def test_a_question_longer_than_a_batch_is_asked_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    assert evaluate(model, tokenizer, [question_set("plain", 3)], batch_tokens=1).scores["tasks"]["plain"]["questions"] == 3
+def test_a_question_longer_than_a_batch_is_asked_alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert (
+        evaluate(model, tokenizer, [question_set("plain", 3)], batch_tokens=1).scores["tasks"]["plain"][
+            "questions"
+        ]
+        == 3
+    )
 
 
 def test_what_is_known_is_not_asked_again_and_changes_nothing(
@@ -138,14 +176,20 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result_to_the_bit(
         evaluate(model, tokenizer, sets, 300, keep=kept.extend, progress=stop)
     assert 0 < len(kept) == heard[-1] < 18
     known = {row["prompt"]: row["logprobs"] for row in kept[:-1]}  # the last line was torn
-    assert evaluate(model, tokenizer, sets, 300, known).answers == evaluate(model, tokenizer, sets, 300).answers
+    assert (
+        evaluate(model, tokenizer, sets, 300, known).answers == evaluate(model, tokenizer, sets, 300).answers
+    )
 
 
 @pytest.mark.parametrize(
-    ("correct", "total", "accuracy", "stderr"), [(3, 4, 0.75, 0.25), (1, 5, 0.2, math.sqrt(0.04)), (0, 3, 0.0, 0.0), (1, 1, 1.0, 0.0)]
+    ("correct", "total", "accuracy", "stderr"),
+    [(3, 4, 0.75, 0.25), (1, 5, 0.2, math.sqrt(0.04)), (0, 3, 0.0, 0.0), (1, 1, 1.0, 0.0)],
 )
 def test_stderr_is_in_the_n_minus_1_form(correct: int, total: int, accuracy: float, stderr: float) -> None:
-    rows = [{"correct": number < correct, "answer": number % 2, "gold": 0, "logprobs": [-1.0] * 4} for number in range(total)]
+    rows = [
+        {"correct": number < correct, "answer": number % 2, "gold": 0, "logprobs": [-1.0] * 4}
+        for number in range(total)
+    ]
     summary = summarise(rows)
     assert (summary["accuracy"], summary["stderr"]) == (pytest.approx(accuracy), pytest.approx(stderr))
     assert (summary["questions"], summary["correct"]) == (total, correct)
@@ -154,29 +198,49 @@ def test_stderr_is_in_the_n_minus_1_form(correct: int, total: int, accuracy: flo
 
 
 def test_confidence_is_the_probability_of_the_answer_among_the_four() -> None:
-    sure = {"correct": True, "answer": 1, "gold": 1, "logprobs": [math.log(each) for each in (0.01, 0.07, 0.01, 0.01)]}
-    torn = {"correct": False, "answer": 0, "gold": 2, "logprobs": [math.log(each) for each in (0.3, 0.3, 0.2, 0.2)]}
+    sure = {
+        "correct": True,
+        "answer": 1,
+        "gold": 1,
+        "logprobs": [math.log(each) for each in (0.01, 0.07, 0.01, 0.01)],
+    }
+    torn = {
+        "correct": False,
+        "answer": 0,
+        "gold": 2,
+        "logprobs": [math.log(each) for each in (0.3, 0.3, 0.2, 0.2)],
+    }
     assert summarise([sure, torn])["confidence"] == pytest.approx((0.7 + 0.3) / 2)
     assert summarise([sure, torn | {"logprobs": None}])["confidence"] == pytest.approx(0.7)
     assert summarise([torn | {"logprobs": None}])["confidence"] is None
 
 
 def answered(golds: str, answers: str) -> list[dict[str, Any]]:
-    return [{"gold": LETTERS.index(gold), "correct": gold == answer} for gold, answer in zip(golds, answers, strict=True)]
+    return [
+        {"gold": LETTERS.index(gold), "correct": gold == answer}
+        for gold, answer in zip(golds, answers, strict=True)
+    ]
 
 
 def test_balanced_accuracy_weights_every_right_letter_the_same() -> None:
     assert balanced_accuracy(answered("ABCDDDDD", "DDDDDDDD")) == 0.25, "its accuracy would be 5/8"
     assert balanced_accuracy(answered("ABCD", "ABCD")) == 1.0
-    assert balanced_accuracy(answered("AAAB", "AABB")) == pytest.approx((2 / 3 + 1) / 2), "letters that are never right are left out"
+    assert balanced_accuracy(answered("AAAB", "AABB")) == pytest.approx((2 / 3 + 1) / 2), (
+        "letters that are never right are left out"
+    )
 
 
-def test_a_group_is_weighed_by_its_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet]) -> None:
+def test_a_group_is_weighed_by_its_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet]
+) -> None:
     evaluated = evaluate(model, tokenizer, sets, 1000)
     tasks, group = evaluated.scores["tasks"], evaluated.scores["groups"]["all"]
     assert list(tasks) == ["plain", "all_small", "all_large"]
     assert list(evaluated.scores["groups"]) == ["all"]
-    assert (group["questions"], group["correct"]) == (9, tasks["all_small"]["correct"] + tasks["all_large"]["correct"])
+    assert (group["questions"], group["correct"]) == (
+        9,
+        tasks["all_small"]["correct"] + tasks["all_large"]["correct"],
+    )
     assert group["accuracy"] == pytest.approx(group["correct"] / 9)
     assert tasks["plain"].items() >= summarise(evaluated.answers[:9]).items()
     pooled = (1 * 2 * tasks["all_small"]["stderr"] ** 2 + 6 * 7 * tasks["all_large"]["stderr"] ** 2) / (9 - 2)
@@ -184,9 +248,14 @@ def test_a_group_is_weighed_by_its_questions(model: PreTrainedModel, tokenizer: 
     assert evaluated.scores["questions_per_second"] == pytest.approx(18 / evaluated.scores["seconds"])
 
 
-def test_the_model_is_asked_as_it_stands(small_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_model_is_asked_as_it_stands(
+    small_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
+) -> None:
     questions = [question_set("plain", 3)]
-    adapted = get_peft_model(load_model(small_settings, torch.device("cpu")), LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
+    adapted = get_peft_model(
+        load_model(small_settings, torch.device("cpu")),
+        LoraConfig(target_modules=["down_proj"], init_lora_weights=False),
+    )
     base = load_model(small_settings, torch.device("cpu"))
     expected = [answer["logprobs"] for answer in evaluate(base, tokenizer, questions, 1000).answers]
     on = [answer["logprobs"] for answer in evaluate(adapted, tokenizer, questions, 1000).answers]
@@ -196,7 +265,9 @@ def test_the_model_is_asked_as_it_stands(small_settings: ModelSettings, tokenize
     assert on != expected
 
 
-def test_progress_reaches_the_total(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet]) -> None:
+def test_progress_reaches_the_total(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: list[QuestionSet]
+) -> None:
     heard: list[tuple[int, float]] = []
 
     def hear(done: int, accuracy: float) -> bool:
@@ -220,14 +291,21 @@ def test_a_prompt_longer_than_the_model_reads_loses_tokens_on_the_left_and_is_co
     ids = tokenizer(prompt(asked, long).context + prompt(asked, long).continuations[1])["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([ids[-257:-1]])).logits[0, -1]
-    assert evaluated.answers[0]["logprobs"][1] == pytest.approx(logits.log_softmax(-1)[ids[-1]].item(), abs=1e-4)
+    assert evaluated.answers[0]["logprobs"][1] == pytest.approx(
+        logits.log_softmax(-1)[ids[-1]].item(), abs=1e-4
+    )
 
 
 def test_a_tokenizer_that_splits_the_letters_is_refused(model: PreTrainedModel) -> None:
     characters = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     with pytest.raises(UserError) as caught:
-        evaluate(model, PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="?"), [question_set("plain", 1)], 1000)
+        evaluate(
+            model,
+            PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="?"),
+            [question_set("plain", 1)],
+            1000,
+        )
     assert plain(caught.value) == snapshot(
         'This tokenizer splits " A" into several tokens, so the letters cannot be compared by one forward '
         "pass.\n"

@@ -26,7 +26,9 @@ SEQUENCES = [[1, *(_made.randrange(3, 300) for _ in range(length))] for length i
 
 @pytest.fixture(scope="module")
 def model(small_model_folder: Path) -> PreTrainedModel:
-    return load_model(ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+    return load_model(
+        ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu")
+    )
 
 
 def direct(model: PreTrainedModel, sequence: list[int]) -> float:
@@ -36,8 +38,12 @@ def direct(model: PreTrainedModel, sequence: list[int]) -> float:
     return cross_entropy(logits, torch.tensor(sequence[1:]), reduction="sum").item()
 
 
-def test_a_loss_that_is_not_finite_is_no_result(small_model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    broken = load_model(ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+def test_a_loss_that_is_not_finite_is_no_result(
+    small_model_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    broken = load_model(
+        ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu")
+    )
     broken.lm_head.weight.data[5] = math.nan
     with pytest.raises(UserError) as caught:
         text_loss(broken, tokenizer, SEQUENCES, 64)
@@ -60,9 +66,13 @@ def test_the_loss_is_that_of_every_sequence_alone_whatever_the_padding(
     assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_a_token_that_is_also_the_padding_counts_where_it_is_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_token_that_is_also_the_padding_counts_where_it_is_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     ending = [[1, 5, 6, PAD], [1, 5, 6, 7, 8, 9, PAD]]
-    assert text_loss(model, tokenizer, ending, 64)["loss"] == pytest.approx(sum(direct(model, each) for each in ending) / 9, rel=1e-5)
+    assert text_loss(model, tokenizer, ending, 64)["loss"] == pytest.approx(
+        sum(direct(model, each) for each in ending) / 9, rel=1e-5
+    )
 
 
 def test_stderr_by_hand_on_two_sequences(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,11 +85,15 @@ def test_stderr_by_hand_on_two_sequences(model: PreTrainedModel, tokenizer: PreT
     assert text_loss(model, tokenizer, [one, other], 64)["stderr"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_stderr_is_that_of_a_mean_where_lengths_are_equal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_stderr_is_that_of_a_mean_where_lengths_are_equal(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     equal = [sequence[:10] for sequence in SEQUENCES if len(sequence) >= 10]
     losses = torch.tensor([direct(model, sequence) / 9 for sequence in equal])
     assert len(losses) == 4
-    assert text_loss(model, tokenizer, equal, 64)["stderr"] == pytest.approx((losses.std() / 2).item(), rel=1e-4)
+    assert text_loss(model, tokenizer, equal, 64)["stderr"] == pytest.approx(
+        (losses.std() / 2).item(), rel=1e-4
+    )
 
 
 def test_one_sequence_has_no_stderr(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,11 +101,15 @@ def test_one_sequence_has_no_stderr(model: PreTrainedModel, tokenizer: PreTraine
 
 
 @pytest.mark.parametrize("max_tokens", [8, 512])
-def test_bits_per_byte_count_the_bytes_of_the_document(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+def test_bits_per_byte_count_the_bytes_of_the_document(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> None:
     """However it is cut: also where a piece ends inside a character."""
     text = "The quick brown fox \u2013 of course \u2013 \u4e16\u754c \U0001f642 over the dog."
     pieces = split_text(text, tokenizer, max_tokens, True)
-    result = text_loss(model, tokenizer, [piece.ids for piece in pieces], 64, [piece.written for piece in pieces])
+    result = text_loss(
+        model, tokenizer, [piece.ids for piece in pieces], 64, [piece.written for piece in pieces]
+    )
     nats = sum(direct(model, piece.ids) for piece in pieces)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
@@ -105,7 +123,9 @@ def adapted(small_settings: ModelSettings) -> PeftModel:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 1000])
-def test_the_divergence_is_that_of_every_position_by_hand(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> None:
+def test_the_divergence_is_that_of_every_position_by_hand(
+    adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int
+) -> None:
     expected = 0.0
     for sequence in SEQUENCES:
         with torch.no_grad():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+# Fmt: skip.
 from lowmem_rmu.evaluation.statistics import (
     NOISE,
     change_bounds,
@@ -18,7 +19,7 @@ from lowmem_rmu.evaluation.statistics import (
     share_bounds,
     share_score,
     student,
-)  # fmt: skip
+)
 
 
 def outcomes(n: int, lose: float, gain: float) -> Iterator[tuple[int, int, float]]:
@@ -59,7 +60,9 @@ def test_mcnemar_takes_thousands_of_questions_without_overflow_and_at_once() -> 
 def test_the_interval_of_a_change_by_hand() -> None:
     assert change_interval(0, 0, 18) == pytest.approx((-0.098, 0.098))  # 1.96 * sqrt(1 / 20 / 20)
     low, high = change_interval(lost=30, gained=10, questions=98)
-    assert (low, high) == pytest.approx((-0.2 - 1.96 * math.sqrt((0.41 - 0.04) / 100), -0.2 + 1.96 * math.sqrt((0.41 - 0.04) / 100)))
+    assert (low, high) == pytest.approx(
+        (-0.2 - 1.96 * math.sqrt((0.41 - 0.04) / 100), -0.2 + 1.96 * math.sqrt((0.41 - 0.04) / 100))
+    )
 
 
 @pytest.mark.parametrize(("lose", "gain"), [(0.02, 0.02), (0.1, 0.1), (0.25, 0.05), (0.05, 0.25), (0.0, 0.5)])
@@ -70,7 +73,13 @@ def test_the_interval_of_a_change_holds_the_true_change_as_often_as_it_says(lose
         for gained in range(n + 1 - lost):
             low, high = change_interval(lost, gained, n)
             ways = math.comb(n, lost) * math.comb(n - lost, gained)
-            covered += ways * lose**lost * gain**gained * (1 - lose - gain) ** (n - lost - gained) * (low <= gain - lose <= high)
+            covered += (
+                ways
+                * lose**lost
+                * gain**gained
+                * (1 - lose - gain) ** (n - lost - gained)
+                * (low <= gain - lose <= high)
+            )
     assert covered > 0.93
 
 
@@ -78,13 +87,20 @@ def test_the_interval_of_a_change_holds_the_true_change_as_often_as_it_says(lose
 @pytest.mark.parametrize(("lose", "gain"), [(0.05, 0.0), (0.06, 0.01), (0.1, 0.05), (0.2, 0.15), (0.3, 0.05)])
 def test_the_score_interval_rarely_lies_above_the_true_change(n: int, lose: float, gain: float) -> None:
     """One side, 2.5%: what decides on *kept*. Agresti and Min's interval errs in 14% of cases where none of 40 questions was lost."""
-    errs = sum(chance for lost, gained, chance in outcomes(n, lose, gain) if change_score(lost, gained, n, gain - lose) > NOISE)
+    errs = sum(
+        chance
+        for lost, gained, chance in outcomes(n, lose, gain)
+        if change_score(lost, gained, n, gain - lose) > NOISE
+    )
     assert errs < 0.031
 
 
 def test_the_score_interval_is_what_its_test_does_not_reject() -> None:
     low, high = change_bounds(10, 3, 100)
-    assert [change_score(10, 3, 100, end) for end in (high, low)] == [pytest.approx(-NOISE, abs=1e-6), pytest.approx(NOISE, abs=1e-6)]
+    assert [change_score(10, 3, 100, end) for end in (high, low)] == [
+        pytest.approx(-NOISE, abs=1e-6),
+        pytest.approx(NOISE, abs=1e-6),
+    ]
     assert change_bounds(0, 0, 38) == pytest.approx((-0.0918, 0.0918), abs=1e-4)  # z^2 / (n + z^2)
     assert change_bounds(12, 0, 12)[0] == pytest.approx(-1.0)
 

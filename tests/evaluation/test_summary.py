@@ -27,9 +27,14 @@ from tests.texts import plain
 def test_what_an_audit_wrote_is_read_and_nothing_where_there_was_none(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert read_audit(run) is None
-    audit = as_json("mine", 60, True, 1.0, 0.3, [Result("relearning", "does it come back?", "not run", "not asked for")])
+    audit = as_json(
+        "mine", 60, True, 1.0, 0.3, [Result("relearning", "does it come back?", "not run", "not asked for")]
+    )
     write_json(run.audit_result, audit)
-    assert read_audit(run) == {**audit, "attacks": [{**audit["attacks"][0], "conditions": [], "sentences": []}]}
+    assert read_audit(run) == {
+        **audit,
+        "attacks": [{**audit["attacks"][0], "conditions": [], "sentences": []}],
+    }
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"run": "mine", "attac'])
@@ -46,16 +51,22 @@ def test_a_damaged_audit_is_told(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attacks": [{"attack": "relearning"}]}, snapshot(
-            "<run>/audit.json was written by another version of this program, or is damaged: it lacks "
-            "attacks.0.asks.\n"
-            "Audit it again: python -m lowmem_rmu audit <run> --again"
-        )),
-        ({"verdict": None}, snapshot(
-            "<run>/audit.json was written by another version of this program, or is damaged: it lacks "
-            "verdict.\n"
-            "Audit it again: python -m lowmem_rmu audit <run> --again"
-        )),
+        (
+            {"attacks": [{"attack": "relearning"}]},
+            snapshot(
+                "<run>/audit.json was written by another version of this program, or is damaged: it lacks "
+                "attacks.0.asks.\n"
+                "Audit it again: python -m lowmem_rmu audit <run> --again"
+            ),
+        ),
+        (
+            {"verdict": None},
+            snapshot(
+                "<run>/audit.json was written by another version of this program, or is damaged: it lacks "
+                "verdict.\n"
+                "Audit it again: python -m lowmem_rmu audit <run> --again"
+            ),
+        ),
     ],
 )
 def test_an_audit_of_another_version_is_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -115,7 +126,9 @@ def test_the_mark_is_noted_in_the_summary_and_changes_nothing_else(tmp_path: Pat
         ("unknown", "not audited", snapshot("Not known"), "unknown"),
     ],
 )
-def test_a_headline_says_a_plain_yes_only_where_an_audit_does(forgotten: str, mark: str, words: str, color: str) -> None:
+def test_a_headline_says_a_plain_yes_only_where_an_audit_does(
+    forgotten: str, mark: str, words: str, color: str
+) -> None:
     headline = Headline(forgotten, "yes", mark)
     assert headline.forgotten_words == words
     assert headline.forgotten_class == color

@@ -17,16 +17,26 @@ from lowmem_rmu.presets import Corpus, ModelSettings, Preset, Retain, Rmu, Topic
 from lowmem_rmu.runs import RunFolder, write_json
 
 CPU = torch.device("cpu")
-RMU = {"target_layer": 3, "adapter_layers": [1, 3], "modules": ["down_proj", "q_proj"], "rank": 4, "lora_alpha": 6}
+RMU = {
+    "target_layer": 3,
+    "adapter_layers": [1, 3],
+    "modules": ["down_proj", "q_proj"],
+    "rank": 4,
+    "lora_alpha": 6,
+}
 
 
 def save_run(folder: Path, settings: ModelSettings, **rmu: Any) -> RunFolder:
     """A finished run on the model, whose adapter is random."""
     corpus = Corpus(source="./nowhere")
+    # Fmt: skip.
     preset = Preset(
-        title="made up", model=settings, rmu=Rmu.model_validate(RMU | rmu), topics={"topic": Topic(corpus=corpus, alpha=1)},
+        title="made up",
+        model=settings,
+        rmu=Rmu.model_validate(RMU | rmu),
+        topics={"topic": Topic(corpus=corpus, alpha=1)},
         retain=Retain(corpora=[corpus]),
-    )  # fmt: skip
+    )
     run = RunFolder(folder)
     run.path.mkdir(parents=True)
     write_json(run.path / "config.json", run_config("made-up", preset, CPU))
@@ -45,7 +55,11 @@ def make_run(tmp_path: Path) -> Callable[..., RunFolder]:
     """Of a model's folder, or of settings; what else is given are settings of RMU."""
 
     def make(model: Path | ModelSettings, **rmu: Any) -> RunFolder:
-        settings = model if isinstance(model, ModelSettings) else ModelSettings(name=str(model), quantisation="none", dtype="float32")
+        settings = (
+            model
+            if isinstance(model, ModelSettings)
+            else ModelSettings(name=str(model), quantisation="none", dtype="float32")
+        )
         return save_run(tmp_path / "runs" / "made", settings, **rmu)
 
     return make
@@ -57,7 +71,9 @@ def stored_as(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def store(source: Path, dtype: torch.dtype, shards: str = "10GB", **how: Any) -> Path:
         folder = tmp_path_factory.mktemp("stored") / "model"
-        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(folder, max_shard_size=shards, **how)
+        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(
+            folder, max_shard_size=shards, **how
+        )
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         return folder
 

@@ -28,7 +28,14 @@ from tests.texts import plain
 ROOT = Path(__file__).parent.parent.parent
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 PAPERS = {f"https://arxiv.org/abs/{number}" for number in ("2403.03218", "2410.16454", "2409.18025")}
-NASTY = ["<script>alert(1)</script>", "a | b | c", "# Heading", "![x](http://evil/x.png)", "[click](javascript:alert(1))", "`code` **bold** ~~gone~~"]
+NASTY = [
+    "<script>alert(1)</script>",
+    "a | b | c",
+    "# Heading",
+    "![x](http://evil/x.png)",
+    "[click](javascript:alert(1))",
+    "`code` **bold** ~~gone~~",
+]
 
 
 class Page(HTMLParser):
@@ -81,18 +88,36 @@ def facts(artefact: Path) -> list[str]:
 
 def test_the_card_has_the_runs_numbers_in_the_layout_of_the_hub(forgetful: RunFolder, adapter: Path) -> None:
     write_card(forgetful, adapter, "adapter", None)
-    data, summary = ModelCard.load(adapter / "README.md").data, json.loads((forgetful.path / "summary.json").read_text())
-    assert (data.model_name, data.library_name, data.base_model, data.get("license")) == ("forgetful", "peft", None, None)
+    data, summary = (
+        ModelCard.load(adapter / "README.md").data,
+        json.loads((forgetful.path / "summary.json").read_text()),
+    )
+    assert (data.model_name, data.library_name, data.base_model, data.get("license")) == (
+        "forgetful",
+        "peft",
+        None,
+        None,
+    )
     found = {each.metric_name: each.metric_value for each in data.eval_results}
     for row in summary["rows"]:
         for side in ("base", "unlearned"):
             if row["group"] is None:
                 assert found.pop(f"accuracy on {row['task']}, {side}") == row[side]
                 assert found.pop(f"accuracy_stderr on {row['task']}, {side}") == row[f"{side}_stderr"]
-    assert found.keys() == {f"{metric} on locks (held-out text), {side}" for metric in ("loss", "loss_stderr") for side in ("base", "unlearned")}
+    assert found.keys() == {
+        f"{metric} on locks (held-out text), {side}"
+        for metric in ("loss", "loss_stderr")
+        for side in ("base", "unlearned")
+    }
     assert found["loss on locks (held-out text), unlearned"] == summary["texts"][0]["unlearned"]
     compounds = next(each for each in data.eval_results if each.dataset_type == "compounds")
-    assert compounds.metric_args == {"role": "forgotten", "questions": 60, "sampled_from": 264, "num_fewshot": 0, "scoring": "letters"}
+    assert compounds.metric_args == {
+        "role": "forgotten",
+        "questions": 60,
+        "sampled_from": 264,
+        "num_fewshot": 0,
+        "scoring": "letters",
+    }
 
 
 def test_the_card_says_what_was_done_and_what_was_found(forgetful: RunFolder, adapter: Path) -> None:
@@ -161,14 +186,29 @@ def test_the_hashes_are_what_sha256sum_takes_and_the_cards_own(forgetful: RunFol
     odd.write_text("odd")
     write_card(forgetful, adapter, "adapter", None)
     write_card(forgetful, adapter, "adapter", None)  # once more: neither file counts itself
-    checked = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=adapter, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=adapter,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert checked.returncode == 0, checked.stderr
+    # Fmt: skip.
     assert [line.partition(":")[0] for line in checked.stdout.splitlines()] == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", r"\deep/odd\\ name\nof two lines",
-    ]  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        r"\deep/odd\\ name\nof two lines",
+    ]
     assert sha256(adapter / "adapter_model.safetensors") in body(adapter)
     odd.write_text("changed")
-    assert subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=adapter, capture_output=True, check=False).returncode == 1
+    assert (
+        subprocess.run(
+            ["sha256sum", "--check", "SHA256SUMS"], cwd=adapter, capture_output=True, check=False
+        ).returncode
+        == 1
+    )
 
 
 def test_a_line_of_hashes() -> None:
@@ -176,7 +216,9 @@ def test_a_line_of_hashes() -> None:
     assert sum_line("ab", "a\\b\nc") == "\\ab  a\\\\b\\nc\n"
 
 
-def test_a_card_that_came_along_as_a_link_is_replaced_and_not_written_through(forgetful: RunFolder, adapter: Path, tmp_path: Path) -> None:
+def test_a_card_that_came_along_as_a_link_is_replaced_and_not_written_through(
+    forgetful: RunFolder, adapter: Path, tmp_path: Path
+) -> None:
     (tmp_path / "README.md").write_text("The base model's own card")
     (adapter / "README.md").unlink()
     os.link(tmp_path / "README.md", adapter / "README.md")
@@ -209,11 +251,13 @@ def test_what_the_export_answered_is_in_the_card(forgetful: RunFolder, merged: P
     write_card(forgetful, merged, "merged", Verification("damaged", (verified.checked[0], skipped)))
     text = Page(body(merged)).text
     loaded = Page(sections(merged)[3]).text.splitlines()
-    assert [line for line in loaded if "damaged" in line or line.startswith("merged, ")] == snapshot([
-        "On the whole: damaged.",
-        "merged, bfloat16: verified",
-        "merged, <int8>: not asked: out of memory on *cuda*",
-    ])
+    assert [line for line in loaded if "damaged" in line or line.startswith("merged, ")] == snapshot(
+        [
+            "On the whole: damaged.",
+            "merged, bfloat16: verified",
+            "merged, <int8>: not asked: out of memory on *cuda*",
+        ]
+    )
     row = verified.checked[0].tasks[0]
     assert f"{100 * row.exported:.1f} ± {100 * row.exported_stderr:.1f}" in text
 
@@ -240,8 +284,18 @@ def test_a_summary_of_another_version_is_refused(own_run: RunFolder, adapter: Pa
 def test_names_of_other_people_show_to_the_letter_and_do_nothing(own_run: RunFolder, adapter: Path) -> None:
     topics = own_run.config["settings"]["topics"]
     rows = json.loads((own_run.path / "summary.json").read_text())["rows"]
-    change(own_run, "config.json", settings__title=NASTY[0], settings__topics=dict.fromkeys(NASTY, topics["locks"]))
-    change(own_run, "summary.json", rows=[rows[0] | {"task": name} for name in NASTY], verdict__sentences=[f"{name}: forgotten." for name in NASTY])
+    change(
+        own_run,
+        "config.json",
+        settings__title=NASTY[0],
+        settings__topics=dict.fromkeys(NASTY, topics["locks"]),
+    )
+    change(
+        own_run,
+        "summary.json",
+        rows=[rows[0] | {"task": name} for name in NASTY],
+        verdict__sentences=[f"{name}: forgotten." for name in NASTY],
+    )
     write_card(own_run, adapter, "adapter", None)
     page = Page(body(adapter))
     assert page.links == PAPERS
@@ -261,7 +315,10 @@ def test_any_text_shows_to_the_letter(seed: int) -> None:
         for place in ("# {}", "- {}", "{} x", "x **{}** x"):
             page = Page(place.format(escaped(text)))
             assert shown in page.text
-            assert not {"a", "img", "code", "em", "hr", "blockquote", "ol", "pre"} & set(page.tags), (text, page.tags)
+            assert not {"a", "img", "code", "em", "hr", "blockquote", "ol", "pre"} & set(page.tags), (
+                text,
+                page.tags,
+            )
         table = Page(f"| a | b |\n| --- | --- |\n| {escaped(text)} | end |")
         assert table.tags.count("td") == 2
         assert shown in table.text
@@ -306,7 +363,9 @@ def base_with_card(folder: Path, text: str) -> ModelSettings:
         ("---\n- a list\n---\n", {}),
     ],
 )
-def test_the_licence_is_the_base_models_own_or_unknown(tmp_path: Path, text: str, terms: dict[str, str]) -> None:
+def test_the_licence_is_the_base_models_own_or_unknown(
+    tmp_path: Path, text: str, terms: dict[str, str]
+) -> None:
     assert base_terms(base_with_card(tmp_path / "base", text), None) == terms
 
 
@@ -336,7 +395,9 @@ def test_a_model_of_the_hub_is_linked_with_its_revision_and_licence(
     )
 
 
-def test_without_the_hub_the_licence_is_unknown(own_run: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_the_licence_is_unknown(
+    own_run: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> str:
         raise not_reachable("model", "owner/model")
 
@@ -352,8 +413,21 @@ def test_without_the_hub_the_licence_is_unknown(own_run: RunFolder, adapter: Pat
 def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) -> None:
     best = Condition("unseen text, *25* steps", 0.9, 0.886, 0.8, 0.97)
     results = [
-        Result("relearning", "does it come back?", "done", best=best, finding="brought back", sentences=(NASTY[0],)),
-        Result("wording", "is it the words?", "done", best=Condition("x", 0.5, -0.04, None, None), finding="inconclusive"),
+        Result(
+            "relearning",
+            "does it come back?",
+            "done",
+            best=best,
+            finding="brought back",
+            sentences=(NASTY[0],),
+        ),
+        Result(
+            "wording",
+            "is it the words?",
+            "done",
+            best=Condition("x", 0.5, -0.04, None, None),
+            finding="inconclusive",
+        ),
         Result("harm", "what else changed?", "done", sentences=("Next to nothing.",)),
         Result("suffix", "do odd words do it?", "not run", "not asked for"),
     ]

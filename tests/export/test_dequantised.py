@@ -36,7 +36,10 @@ def nf4(model: Path, dtype: str = "float32") -> ModelSettings:
 def dequantised_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Of a model in 4-bit, as its forward pass sees them."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    found = {f"{name}.weight": dequantize_4bit(module.weight.data, module.weight.quant_state) for name, module in linear.items()}
+    found = {
+        f"{name}.weight": dequantize_4bit(module.weight.data, module.weight.quant_state)
+        for name, module in linear.items()
+    }
     for name, module in model.named_modules():
         if isinstance(module, Bnb4bitParametrization):
             place = name.replace("parametrizations.", "").rpartition(".")[0]
@@ -51,14 +54,21 @@ def loaded(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pieces", [2**24, 2**13], ids=["whole", "in pieces"])
 def test_all_that_was_4_bit_is_dequantised_and_the_update_added(
-    small_model_folder: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, pieces: int
+    small_model_folder: Path,
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    pieces: int,
 ) -> None:
     monkeypatch.setattr(stored, "PIECE", pieces)
     run = make_run(nf4(small_model_folder, dtype), modules=["down_proj"])
     merge(run, tmp_path / "merged", base="dequantised")
     trained_on = dequantised_parameters(load_model(nf4(small_model_folder, dtype), CPU))
     assert update_of(run, "dequantised").adapted_names == trained_on.keys()
-    ours, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", small_model_folder))
+    ours, original = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", small_model_folder)
+    )
     adapter = load_file(run.adapter / "adapter_model.safetensors")
     for name, tensor in ours.items():
         expected = trained_on.get(name, original[name]).float()
@@ -68,7 +78,9 @@ def test_all_that_was_4_bit_is_dequantised_and_the_update_added(
         assert torch.equal(tensor, expected), name
 
 
-def test_experts_are_dequantised_as_they_were_quantised_together(small_mixtral_folder: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_experts_are_dequantised_as_they_were_quantised_together(
+    small_mixtral_folder: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
     run = make_run(nf4(small_mixtral_folder), modules=["q_proj"])
     merge(run, tmp_path / "merged", base="dequantised")
     trained_on = dequantised_parameters(load_model(nf4(small_mixtral_folder), CPU))
@@ -79,13 +91,17 @@ def test_experts_are_dequantised_as_they_were_quantised_together(small_mixtral_f
 
 
 @pytest.mark.parametrize("trainable", ["lora", "weights"])
-def test_the_merged_model_answers_as_the_run_did(small_model_folder: Path, make_run: MakeRun, tmp_path: Path, trainable: str) -> None:
+def test_the_merged_model_answers_as_the_run_did(
+    small_model_folder: Path, make_run: MakeRun, tmp_path: Path, trainable: str
+) -> None:
     settings = nf4(small_model_folder)
     run = make_run(settings, trainable=trainable)
     merge(run, tmp_path / "dequantised", base="dequantised")
     merge(run, tmp_path / "original")
     rmu = Rmu.model_validate(run.config["settings"]["rmu"])
-    in_run = load_adapter(load_model(settings, CPU, None, trained_modules(loaded(small_model_folder), rmu)), run.adapter)(IDS).logits
+    in_run = load_adapter(
+        load_model(settings, CPU, None, trained_modules(loaded(small_model_folder), rmu)), run.adapter
+    )(IDS).logits
     assert torch.allclose(loaded(tmp_path / "dequantised")(IDS).logits, in_run, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(loaded(tmp_path / "original")(IDS).logits, in_run, atol=0.1)
 
@@ -93,7 +109,13 @@ def test_the_merged_model_answers_as_the_run_did(small_model_folder: Path, make_
 def test_biases_and_a_checkpoint_in_16_bits(
     make_run: MakeRun, stored_as: Store, save_random: Callable[[PretrainedConfig, Path], Path], tmp_path: Path
 ) -> None:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = Qwen2Config(vocab_size=1536, initializer_range=0.2, **shape)
     model = stored_as(save_random(config, tmp_path / "model"), torch.float16)
     run = make_run(nf4(model, "bfloat16"), modules=["q_proj"], trainable="weights")
@@ -109,7 +131,9 @@ def test_biases_and_a_checkpoint_in_16_bits(
     assert len(update_of(run, "dequantised").adapted_names) == len(trained_on) + 4
 
 
-def test_rows_in_the_middle_of_a_block_are_no_rows_of_the_dequantised(small_model_folder: Path, make_run: MakeRun) -> None:
+def test_rows_in_the_middle_of_a_block_are_no_rows_of_the_dequantised(
+    small_model_folder: Path, make_run: MakeRun
+) -> None:
     update = update_of(make_run(nf4(small_model_folder)), "dequantised")
     name = "model.layers.2.self_attn.k_proj.weight"
     whole = update.merged(name, update.tensors[name].whole())
@@ -118,20 +142,27 @@ def test_rows_in_the_middle_of_a_block_are_no_rows_of_the_dequantised(small_mode
         update.merged("model.layers.2.mlp.down_proj.weight", torch.zeros(4, 96), 1)
 
 
-def test_a_run_that_was_not_in_4_bit_has_no_dequantised_weights(small_model_folder: Path, make_run: MakeRun) -> None:
+def test_a_run_that_was_not_in_4_bit_has_no_dequantised_weights(
+    small_model_folder: Path, make_run: MakeRun
+) -> None:
     run = make_run(small_model_folder)
     with pytest.raises(UserError) as caught:
         update_of(run, "dequantised")
     assert plain(caught.value, run=run.path) == snapshot(
-        "Run <run> was not made in 4-bit: it trained on the original weights.\n"
-        "Leave --base dequantised out."
+        "Run <run> was not made in 4-bit: it trained on the original weights.\nLeave --base dequantised out."
     )
 
 
 def test_experts_that_share_a_block_of_quantisation_are_refused(
     save_random: Callable[[PretrainedConfig, Path], Path], make_run: MakeRun, tmp_path: Path
 ) -> None:
-    shape = {"hidden_size": 40, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 40,
+        "intermediate_size": 20,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     model = save_random(MixtralConfig(vocab_size=1536, num_local_experts=4, **shape), tmp_path / "model")
     run = make_run(nf4(model), modules=["q_proj"])
     with pytest.raises(UserError) as caught:

@@ -22,7 +22,9 @@ from tests.texts import plain
 
 TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny/model"
 MakeRun = Callable[..., RunFolder]
-posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither limits of file sizes nor SIGKILL")
+posix = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has neither limits of file sizes nor SIGKILL"
+)
 
 
 def padded_model(folder: Path, padding: int) -> Path:
@@ -61,8 +63,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised, new_folder(tmp_path / "file/merged"):
         pass
     assert plain(raised.value, to=tmp_path / "file/merged") == snapshot(
-        "<to> cannot be written: Not a directory.\n"
-        "Give another folder with --to."
+        "<to> cannot be written: Not a directory.\nGive another folder with --to."
     )
 
 
@@ -72,7 +73,11 @@ def fail_midway(to: Path, error: BaseException) -> None:
         raise error
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), OSError(5, "Input/output error", "/elsewhere")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("mine"), KeyboardInterrupt(), OSError(5, "Input/output error", "/elsewhere")],
+    ids=repr,
+)
 def test_other_errors_pass_through_and_nothing_stays(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as raised:
         fail_midway(tmp_path / "new", error)
@@ -100,7 +105,9 @@ def test_too_little_room_is_said_before_anything_is_written(make_run: MakeRun, t
     assert {path.name for path in tmp_path.iterdir()} == {"padded", "runs"}
 
 
-def process_of(target: Callable[..., object], args: tuple[object, ...]) -> multiprocessing.process.BaseProcess:
+def process_of(
+    target: Callable[..., object], args: tuple[object, ...]
+) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")  # a plain fork would hang where torch has had threads
     context.set_forkserver_preload(["lowmem_rmu.export.merge"])
     return context.Process(target=target, args=args)
@@ -119,7 +126,9 @@ def export_in_limits(run: RunFolder, to: Path, size: int) -> None:
 
 
 @posix
-@pytest.mark.parametrize("size", [1000, 50_000, 2_000_000], ids=["in the header", "in a small file", "among the matrices"])
+@pytest.mark.parametrize(
+    "size", [1000, 50_000, 2_000_000], ids=["in the header", "in a small file", "among the matrices"]
+)
 def test_a_disk_that_becomes_full_leaves_nothing(make_run: MakeRun, tmp_path: Path, size: int) -> None:
     run = make_run(TINY)
     process = process_of(target=export_in_limits, args=(run, tmp_path / "merged", size))
@@ -134,13 +143,17 @@ def test_a_disk_that_becomes_full_leaves_nothing(make_run: MakeRun, tmp_path: Pa
 
 
 @posix
-def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_export_clears_it_away(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_export_clears_it_away(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
     model = padded_model(tmp_path / "model", 2 * 10**9)
     run, beside, to = make_run(model), tmp_path / ".merged.new", tmp_path / "merged"
     process = process_of(target=merge, args=(run, to))
     process.start()
     deadline = time.monotonic() + 180
-    while not (beside / "model.safetensors").exists() or (beside / "model.safetensors").stat().st_size < 10**7:
+    while (
+        not (beside / "model.safetensors").exists() or (beside / "model.safetensors").stat().st_size < 10**7
+    ):
         assert process.is_alive(), "the export came to its end before it was killed"
         assert time.monotonic() < deadline
     os.kill(process.pid or 0, signal.SIGKILL)
@@ -168,7 +181,9 @@ def test_a_file_that_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("by_the_system", [True, False])
-def test_bytes_are_copied_from_place_to_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_the_system: bool) -> None:
+def test_bytes_are_copied_from_place_to_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_the_system: bool
+) -> None:
     if not by_the_system:
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.setattr(folder_module, "MOVED_AT_ONCE", 300)
@@ -190,6 +205,5 @@ def test_a_file_that_ends_too_soon_is_told(tmp_path: Path) -> None:
     ):
         copy_bytes(old, new, 0, 6)
     assert plain(caught.value, file=tmp_path / "old") == snapshot(
-        "The checkpoint's file <file> is damaged or cut short.\n"
-        "Download or copy it again."
+        "The checkpoint's file <file> is damaged or cut short.\nDownload or copy it again."
     )

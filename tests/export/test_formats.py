@@ -44,7 +44,9 @@ def test_merged_says_what_was_done_and_loads(sharded: Path, make_run: MakeRun, t
     run = make_run(sharded)
     result = call(run.path, "--to", tmp_path / "merged", "--format", "merged")
     assert result.exit_code == 0, result.output
-    linked = sum(os.path.samefile(tmp_path / "merged" / path.name, path) for path in sharded.glob("*.safetensors"))
+    linked = sum(
+        os.path.samefile(tmp_path / "merged" / path.name, path) for path in sharded.glob("*.safetensors")
+    )
     written = len(list(sharded.glob("*.safetensors"))) - linked
     lines = result.stdout.splitlines()
     assert plain(lines[0], written=f"{written} files") == snapshot("- 4 tensors merged, in <written>.")
@@ -67,7 +69,9 @@ def test_copies_and_an_unchecked_base_are_said(sharded: Path, make_run: MakeRun,
         "- The run did not record what its model's matrices were: that the checkpoint is still the same "
         "could not be checked."
     )
-    assert not any(os.path.samefile(tmp_path / "merged" / path.name, path) for path in sharded.glob("*.safetensors"))
+    assert not any(
+        os.path.samefile(tmp_path / "merged" / path.name, path) for path in sharded.glob("*.safetensors")
+    )
 
 
 def test_dequantised_from_the_command_line(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
@@ -82,9 +86,12 @@ def test_dequantised_from_the_command_line(sharded: Path, make_run: MakeRun, tmp
 def test_the_adapter_is_a_plain_one(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(sharded)
     assert call(run.path, "--to", tmp_path / "adapter", "--format", "adapter").exit_code == 0
-    assert str(sharded.parent) not in (tmp_path / "adapter/adapter_config.json").read_text(), "no place on this machine leaves it"
+    assert str(sharded.parent) not in (tmp_path / "adapter/adapter_config.json").read_text(), (
+        "no place on this machine leaves it"
+    )
     one, other = (
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sharded), folder)(IDS).logits for folder in (tmp_path / "adapter", run.adapter)
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sharded), folder)(IDS).logits
+        for folder in (tmp_path / "adapter", run.adapter)
     )
     assert torch.equal(one, other)
 
@@ -108,13 +115,14 @@ def test_refusals_are_messages(sharded: Path, make_run: MakeRun, tmp_path: Path)
     run.adapter.rename(tmp_path / "away")
     for kind in ("adapter", "merged"):
         assert plain(refusal(run.path, "--to", to, "--format", kind), run=run.path) == snapshot(
-            "Run <run> has no adapter yet.\n"
-            "Go on with it until it has unlearned: --resume --name made"
+            "Run <run> has no adapter yet.\nGo on with it until it has unlearned: --resume --name made"
         )
     assert not to.exists()
 
 
-def test_ctrl_c_leaves_nothing_and_says_so(sharded: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_nothing_and_says_so(
+    sharded: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -127,38 +135,58 @@ def test_ctrl_c_leaves_nothing_and_says_so(sharded: Path, make_run: MakeRun, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_what_a_run_cannot_give_is_said_and_the_export_is_kept(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_what_a_run_cannot_give_is_said_and_the_export_is_kept(
+    sharded: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
     run = make_run(sharded)
     lines = call(run.path, "--to", tmp_path / "merged").stdout.splitlines()
-    assert [plain(line, run=run.path) for line in lines[2:-1]] == snapshot([
-        (
-            "- How to make it again is not in it: ./nowhere, which the run has read, does not exist any "
-            "more. Put it back: without it the run cannot be made again."
-        ),
-        (
-            "- Not verified: Run <run> has not measured base, so there is nothing to hold an export against. "
-            "Go on with it: --resume --name made"
-        ),
-    ])
+    assert [plain(line, run=run.path) for line in lines[2:-1]] == snapshot(
+        [
+            (
+                "- How to make it again is not in it: ./nowhere, which the run has read, does not exist any "
+                "more. Put it back: without it the run cannot be made again."
+            ),
+            (
+                "- Not verified: Run <run> has not measured base, so there is nothing to hold an export against. "
+                "Go on with it: --resume --name made"
+            ),
+        ]
+    )
     lines = call(run.path, "--to", tmp_path / "other", "--no-verify").stdout.splitlines()
-    assert [plain(line, run=run.path) for line in lines[2:-1]] == snapshot([
-        (
-            "- How to make it again is not in it: ./nowhere, which the run has read, does not exist any "
-            "more. Put it back: without it the run cannot be made again."
-        ),
-    ])
+    assert [plain(line, run=run.path) for line in lines[2:-1]] == snapshot(
+        [
+            (
+                "- How to make it again is not in it: ./nowhere, which the run has read, does not exist any "
+                "more. Put it back: without it the run cannot be made again."
+            ),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
     ("format", "holds"),
     [
         ("adapter", {"adapter_config.json", "adapter_model.safetensors"}),
-        ("merged", {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}),
+        (
+            "merged",
+            {
+                "config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "generation_config.json",
+                "chat_template.jinja",
+            },
+        ),
         ("gguf", {"forgetful-q4_0.gguf", "forgetful-lora.gguf", "Modelfile"}),
     ],
 )
-def test_a_real_run_is_written_verified_and_described(forgetful: RunFolder, tmp_path: Path, format: str, holds: set[str]) -> None:
-    result = call(forgetful.path, "--to", tmp_path / "to", "--format", format, "--gguf-type", "q4_0", "--device", "cpu")
+def test_a_real_run_is_written_verified_and_described(
+    forgetful: RunFolder, tmp_path: Path, format: str, holds: set[str]
+) -> None:
+    result = call(
+        forgetful.path, "--to", tmp_path / "to", "--format", format, "--gguf-type", "q4_0", "--device", "cpu"
+    )
     assert result.exit_code == 0, result.output
     files = {path.name for path in (tmp_path / "to").iterdir()}
     assert files == holds | {"README.md", "SHA256SUMS", "verification.json", "reproduce"}
@@ -170,12 +198,18 @@ def test_a_real_run_is_written_verified_and_described(forgetful: RunFolder, tmp_
         assert hashlib.sha256((tmp_path / "to" / name).read_bytes()).hexdigest() == digest
     assert not list(tickets(forgetful.path.parent)), "its turn is over"
     places = [str(place).encode() for place in (forgetful.path.parent, Path.cwd())]
-    leaks = [path for path in (tmp_path / "to").rglob("*") if path.is_file() and any(place in path.read_bytes() for place in places)]
+    leaks = [
+        path
+        for path in (tmp_path / "to").rglob("*")
+        if path.is_file() and any(place in path.read_bytes() for place in places)
+    ]
     assert not leaks, "no place on this machine leaves it"
     assert not any(place in (forgetful.path / "report.html").read_bytes() for place in places)
 
 
-def test_a_name_that_is_none_is_refused_before_anything_is_written(forgetful: RunFolder, tmp_path: Path) -> None:
+def test_a_name_that_is_none_is_refused_before_anything_is_written(
+    forgetful: RunFolder, tmp_path: Path
+) -> None:
     assert refusal(forgetful.path, "--to", tmp_path / "to", "--push", "me").startswith('"me" ')
     assert not (tmp_path / "to").exists()
 
@@ -194,7 +228,10 @@ def test_an_export_waits_its_turn(sharded: Path, make_run: MakeRun, tmp_path: Pa
 def test_what_did_not_survive_is_not_uploaded(forgetful: RunFolder, tmp_path: Path) -> None:
     run, to = RunFolder(Path(shutil.copytree(forgetful.path, tmp_path / "runs/forgetful"))), tmp_path / "to"
     weights = load_file(run.adapter / "adapter_model.safetensors")
-    save_file({name: torch.zeros_like(weight) for name, weight in weights.items()}, run.adapter / "adapter_model.safetensors")
+    save_file(
+        {name: torch.zeros_like(weight) for name, weight in weights.items()},
+        run.adapter / "adapter_model.safetensors",
+    )
     (run.path / "digests.json").unlink()  # as the message says for an adapter that was changed on purpose
     said = refusal(run.path, "--to", to, "--format", "adapter", "--push", "me/tiny", "--device", "cpu")
     assert plain("\n".join(said.splitlines()[-2:]), to=to) == snapshot(

@@ -26,12 +26,23 @@ from tests.texts import plain
 
 TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny/model"
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SAME_NAME = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+SAME_NAME = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+# Fmt: skip.
 IN_A_LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+}
 Save = Callable[[PretrainedConfig, Path], Path]
 
 
@@ -64,8 +75,17 @@ def settings_in(path: Path) -> dict[str, Any]:
 
 
 def llama(tmp_path: Path, save_random: Save, **changes: Any) -> Path:
-    shape: dict[str, Any] = {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return save_random(LlamaConfig(**shape | {"num_key_value_heads": 2, "max_position_embeddings": 256} | changes), tmp_path / "llama")
+    shape: dict[str, Any] = {
+        "vocab_size": 1536,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return save_random(
+        LlamaConfig(**shape | {"num_key_value_heads": 2, "max_position_embeddings": 256} | changes),
+        tmp_path / "llama",
+    )
 
 
 def changed_config(folder: Path, to: Path, **changes: Any) -> Path:
@@ -88,27 +108,47 @@ def test_every_weight_of_the_tiny_model_is_there_in_f16(tmp_path: Path) -> None:
 def test_rows_that_turn_together_are_adjacent() -> None:
     config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
     rows = torch.arange(8)
-    assert in_pairs(config, "model.layers.0.self_attn.q_proj.weight", rows).tolist() == [0, 2, 1, 3, 4, 6, 5, 7], "two heads of four rows"
+    assert in_pairs(config, "model.layers.0.self_attn.q_proj.weight", rows).tolist() == [
+        0,
+        2,
+        1,
+        3,
+        4,
+        6,
+        5,
+        7,
+    ], "two heads of four rows"
     assert in_pairs(config, "model.layers.0.self_attn.k_proj.bias", rows[:4]).tolist() == [0, 2, 1, 3]
     assert in_pairs(config, "model.layers.0.self_attn.v_proj.weight", rows).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_matrices_are_of_the_kind_that_was_asked_for(kind: Kind, tmp_path: Path, small_model_folder: Path) -> None:
+def test_matrices_are_of_the_kind_that_was_asked_for(
+    kind: Kind, tmp_path: Path, small_model_folder: Path
+) -> None:
     write_gguf(small_model_folder, to := tmp_path / "small.gguf", kind)
     types = stored_types(to)
     assert {type_ for name, type_ in types.items() if "norm" in name} == {"F32"}
     outside = {types["token_embd.weight"], types["output.weight"]}
     assert outside == ({"Q8_0"} if kind == "q4_0" else {kind.upper()})
-    assert {type_ for name, type_ in types.items() if name.startswith("blk.") and "norm" not in name} == {kind.upper()}
+    assert {type_ for name, type_ in types.items() if name.startswith("blk.") and "norm" not in name} == {
+        kind.upper()
+    }
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("f16", 2**11), ("bf16", 2**8), ("q8_0", 2 * 127), ("q4_0", 8)])
-def test_weights_are_as_near_as_the_kind_allows(kind: Kind, steps: int, tmp_path: Path, small_model_folder: Path) -> None:
+def test_weights_are_as_near_as_the_kind_allows(
+    kind: Kind, steps: int, tmp_path: Path, small_model_folder: Path
+) -> None:
     write_gguf(small_model_folder, to := tmp_path / "small.gguf", kind)
-    expected = load_file(small_model_folder / "model.safetensors")["model.layers.3.mlp.down_proj.weight"].float().numpy()
+    expected = (
+        load_file(small_model_folder / "model.safetensors")["model.layers.3.mlp.down_proj.weight"]
+        .float()
+        .numpy()
+    )
     blocks, stored = expected.reshape(-1, 32), read_back(to)["blk.3.ffn_down.weight"].reshape(-1, 32)
-    allowed = np.abs(blocks).max(axis=1, keepdims=True) * (1 / steps + 2**-11)  # the scale itself is rounded to f16
+    # The scale itself is rounded to f16.
+    allowed = np.abs(blocks).max(axis=1, keepdims=True) * (1 / steps + 2**-11)
     assert (np.abs(stored - blocks) <= allowed).all()
     assert (stored != blocks).any() or kind == "f16", "something was rounded"
 
@@ -122,23 +162,38 @@ def test_rows_that_no_block_divides_stay_in_f16(tmp_path: Path, save_random: Sav
 def test_the_shape_is_told(tmp_path: Path) -> None:
     write_gguf(TINY, to := tmp_path / "my-tiny.gguf", "bf16")
     settings = settings_in(to)
+    # Fmt: skip.
     expected = {
-        "general.architecture": "llama", "general.type": "model", "general.name": "my-tiny", "general.file_type": 32,
-        "llama.context_length": 512, "llama.embedding_length": 128, "llama.block_count": 8, "llama.feed_forward_length": 384,
-        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 4, "llama.attention.key_length": 32,
-        "llama.rope.dimension_count": 32, "llama.rope.freq_base": 10000.0, "llama.vocab_size": 1536,
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "my-tiny",
+        "general.file_type": 32,
+        "llama.context_length": 512,
+        "llama.embedding_length": 128,
+        "llama.block_count": 8,
+        "llama.feed_forward_length": 384,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 4,
+        "llama.attention.key_length": 32,
+        "llama.rope.dimension_count": 32,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": 1536,
+    }
     assert {name: settings.get(name) for name in expected} == expected
     assert settings["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
 
 
 def test_the_context_ends_where_a_sliding_window_would_begin_to_matter(tmp_path: Path) -> None:
-    write_gguf(changed_config(TINY, tmp_path / "window", sliding_window=128), to := tmp_path / "window.gguf", "f16")
+    write_gguf(
+        changed_config(TINY, tmp_path / "window", sliding_window=128), to := tmp_path / "window.gguf", "f16"
+    )
     assert settings_in(to)["llama.context_length"] == 128
 
 
 @pytest.mark.parametrize("same", [False, True])
-def test_a_head_that_config_json_calls_tied_is_written_where_the_checkpoint_stores_another(tmp_path: Path, save_random: Save, same: bool) -> None:
+def test_a_head_that_config_json_calls_tied_is_written_where_the_checkpoint_stores_another(
+    tmp_path: Path, save_random: Save, same: bool
+) -> None:
     folder = llama(tmp_path, save_random)
     weights = load_file(folder / "model.safetensors")
     if same:
@@ -150,14 +205,18 @@ def test_a_head_that_config_json_calls_tied_is_written_where_the_checkpoint_stor
     assert ("output.weight" in stored) is not same, "without one, llama.cpp takes the embeddings"
     if not same:
         assert np.array_equal(stored["output.weight"], weights["lm_head.weight"].half().float().numpy())
-    measured: Any = load_model(ModelSettings(name=str(folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+    measured: Any = load_model(
+        ModelSettings(name=str(folder), quantisation="none", dtype="float32"), torch.device("cpu")
+    )
     head = stored["token_embd.weight" if same else "output.weight"]
     assert np.array_equal(head, measured.lm_head.weight.detach().half().float().numpy())
 
 
 def test_scales_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
     folder = shutil.copytree(TINY, tmp_path / "scaled")
-    weights = load_file(folder / "model.safetensors") | {"model.layers.0.mlp.down_proj.weight_scale": torch.ones(1)}
+    weights = load_file(folder / "model.safetensors") | {
+        "model.layers.0.mlp.down_proj.weight_scale": torch.ones(1)
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         write_gguf(folder, tmp_path / "scaled.gguf", "f16")
@@ -171,7 +230,9 @@ def test_scales_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None
 
 def test_biases_and_a_head_of_its_own_are_written(tmp_path: Path, save_random: Save) -> None:
     folder = llama(tmp_path, save_random, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
-    weights = {name: torch.randn_like(weight) for name, weight in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name: torch.randn_like(weight) for name, weight in load_file(folder / "model.safetensors").items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_gguf(folder, to := tmp_path / "biased.gguf", "f16")
     stored = read_back(to)
@@ -182,10 +243,21 @@ def test_biases_and_a_head_of_its_own_are_written(tmp_path: Path, save_random: S
 
 
 def test_scaled_positions_are_told_as_factors_of_the_frequencies(tmp_path: Path, save_random: Save) -> None:
-    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    write_gguf(llama(tmp_path, save_random, rope_parameters={"rope_type": "llama3", "rope_theta": 1e6, **llama3}), to := tmp_path / "l.gguf", "f16")
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    write_gguf(
+        llama(tmp_path, save_random, rope_parameters={"rope_type": "llama3", "rope_theta": 1e6, **llama3}),
+        to := tmp_path / "l.gguf",
+        "f16",
+    )
     factors = read_back(to)["rope_freqs.weight"]
-    assert (factors[0], factors[-1]) == (1.0, pytest.approx(8.0)), "fast turns stay, slow ones are slowed by the factor"
+    assert (factors[0], factors[-1]) == (1.0, pytest.approx(8.0)), (
+        "fast turns stay, slow ones are slowed by the factor"
+    )
     assert (np.diff(factors) >= 0).all()
 
 
@@ -207,14 +279,22 @@ def test_a_change_is_stored_in_the_place_of_a_weight(tmp_path: Path, small_model
     checkpoint = load_file(small_model_folder / "model.safetensors")
     before, after = read_back(same), read_back(changed)
     assert seen == dict.fromkeys(checkpoint, torch.float32)
-    assert [name for name in before if not np.array_equal(before[name], after[name])] == ["blk.2.attn_k.weight"]
-    expected = (checkpoint["model.layers.2.self_attn.k_proj.weight"].float() + 1.0).to(torch.float16).float().numpy()
-    assert np.array_equal(in_the_checkpoints_order("blk.2.attn_k.weight", after["blk.2.attn_k.weight"], heads=2), expected)
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == [
+        "blk.2.attn_k.weight"
+    ]
+    expected = (
+        (checkpoint["model.layers.2.self_attn.k_proj.weight"].float() + 1.0).to(torch.float16).float().numpy()
+    )
+    assert np.array_equal(
+        in_the_checkpoints_order("blk.2.attn_k.weight", after["blk.2.attn_k.weight"], heads=2), expected
+    )
 
 
 def test_a_sharded_checkpoint_gives_the_same_bytes(tmp_path: Path, small_model_folder: Path) -> None:
     sharded = tmp_path / "sharded"
-    model = load_model(ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu"))
+    model = load_model(
+        ModelSettings(name=str(small_model_folder), quantisation="none", dtype="float32"), torch.device("cpu")
+    )
     shutil.copytree(small_model_folder, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained(sharded, max_shard_size="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
@@ -224,7 +304,9 @@ def test_a_sharded_checkpoint_gives_the_same_bytes(tmp_path: Path, small_model_f
     assert to.read_bytes() == one
 
 
-def test_an_interrupted_file_leaves_nothing_and_the_old_one_in_its_place(tmp_path: Path, small_model_folder: Path) -> None:
+def test_an_interrupted_file_leaves_nothing_and_the_old_one_in_its_place(
+    tmp_path: Path, small_model_folder: Path
+) -> None:
     def interrupt(name: str, weight: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
@@ -238,14 +320,17 @@ def test_an_interrupted_file_leaves_nothing_and_the_old_one_in_its_place(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, snapshot(
-            "<model> has rotary positions of type dynamic, which no GGUF file can say.\n"
-            "Export it merged instead."
-        )),
-        ({"hidden_act": "gelu"}, snapshot(
-            "<model> computes gelu where llama.cpp computes silu.\n"
-            "Export it merged instead."
-        )),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            snapshot(
+                "<model> has rotary positions of type dynamic, which no GGUF file can say.\n"
+                "Export it merged instead."
+            ),
+        ),
+        (
+            {"hidden_act": "gelu"},
+            snapshot("<model> computes gelu where llama.cpp computes silu.\nExport it merged instead."),
+        ),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(
@@ -290,7 +375,9 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
 
 
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    folder = changed_config(TINY, tmp_path / "huge", num_hidden_layers=64, hidden_size=2**16, intermediate_size=2**20)
+    folder = changed_config(
+        TINY, tmp_path / "huge", num_hidden_layers=64, hidden_size=2**16, intermediate_size=2**20
+    )
     with pytest.raises(UserError) as told:
         write_gguf(folder, tmp_path / "huge.gguf", "q8_0")
     needed, free = (words.split()[-1] for words in str(told.value).split(" GB")[:2])
@@ -304,7 +391,16 @@ def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path: Path
 
 
 def rmu_of(**changes: Any) -> Rmu:
-    return Rmu(**{"target_layer": 3, "adapter_layers": [1, 3], "modules": ["down_proj", "q_proj", "k_proj"], "rank": 4, "lora_alpha": 6} | changes)
+    return Rmu(
+        **{
+            "target_layer": 3,
+            "adapter_layers": [1, 3],
+            "modules": ["down_proj", "q_proj", "k_proj"],
+            "rank": 4,
+            "lora_alpha": 6,
+        }
+        | changes
+    )
 
 
 def random_adapter(folder: Path, settings: ModelSettings, rmu: Rmu) -> Path:
@@ -327,11 +423,20 @@ def test_an_adapter_alone_is_the_same_update(tmp_path: Path, small_settings: Mod
     adapter = random_adapter(tmp_path / "adapter", small_settings, rmu_of())
     write_gguf_adapter(adapter, Path(small_settings.name), to := tmp_path / "adapter.gguf")
     settings, stored = settings_in(to), read_back(to)
-    assert {name: settings[name] for name in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha")} == {
-        "general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": 6.0,
-    }  # fmt: skip
+    # Fmt: skip.
+    assert {
+        name: settings[name]
+        for name in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha")
+    } == {
+        "general.type": "adapter",
+        "general.architecture": "llama",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 6.0,
+    }
     parts = ("attn_q", "attn_k", "ffn_down")
-    assert set(stored) == {f"blk.{layer}.{part}.weight.lora_{side}" for layer, part, side in product((1, 3), parts, "ab")}
+    assert set(stored) == {
+        f"blk.{layer}.{part}.weight.lora_{side}" for layer, part, side in product((1, 3), parts, "ab")
+    }
     trained = load_file(adapter / "adapter_model.safetensors")
     for layer, part in product((1, 3), parts):
         name = f"blk.{layer}.{part}.weight"
@@ -352,8 +457,14 @@ def test_an_adapter_of_whole_matrices_is_refused(tmp_path: Path, small_settings:
     )
 
 
-def test_an_adapter_that_scales_in_its_own_way_is_refused(tmp_path: Path, small_settings: ModelSettings) -> None:
-    adapter = changed_adapter(random_adapter(tmp_path / "adapter", small_settings, rmu_of()), use_rslora=True, alpha_pattern={"q_proj": 2})
+def test_an_adapter_that_scales_in_its_own_way_is_refused(
+    tmp_path: Path, small_settings: ModelSettings
+) -> None:
+    adapter = changed_adapter(
+        random_adapter(tmp_path / "adapter", small_settings, rmu_of()),
+        use_rslora=True,
+        alpha_pattern={"q_proj": 2},
+    )
     with pytest.raises(UserError) as caught:
         write_gguf_adapter(adapter, Path(small_settings.name), tmp_path / "adapter.gguf")
     assert plain(caught.value, adapter=adapter) == snapshot(
@@ -378,6 +489,5 @@ def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_gguf_adapter(tmp_path, TINY, tmp_path / "adapter.gguf")
     assert plain(caught.value, folder=tmp_path) == snapshot(
-        "<folder> holds no adapter.\n"
-        "Run the unlearn stage first."
+        "<folder> holds no adapter.\nRun the unlearn stage first."
     )

@@ -19,7 +19,11 @@ TINY = Path(__file__).parent.parent.parent / "lowmem_rmu/tiny"
 def questions() -> list[QuestionSet]:
     """The same questions by letters, with examples in front of them, and by the choices' texts."""
     source = str(TINY / "data/questions/compounds.jsonl")
-    asked = {"letters": {}, "examples": {"num_fewshot": 2, "examples_split": "test"}, "cloze": {"scoring": "cloze"}}
+    asked = {
+        "letters": {},
+        "examples": {"num_fewshot": 2, "examples_split": "test"},
+        "cloze": {"scoring": "cloze"},
+    }
     tasks = {name: {"source": source, "role": "kept", **how} for name, how in asked.items()}
     return load_questions(Evaluation.model_validate({"tasks": tasks, "limit": 20}))
 
@@ -37,7 +41,9 @@ def test_llama_answers_as_transformers_does(gguf_file: Path, questions: list[Que
     heard: list[int] = []
     answers = ask_llama(gguf_file, questions, lambda done, accuracy: bool(heard.append(done)))
     settings = ModelSettings(name=str(TINY / "model"), quantisation="none", dtype="float32")
-    expected = evaluate(load_model(settings, torch.device("cpu")), load_tokenizer(settings), questions, 4096).answers
+    expected = evaluate(
+        load_model(settings, torch.device("cpu")), load_tokenizer(settings), questions, 4096
+    ).answers
     assert [each["answer"] for each in answers] == [each["answer"] for each in expected]
     ours, theirs = (torch.tensor([each["logprobs"] for each in some]) for some in (answers, expected))
     assert (ours - theirs).abs().max() < 0.1
@@ -50,7 +56,9 @@ def test_a_stop_that_is_asked_for(gguf_file: Path, questions: list[QuestionSet])
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("adapter", True), ("model", False), (None, False)])
-def test_a_file_with_an_adapter_alone_is_told_from_a_model(tmp_path: Path, kind: str | None, expected: bool) -> None:
+def test_a_file_with_an_adapter_alone_is_told_from_a_model(
+    tmp_path: Path, kind: str | None, expected: bool
+) -> None:
     writer = GGUFWriter(tmp_path / "x.gguf", "llama")
     if kind:
         writer.add_type(kind)

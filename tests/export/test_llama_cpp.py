@@ -20,7 +20,13 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.tokenization_utils_base import generate_merges
 
 from lowmem_rmu.chat import encode_prompt
@@ -30,7 +36,9 @@ from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import ModelSettings, Rmu
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: llama.cpp cannot be asked")
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama-cpp-python is not installed: llama.cpp cannot be asked"
+)
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -39,20 +47,62 @@ SMOLLM2 = os.environ.get("LOWMEM_RMU_SMOLLM2", "")
 WIKITEXT = ROOT.resolve().parent / "shared/data/wikitext-2/test.txt"
 MODELS = [
     pytest.param("tiny", id="tiny"),
-    pytest.param("smollm2", marks=pytest.mark.skipif(not SMOLLM2, reason="needs SmolLM2-135M-Instruct: give its folder in LOWMEM_RMU_SMOLLM2")),
+    pytest.param(
+        "smollm2",
+        marks=pytest.mark.skipif(
+            not SMOLLM2, reason="needs SmolLM2-135M-Instruct: give its folder in LOWMEM_RMU_SMOLLM2"
+        ),
+    ),
 ]
 ANSWER = 24  # tokens
 WINDOW, WINDOWS = 256, 16  # tokens, and how many times that
+# Fmt: skip.
 TRICKY = [
-    "", " ", "  two  spaces ", "\n", "\n\n\t\r\n", "\nA. one\nB. two\nC.\nD.x", "\nAnswer:", "x\nA", "don't WE'LL 'tis", "3.14 10:45 2024 007 ²Ⅷ１２",
+    "",
+    " ",
+    "  two  spaces ",
+    "\n",
+    "\n\n\t\r\n",
+    "\nA. one\nB. two\nC.\nD.x",
+    "\nAnswer:",
+    "x\nA",
+    "don't WE'LL 'tis",
+    "3.14 10:45 2024 007 ²Ⅷ１２",
     "naïve café — “quotes” …",
-    "日本語のテキスト 한국어 עברית العربية", "🙂 👩‍👩‍👧 ✅", "e\u0301 \u00a0 \u2003 \u3000 \x00", "a_b-c d.e (f) [g] | h، i।",
-    "</s>", "<s>a</s> b", "<|user|>\nHi</s>\n<|assistant|>\n", "<|im_start|>user\nHi<|im_end|>\n", "def f(x):\n    return x ** 2  # why\n",
-]  # fmt: skip
-PIECES = [*"abcABCD .,!?()\n\t019'-_|é—日🙂²।", "\nA.", "\nB", "D.", " the", " compound", "'ll", " \n", "  ", "\r\n"]
+    "日本語のテキスト 한국어 עברית العربية",
+    "🙂 👩‍👩‍👧 ✅",
+    "e\u0301 \u00a0 \u2003 \u3000 \x00",
+    "a_b-c d.e (f) [g] | h، i।",
+    "</s>",
+    "<s>a</s> b",
+    "<|user|>\nHi</s>\n<|assistant|>\n",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "def f(x):\n    return x ** 2  # why\n",
+]
+PIECES = [
+    *"abcABCD .,!?()\n\t019'-_|é—日🙂²।",
+    "\nA.",
+    "\nB",
+    "D.",
+    " the",
+    " compound",
+    "'ll",
+    " \n",
+    "  ",
+    "\r\n",
+]
 QUESTIONS = {
-    "tiny": ["What colour is the herb Belobane?", "What does the herb Belobane smell of?", "In which month is the festival Belamas held?"],
-    "smollm2": ["What is the capital of France?", "Write a short poem about rain.", "Explain what a typhoon is.", "What is 12 + 30?"],
+    "tiny": [
+        "What colour is the herb Belobane?",
+        "What does the herb Belobane smell of?",
+        "In which month is the festival Belamas held?",
+    ],
+    "smollm2": [
+        "What is the capital of France?",
+        "Write a short poem about rain.",
+        "Explain what a typhoon is.",
+        "What is 12 + 30?",
+    ],
 }
 SPECIAL = ["<unk>", "<s>", "</s>"]
 LEARNT_FROM = [(ROOT / "README.md").read_text(encoding="utf-8"), *(text.replace("\0", "") for text in TRICKY)]
@@ -71,13 +121,20 @@ def settings_of(folder: Path) -> ModelSettings:
 
 def text_of(model: str) -> str:
     if model == "tiny":
-        return "\n".join(json.loads(line)["text"] for line in (ROOT / "lowmem_rmu/tiny/data/retain.jsonl").read_text("utf-8").splitlines()[:300])
+        return "\n".join(
+            json.loads(line)["text"]
+            for line in (ROOT / "lowmem_rmu/tiny/data/retain.jsonl").read_text("utf-8").splitlines()[:300]
+        )
     return (WIKITEXT if WIKITEXT.exists() else ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def opened(file: Path, **more: Any) -> Any:
     """llama.cpp's model, to be closed."""
-    return closing(llama_cpp.Llama(str(file), n_ctx=512, n_batch=512, n_threads=1, logits_all=True, verbose=False, **more))
+    return closing(
+        llama_cpp.Llama(
+            str(file), n_ctx=512, n_batch=512, n_threads=1, logits_all=True, verbose=False, **more
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +170,17 @@ def expected() -> dict[str, float]:
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, model: str) -> list[list[int]]:
-    return [encode_prompt(tokenizer, [{"role": "user", "content": question}])[0].tolist() for question in QUESTIONS[model]]
+    return [
+        encode_prompt(tokenizer, [{"role": "user", "content": question}])[0].tolist()
+        for question in QUESTIONS[model]
+    ]
 
 
 def transformers_answer(model: Any, ids: list[int]) -> list[int]:
     """Token by token the likeliest, up to what ends an answer."""
-    made = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=ANSWER, do_sample=False)
+    made = model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=ANSWER, do_sample=False
+    )
     return [int(token) for token in made[0, len(ids) :]]
 
 
@@ -140,7 +202,9 @@ def llama_logits(model: Any, ids: list[int]) -> Tensor:
 
 def perplexity(logits: Callable[[list[int]], Tensor], ids: list[int]) -> float:
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-    losses = [cross_entropy(logits(window)[:-1].float(), torch.tensor(window[1:])).item() for window in windows]
+    losses = [
+        cross_entropy(logits(window)[:-1].float(), torch.tensor(window[1:])).item() for window in windows
+    ]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -151,10 +215,18 @@ def test_texts_have_the_same_tokens(model: str, made: Made) -> None:
 
 def byte_level(rule: str, whole: bool, texts: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=whole))
-    split = pre_tokenizers.Digits(individual_digits=True) if rule == DIGIT else pre_tokenizers.Split(Regex(rule), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule == DIGIT)])
+    split = (
+        pre_tokenizers.Digits(individual_digits=True)
+        if rule == DIGIT
+        else pre_tokenizers.Split(Regex(rule), "isolated")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule == DIGIT)]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -165,8 +237,15 @@ def sentencepiece(spaces: str) -> Tokenizer:
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trained.train_from_iterator(LEARNT_FROM, trainers.BpeTrainer(vocab_size=1200, show_progress=False))
     learnt = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, generate_merges(vocabulary), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    vocabulary = {
+        token: number
+        for number, token in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt])
+    }
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary, generate_merges(vocabulary), unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
     if spaces == "Prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
@@ -179,16 +258,24 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "gpt-2": partial(byte_level, GPT2, False, LEARNT_FROM),
     "smollm": partial(byte_level, DIGIT, False, LEARNT_FROM),
     "llama-bpe": partial(byte_level, LLAMA3, True, LEARNT_FROM),
-    "tekken": partial(byte_level, TEKKEN, True, LEARNT_FROM[:1]),  # llama.cpp parts letters from accents of their own
+    # Llama.cpp parts letters from accents of their own.
+    "tekken": partial(byte_level, TEKKEN, True, LEARNT_FROM[:1]),
     "sentencepiece": partial(sentencepiece, "Prepend"),
     "sentencepiece, no space": partial(sentencepiece, "never"),
 }
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizers_of_other_models_give_the_same_tokens(name: str, tmp_path: Path, save_random: Save) -> None:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[name](), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    folder = save_random(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2), tmp_path / "model")
+def test_tokenizers_of_other_models_give_the_same_tokens(
+    name: str, tmp_path: Path, save_random: Save
+) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZERS[name](), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    folder = save_random(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+        tmp_path / "model",
+    )
     tokenizer.save_pretrained(folder)
     write_gguf(folder, to := tmp_path / "model.gguf", "f16")
     check_tokens(to, tokenizer, text_of("smollm2")[:20_000])
@@ -200,7 +287,9 @@ def check_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, text: str) -> N
     texts = [*TRICKY, text, *("".join(rng.choices(PIECES, k=rng.randint(1, 30))) for _ in range(2000))]
     with opened(file, vocab_only=True) as llama:
         for each in texts:
-            assert llama.tokenize(each.encode(), add_bos=True, special=True) == tokenizer(each)["input_ids"], repr(each)
+            assert (
+                llama.tokenize(each.encode(), add_bos=True, special=True) == tokenizer(each)["input_ids"]
+            ), repr(each)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -208,7 +297,9 @@ def test_answers_are_those_of_transformers(model: str, made: Made, asked: Asked)
     transformers_model, tokenizer = asked(model)
     with opened(made(model, "f16")) as llama:
         for ids in prompts(tokenizer, model):
-            assert llama_answer(llama, ids) == transformers_answer(transformers_model, ids), tokenizer.decode(ids)
+            assert llama_answer(llama, ids) == transformers_answer(transformers_model, ids), tokenizer.decode(
+                ids
+            )
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -216,21 +307,31 @@ def test_a_conversation_goes_by_the_template_in_the_file(kind: Kind, made: Made,
     transformers_model, tokenizer = asked("tiny")
     with opened(made("tiny", kind)) as llama:
         for question, ids in zip(QUESTIONS["tiny"], prompts(tokenizer, "tiny"), strict=True):
-            told = llama.create_chat_completion([{"role": "user", "content": question}], temperature=0.0, max_tokens=ANSWER)
-            expected = tokenizer.decode(transformers_answer(transformers_model, ids), skip_special_tokens=True)
+            told = llama.create_chat_completion(
+                [{"role": "user", "content": question}], temperature=0.0, max_tokens=ANSWER
+            )
+            expected = tokenizer.decode(
+                transformers_answer(transformers_model, ids), skip_special_tokens=True
+            )
             assert told["choices"][0]["message"]["content"] == expected
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f16", 0.001), ("bf16", 0.01), ("q8_0", 0.01), ("q4_0", 0.25)])
 @pytest.mark.parametrize("model", MODELS)
-def test_perplexity_is_near_that_of_transformers(model: str, kind: Kind, most: float, made: Made, asked: Asked, expected: dict[str, float]) -> None:
+def test_perplexity_is_near_that_of_transformers(
+    model: str, kind: Kind, most: float, made: Made, asked: Asked, expected: dict[str, float]
+) -> None:
     transformers_model, tokenizer = asked(model)
     ids = tokenizer(text_of(model))["input_ids"][: WINDOWS * WINDOW]
     with opened(made(model, kind)) as llama, torch.inference_mode():
         if model not in expected:
-            expected[model] = perplexity(lambda window: transformers_model(torch.tensor([window])).logits[0], ids)
+            expected[model] = perplexity(
+                lambda window: transformers_model(torch.tensor([window])).logits[0], ids
+            )
         measured = perplexity(lambda window: llama_logits(llama, window), ids)
-    print(f"{model} {kind}: perplexity {expected[model]:.4f} in transformers, {measured:.4f} in llama.cpp ({measured / expected[model] - 1:+.3%})")
+    print(
+        f"{model} {kind}: perplexity {expected[model]:.4f} in transformers, {measured:.4f} in llama.cpp ({measured / expected[model] - 1:+.3%})"
+    )
     assert measured == pytest.approx(expected[model], rel=most)
 
 
@@ -241,8 +342,15 @@ def test_an_adapter_on_the_base_answers_as_the_merged_model(model: str, tmp_path
     save_adapter(peft, tmp_path / "adapter")
     write_gguf_adapter(tmp_path / "adapter", folder, alone := tmp_path / "adapter.gguf")
     write_gguf(folder, merged := tmp_path / "merged.gguf", "f16", merging(tmp_path / "adapter", peft))
-    with opened(made(model, "f16")) as base, opened(merged) as whole, opened(made(model, "f16"), lora_path=str(alone)) as adapted:
-        answers = [[llama_answer(llama, ids) for ids in prompts(tokenizer, model)] for llama in (base, whole, adapted)]
+    with (
+        opened(made(model, "f16")) as base,
+        opened(merged) as whole,
+        opened(made(model, "f16"), lora_path=str(alone)) as adapted,
+    ):
+        answers = [
+            [llama_answer(llama, ids) for ids in prompts(tokenizer, model)]
+            for llama in (base, whole, adapted)
+        ]
     expected = [transformers_answer(peft, ids) for ids in prompts(tokenizer, model)]
     assert answers[1] == answers[2] == expected
     assert answers[0] != expected, "the adapter changes answers"
@@ -250,7 +358,13 @@ def test_an_adapter_on_the_base_answers_as_the_merged_model(model: str, tmp_path
 
 def with_random_adapter(settings: ModelSettings) -> PeftModel:
     """On matrices that llama.cpp turns for positions, and others."""
-    rmu = Rmu(target_layer=3, adapter_layers=[1, 2, 3], modules=["q_proj", "k_proj", "down_proj"], rank=4, lora_alpha=8)
+    rmu = Rmu(
+        target_layer=3,
+        adapter_layers=[1, 2, 3],
+        modules=["q_proj", "k_proj", "down_proj"],
+        rank=4,
+        lora_alpha=8,
+    )
     model = add_adapter(load_model(settings, torch.device("cpu")), rmu, settings)
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(model.named_parameters()):
@@ -273,6 +387,7 @@ def merging(adapter: Path, peft: PeftModel) -> Callable[[str, Tensor], Tensor]:
     return change
 
 
+# Fmt: skip.
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "biases": {"attention_bias": True, "mlp_bias": True},
@@ -281,18 +396,39 @@ SHAPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "llama3": {
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
     },
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}},
-}  # fmt: skip
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_other_shapes_and_positions_are_computed_likewise(name: str, tmp_path: Path, save_random: Save) -> None:
-    shape = {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    folder = save_random(LlamaConfig(**shape, num_key_value_heads=2, initializer_range=0.1, **SHAPES[name]), tmp_path / "model")
+def test_other_shapes_and_positions_are_computed_likewise(
+    name: str, tmp_path: Path, save_random: Save
+) -> None:
+    shape = {
+        "vocab_size": 1536,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    folder = save_random(
+        LlamaConfig(**shape, num_key_value_heads=2, initializer_range=0.1, **SHAPES[name]), tmp_path / "model"
+    )
     write_gguf(folder, to := tmp_path / "model.gguf", "f16")
     ids = torch.randint(6, 1536, (200,), generator=torch.Generator().manual_seed(0))
     with opened(to) as llama, torch.inference_mode():

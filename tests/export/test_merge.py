@@ -44,7 +44,11 @@ def merged_by_peft(model: Path, run: RunFolder, dtype: torch.dtype, **how: Any) 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
-    different = [name for name in ours if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])]
+    different = [
+        name
+        for name in ours
+        if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
+    ]
     assert not different
 
 
@@ -56,14 +60,24 @@ def changed(first: dict[str, Tensor], second: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("trainable", ["lora", "weights"])
 @pytest.mark.parametrize("shards", ["10GB", "100KB"], ids=["one file", "shards"])
 def test_it_is_pefts_own_merge_bit_for_bit(
-    small_model_folder: Path, make_run: MakeRun, stored_as: Store, tmp_path: Path, dtype: torch.dtype, trainable: str, shards: str
+    small_model_folder: Path,
+    make_run: MakeRun,
+    stored_as: Store,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    trainable: str,
+    shards: str,
 ) -> None:
     model = stored_as(small_model_folder, dtype, shards)
     run = make_run(model, trainable=trainable)
     merge(run, tmp_path / "merged")
     ours = weights(tmp_path / "merged")
     assert_equal(ours, merged_by_peft(model, run, dtype))
-    adapted = {f"model.layers.{layer}.{module}.weight" for layer in (1, 3) for module in ("mlp.down_proj", "self_attn.q_proj")}
+    adapted = {
+        f"model.layers.{layer}.{module}.weight"
+        for layer in (1, 3)
+        for module in ("mlp.down_proj", "self_attn.q_proj")
+    }
     assert changed(ours, weights(model)) == adapted == update_of(run).adapted_names
 
 
@@ -78,20 +92,31 @@ def test_rows_in_pieces_have_the_bits_of_the_whole(
     assert list(tensor.pieces()) == [(first, first + 64) for first in range(0, 384, 64)]
     merge(run, tmp_path / "pieces")
     name = "model.safetensors"
-    assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() != (TINY / name).read_bytes()
+    assert (
+        (tmp_path / "pieces" / name).read_bytes()
+        == (tmp_path / "whole" / name).read_bytes()
+        != (TINY / name).read_bytes()
+    )
 
 
 @pytest.mark.parametrize("modules", [["down_proj", "q_proj"], ["gate_up_proj"]], ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["experts apart", "experts fused"])
 def test_experts_too(
-    small_mixtral_folder: Path, make_run: MakeRun, stored_as: Store, tmp_path: Path, modules: list[str], fused: bool
+    small_mixtral_folder: Path,
+    make_run: MakeRun,
+    stored_as: Store,
+    tmp_path: Path,
+    modules: list[str],
+    fused: bool,
 ) -> None:
     model = stored_as(small_mixtral_folder, torch.float32, "200KB", save_original_format=not fused)
     run = make_run(model, modules=modules)
     merge(run, tmp_path / "merged")
     ours = weights(tmp_path / "merged")
     assert_equal(ours, merged_by_peft(model, run, torch.float32, save_original_format=not fused))
-    assert len(changed(ours, weights(model))) == (len(modules) * 2 if fused else {"down_proj": 10, "gate_up_proj": 16}[modules[0]])
+    assert len(changed(ours, weights(model))) == (
+        len(modules) * 2 if fused else {"down_proj": 10, "gate_up_proj": 16}[modules[0]]
+    )
 
 
 def test_experts_in_16_bits_are_rounded_once_where_peft_rounds_twice(
@@ -113,14 +138,29 @@ def test_experts_in_16_bits_are_rounded_once_where_peft_rounds_twice(
 def test_experts_that_are_stored_transposed(
     make_run: MakeRun, save_random: Callable[[PretrainedConfig, Path], Path], tmp_path: Path
 ) -> None:
-    shape: dict[str, Any] = {"vocab_size": 1536, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = GptOssConfig(**shape, intermediate_size=64, head_dim=16, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2)
+    shape: dict[str, Any] = {
+        "vocab_size": 1536,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = GptOssConfig(
+        **shape,
+        intermediate_size=64,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
     model = save_random(config, tmp_path / "model")
     run = make_run(model, modules=["down_proj"])
     merge(run, tmp_path / "merged")
     ours = weights(tmp_path / "merged")
     assert_equal(ours, merged_by_peft(model, run, torch.float32))
-    assert changed(ours, weights(model)) == {f"model.layers.{layer}.mlp.experts.down_proj" for layer in (1, 3)}
+    assert changed(ours, weights(model)) == {
+        f"model.layers.{layer}.mlp.experts.down_proj" for layer in (1, 3)
+    }
 
 
 def test_a_model_with_tied_embeddings_stays_one(make_run: MakeRun, tmp_path: Path) -> None:
@@ -132,7 +172,9 @@ def test_a_model_with_tied_embeddings_stays_one(make_run: MakeRun, tmp_path: Pat
     assert "lm_head.weight" not in weights(tmp_path / "merged")
 
 
-def test_the_merged_model_answers_as_base_and_adapter_together_do(small_model_folder: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_merged_model_answers_as_base_and_adapter_together_do(
+    small_model_folder: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
     run = make_run(small_model_folder)
     threads = torch.get_num_threads()
     merge(run, tmp_path / "merged")
@@ -140,12 +182,16 @@ def test_the_merged_model_answers_as_base_and_adapter_together_do(small_model_fo
     base = AutoModelForCausalLM.from_pretrained(small_model_folder, dtype=torch.float32)
     before = base(IDS).logits
     together = PeftModel.from_pretrained(base, run.adapter)(IDS).logits
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report.values())
     assert torch.allclose(model(IDS).logits, together, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together, before, atol=0.1)
     text = "What is a lock?"
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text) == AutoTokenizer.from_pretrained(small_model_folder)(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text) == AutoTokenizer.from_pretrained(
+        small_model_folder
+    )(text)
 
 
 @pytest.fixture
@@ -154,10 +200,16 @@ def sharded(small_model_folder: Path, stored_as: Store) -> Path:
 
 
 @pytest.mark.parametrize("link", [True, False], ids=["links", "copies"])
-def test_shards_without_adapted_matrices_are_linked_or_copied(sharded: Path, make_run: MakeRun, tmp_path: Path, link: bool) -> None:
+def test_shards_without_adapted_matrices_are_linked_or_copied(
+    sharded: Path, make_run: MakeRun, tmp_path: Path, link: bool
+) -> None:
     run = make_run(sharded)
     done = merge(run, tmp_path / "merged", link=link)
-    holding = {stored.file.name for name, stored in update_of(run).tensors.items() if name in update_of(run).adapted_names}
+    holding = {
+        stored.file.name
+        for name, stored in update_of(run).tensors.items()
+        if name in update_of(run).adapted_names
+    }
     all_shards = {path.name for path in sharded.glob("*.safetensors")}
     assert done == Merged(4, sorted(holding), *sides(sorted(all_shards - holding), link), checked=True)
     assert 0 < len(holding) < len(all_shards)
@@ -175,39 +227,68 @@ def sides(kept: list[str], link: bool) -> tuple[list[str], list[str]]:
 def test_in_a_rewritten_shard_only_the_matrices_bytes_differ(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(TINY)
     merge(run, tmp_path / "merged")
-    ours, theirs = (bytearray((folder / "model.safetensors").read_bytes()) for folder in (tmp_path / "merged", TINY))
+    ours, theirs = (
+        bytearray((folder / "model.safetensors").read_bytes()) for folder in (tmp_path / "merged", TINY)
+    )
     assert len(ours) == len(theirs)
     for name, tensor in stored_tensors(TINY / "model.safetensors").items():
-        assert (ours[tensor.start : tensor.end] != theirs[tensor.start : tensor.end]) == (name in update_of(run).adapted_names)
+        assert (ours[tensor.start : tensor.end] != theirs[tensor.start : tensor.end]) == (
+            name in update_of(run).adapted_names
+        )
         ours[tensor.start : tensor.end] = theirs[tensor.start : tensor.end]
     assert ours == theirs, "the header, with its metadata"
 
 
-def test_what_belongs_to_a_model_comes_along_and_nothing_else(sharded: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_what_belongs_to_a_model_comes_along_and_nothing_else(
+    sharded: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
     model = shutil.copytree(sharded, tmp_path / "model")
     (model / "additional_chat_templates").mkdir()
+    # Fmt: skip.
     belongs = {
-        "generation_config.json", "special_tokens_map.json", "merges.txt", "tokenizer.model", "LICENSE.txt", "additional_chat_templates/tools.jinja",
-    }  # fmt: skip
+        "generation_config.json",
+        "special_tokens_map.json",
+        "merges.txt",
+        "tokenizer.model",
+        "LICENSE.txt",
+        "additional_chat_templates/tools.jinja",
+    }
     for name in belongs:
         (model / name).write_text(name)
-    belongs |= {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors.index.json"}
+    belongs |= {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    }
     belongs |= {path.name for path in sharded.glob("*.safetensors")}
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "training_args.bin", "old.pt", "modeling_evil.py",
                  "tokenization_evil.py", "README.md", "adapter_config.json", "consolidated.safetensors", ".env"):  # fmt: skip
         (model / name).write_text("no")
     merge(make_run(model), tmp_path / "merged")
-    there = {path.relative_to(tmp_path / "merged").as_posix() for path in (tmp_path / "merged").rglob("*") if path.is_file()}
+    there = {
+        path.relative_to(tmp_path / "merged").as_posix()
+        for path in (tmp_path / "merged").rglob("*")
+        if path.is_file()
+    }
     assert there == belongs
     for name in belongs:
         if not name.endswith(".safetensors"):
             assert (tmp_path / "merged" / name).read_bytes() == (model / name).read_bytes()
-            assert not os.path.samefile(tmp_path / "merged" / name, model / name), "editing one must not edit the other"
+            assert not os.path.samefile(tmp_path / "merged" / name, model / name), (
+                "editing one must not edit the other"
+            )
 
 
 @pytest.mark.parametrize("shards", ["10GB", "100KB"], ids=["one file", "shards"])
 def test_a_model_that_is_only_in_the_hubs_cache(
-    small_model_folder: Path, stored_as: Store, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+    small_model_folder: Path,
+    stored_as: Store,
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: str,
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -221,7 +302,9 @@ def test_a_model_that_is_only_in_the_hubs_cache(
     assert find_subject(str(run.path)).spec.settings.revision == COMMIT
     merge(run, tmp_path / "merged")
     assert_equal(weights(tmp_path / "merged"), merged_by_peft(model, run, torch.bfloat16))
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in snapshot.iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        path.name for path in snapshot.iterdir()
+    }
     assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
 
 

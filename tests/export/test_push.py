@@ -46,7 +46,11 @@ class Hub(ThreadingHTTPServer):
             return 200, {}
         if method == "GET":
             name = path.removeprefix("/api/models/")
-            return (200, {"id": name, "private": self.models[name], "sha": "0" * 40}) if name in self.models else (404, {"error": "no"})
+            return (
+                (200, {"id": name, "private": self.models[name], "sha": "0" * 40})
+                if name in self.models
+                else (404, {"error": "no"})
+            )
         if path == "/api/validate-yaml" and self.against_the_card:
             return 400, {"errors": [{"message": message} for message in self.against_the_card]}
         return 200, self.posted(path, body)
@@ -57,15 +61,26 @@ class Hub(ThreadingHTTPServer):
         if path == "/api/repos/create":
             asked = json.loads(body)
             self.created.append(asked)
-            self.models.setdefault(f"{asked['organization']}/{asked['name']}", asked.get("visibility") == "private")
+            self.models.setdefault(
+                f"{asked['organization']}/{asked['name']}", asked.get("visibility") == "private"
+            )
             return {"url": f"{self.address}/{asked['organization']}/{asked['name']}"}
         if "/preupload/" in path:
             files = [file["path"] for file in json.loads(body)["files"]]
             modes = {name: "lfs" if self.large.fullmatch(name) else "regular" for name in files}
-            return {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]}
+            return {
+                "files": [
+                    {"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()
+                ]
+            }
         if path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            return {"objects": [each | {"actions": {"upload": {"href": f"{self.address}/store/{each['oid']}"}}} for each in objects]}
+            return {
+                "objects": [
+                    each | {"actions": {"upload": {"href": f"{self.address}/store/{each['oid']}"}}}
+                    for each in objects
+                ]
+            }
         assert "/commit/" in path, path
         for line in body.splitlines():
             operation = json.loads(line)
@@ -106,7 +121,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home/token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as the command line has it
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in keeps large files by git's LFS calls
+    # The stand-in keeps large files by git's LFS calls.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.shutdown()
@@ -126,7 +142,9 @@ def export(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
 
 
 def test_an_export_arrives_whole_and_private(hub: Hub, export: Path) -> None:
@@ -135,11 +153,17 @@ def test_an_export_arrives_whole_and_private(hub: Hub, export: Path) -> None:
     assert address == f"{hub.address}/me/model/commit/{'1' * 40}"
     assert hub.created == [{"name": "model", "organization": "me", "visibility": "private"}]
     assert hub.files == before == contents(export)
-    assert hub.stored.keys() == {hashlib.sha256(before[name]).hexdigest() for name in ("model.safetensors", "model-2.safetensors")}
-    assert {authorisation for call, authorisation in hub.calls if not call.startswith("PUT")} == {f"Bearer {TOKEN}"}
+    assert hub.stored.keys() == {
+        hashlib.sha256(before[name]).hexdigest() for name in ("model.safetensors", "model-2.safetensors")
+    }
+    assert {authorisation for call, authorisation in hub.calls if not call.startswith("PUT")} == {
+        f"Bearer {TOKEN}"
+    }
 
 
-def test_the_librarys_own_newer_way_of_uploading_is_as_private(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_librarys_own_newer_way_of_uploading_is_as_private(
+    hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large files would go to a store of its own, which the stand-in has not: here all are small."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.large = re.compile("none")
@@ -186,7 +210,9 @@ def test_the_token_is_written_nowhere_and_told_to_nobody_else(
     assert TOKEN not in "".join(capsys.readouterr())
 
 
-def test_the_hubs_own_login_is_used_too(hub: Hub, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_own_login_is_used_too(
+    hub: Hub, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/token").write_text(TOKEN)
@@ -202,17 +228,22 @@ def refused(export: Path, name: str = "me/model") -> list[str]:
 
 def test_without_a_token(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert refused(export) == snapshot([
-        "me/model cannot be uploaded: no token of the Hub was found.",
-        (
-            "Give one: `hf auth login`, or the environment variable HF_TOKEN. "
-            "(https://huggingface.co/settings/tokens makes them.)"
-        ),
-    ])
+    assert refused(export) == snapshot(
+        [
+            "me/model cannot be uploaded: no token of the Hub was found.",
+            (
+                "Give one: `hf auth login`, or the environment variable HF_TOKEN. "
+                "(https://huggingface.co/settings/tokens makes them.)"
+            ),
+        ]
+    )
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("name", ["model", "me/", "/model", "me/a/b", "me/mo del", "../model", "me/..", "", "me/model.git", "me\\model"])
+@pytest.mark.parametrize(
+    "name",
+    ["model", "me/", "/model", "me/a/b", "me/mo del", "../model", "me/..", "", "me/model.git", "me\\model"],
+)
 def test_a_name_that_is_none(hub: Hub, export: Path, name: str) -> None:
     assert refused(export, name)[0].replace(f'"{name}" ', "<name> ", 1) == snapshot(
         '<name> is no name of a model on the Hub: give OWNER/NAME, of letters, digits, "-", "_" and ".", for '
@@ -226,8 +257,7 @@ def test_a_folder_that_is_no_complete_export(hub: Hub, export: Path, missing: st
     (export / missing).unlink()
     message = refused(export)
     assert plain("\n".join(message), export=export) == snapshot(
-        "<export> is no complete export: it lacks README.md or SHA256SUMS.\n"
-        "Export the run again."
+        "<export> is no complete export: it lacks README.md or SHA256SUMS.\nExport the run again."
     )
     shutil.rmtree(export)
     assert refused(export) == message
@@ -236,19 +266,23 @@ def test_a_folder_that_is_no_complete_export(hub: Hub, export: Path, missing: st
 
 def test_where_the_hub_is_switched_off(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused(export) == snapshot([
-        "me/model cannot be uploaded: HF_HUB_OFFLINE is on.",
-        "Unset it, and TRANSFORMERS_OFFLINE, which means the same.",
-    ])
+    assert refused(export) == snapshot(
+        [
+            "me/model cannot be uploaded: HF_HUB_OFFLINE is on.",
+            "Unset it, and TRANSFORMERS_OFFLINE, which means the same.",
+        ]
+    )
     assert hub.calls == []
 
 
 def test_where_the_hub_cannot_be_reached(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert refused(export) == snapshot([
-        "me/model cannot be uploaded: the Hub cannot be reached.",
-        "Check the network, and run the same command again.",
-    ])
+    assert refused(export) == snapshot(
+        [
+            "me/model cannot be uploaded: the Hub cannot be reached.",
+            "Check the network, and run the same command again.",
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,11 +300,13 @@ def test_what_the_hub_refuses(hub: Hub, export: Path, status: int, message: str)
 
 def test_a_card_that_the_hub_does_not_take(hub: Hub, export: Path) -> None:
     hub.against_the_card = ['"license" must be one of [mit, ...]']
-    assert refused(export) == snapshot([
-        "me/model cannot be uploaded: the Hub does not take its card.",
-        "Invalid metadata in README.md.",
-        '- "license" must be one of [mit, ...]',
-    ])
+    assert refused(export) == snapshot(
+        [
+            "me/model cannot be uploaded: the Hub does not take its card.",
+            "Invalid metadata in README.md.",
+            '- "license" must be one of [mit, ...]',
+        ]
+    )
     assert hub.files == {}
 
 

@@ -31,7 +31,9 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
 
 
-def test_the_folder_makes_the_same_adapter_to_the_byte_wherever_it_lies(forgetful: RunFolder, tmp_path: Path) -> None:
+def test_the_folder_makes_the_same_adapter_to_the_byte_wherever_it_lies(
+    forgetful: RunFolder, tmp_path: Path
+) -> None:
     write_reproduce(forgetful, tmp_path / "export/reproduce")
     moved = tmp_path / "elsewhere/reproduce"
     shutil.move(tmp_path / "export", tmp_path / "elsewhere")
@@ -39,7 +41,16 @@ def test_the_folder_makes_the_same_adapter_to_the_byte_wherever_it_lies(forgetfu
     assert header == snapshot("# python -m lowmem_rmu.run reproduce/preset.yaml --device cpu")
     app = typer.Typer()
     app.command()(command_line.run)
-    place = ["--runs-dir", str(tmp_path / "runs"), "--name", "again", "--device", "cpu", "--stages", "unlearn"]
+    place = [
+        "--runs-dir",
+        str(tmp_path / "runs"),
+        "--name",
+        "again",
+        "--device",
+        "cpu",
+        "--stages",
+        "unlearn",
+    ]
     result = CliRunner().invoke(app, [str(moved / "preset.yaml"), *place])
     assert result.exit_code == 0, result.output
     again = tmp_path / "runs/again/adapter/adapter_model.safetensors"
@@ -58,9 +69,13 @@ def test_nothing_in_the_folder_says_where_it_was_written(forgetful: RunFolder, t
 def test_it_says_with_what_the_run_was_made(forgetful: RunFolder, tmp_path: Path) -> None:
     write_reproduce(forgetful, tmp_path / "reproduce")
     config, there = forgetful.config, record(tmp_path / "reproduce")
-    assert {key: there[key] for key in ("seed", "device", "versions")} == {key: config[key] for key in ("seed", "device", "versions")}
+    assert {key: there[key] for key in ("seed", "device", "versions")} == {
+        key: config[key] for key in ("seed", "device", "versions")
+    }
     first, *lines = (tmp_path / "reproduce/requirements.txt").read_text().splitlines()
-    assert first.startswith(f"# Python {config['versions']['python']}, lowmem-rmu {config['versions']['lowmem-rmu']}, on cpu (")
+    assert first.startswith(
+        f"# Python {config['versions']['python']}, lowmem-rmu {config['versions']['lowmem-rmu']}, on cpu ("
+    )
     assert f"torch=={config['versions']['torch'].partition('+')[0]}" in lines
     assert f"peft=={config['versions']['peft']}" in lines
     assert len(lines) == len(config["versions"]) - 2
@@ -77,8 +92,17 @@ def made_up(folder: Path, **changes: Any) -> RunFolder:
         node[last] = value
     run = RunFolder.create(folder, "own")
     versions = {"python": "3.11.7", "lowmem-rmu": "0.1.0", "torch": "2.13.0+cpu"}
-    made = {"created": "2026-01-01T00:00:00+00:00", "versions": versions, "device": "cpu", "device_name": "a CPU", "seed": 0}
-    write_json(run.path / "config.json", made | {"settings": Preset.model_validate(preset).model_dump(), "model_revision": "abc123"})
+    made = {
+        "created": "2026-01-01T00:00:00+00:00",
+        "versions": versions,
+        "device": "cpu",
+        "device_name": "a CPU",
+        "seed": 0,
+    }
+    write_json(
+        run.path / "config.json",
+        made | {"settings": Preset.model_validate(preset).model_dump(), "model_revision": "abc123"},
+    )
     run.adapter.mkdir()
     (run.adapter / "adapter_model.safetensors").write_bytes(b"weights")
     return run
@@ -112,37 +136,66 @@ def test_own_texts_come_along_and_are_read_the_same(own: Path, tmp_path: Path) -
     write_reproduce(run, tmp_path / "reproduce")
     again, texts = load_preset(str(tmp_path / "reproduce/preset.yaml")), tmp_path / "reproduce/texts"
     before = Preset.model_validate(run.config["settings"])
-    assert read_documents(again.topics["compounds"].corpus) == read_documents(before.topics["compounds"].corpus) == ["First", "Second ü", "Third"]
-    assert again.retain.corpora[0].source == again.topics["compounds"].corpus.source == str(texts / "01-notes")
-    assert sorted(file.name for file in (texts / "01-notes").rglob("*")) == ["a.txt", "b.md", "c.jsonl", "deep"]
-    assert (Path(again.evaluation.tasks["subjects"].source) / "test/one_test.csv").read_text() == "q,a,b,c,d,A\n"
+    assert (
+        read_documents(again.topics["compounds"].corpus)
+        == read_documents(before.topics["compounds"].corpus)
+        == ["First", "Second ü", "Third"]
+    )
+    assert (
+        again.retain.corpora[0].source == again.topics["compounds"].corpus.source == str(texts / "01-notes")
+    )
+    assert sorted(file.name for file in (texts / "01-notes").rglob("*")) == [
+        "a.txt",
+        "b.md",
+        "c.jsonl",
+        "deep",
+    ]
+    assert (
+        Path(again.evaluation.tasks["subjects"].source) / "test/one_test.csv"
+    ).read_text() == "q,a,b,c,d,A\n"
     changed = {"model", "topics", "retain", "evaluation"}
     assert again.model_dump(exclude=changed) == before.model_dump(exclude=changed)
-    assert again.topics["compounds"].model_dump(exclude={"corpus"}) == before.topics["compounds"].model_dump(exclude={"corpus"})
+    assert again.topics["compounds"].model_dump(exclude={"corpus"}) == before.topics["compounds"].model_dump(
+        exclude={"corpus"}
+    )
     documents = [b'"First"\n', b'"Second \\u00fc"\n', b'"Third"\n']
+    # Fmt: skip.
     assert record(tmp_path / "reproduce")["corpora"]["retain.corpora.0"] == {
-        "source": "notes", "documents": 3, "sha256": hashlib.sha256(b"".join(documents)).hexdigest(),
-    }  # fmt: skip
+        "source": "notes",
+        "documents": 3,
+        "sha256": hashlib.sha256(b"".join(documents)).hexdigest(),
+    }
 
 
 @pytest.mark.parametrize("name", ["-rf *.txt", "..%2f$(x).txt", "ü.txt", "a\nb.txt"])
 def test_odd_file_names_stay_within_the_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("odd")
-    write_reproduce(made_up(tmp_path / "runs", topics__compounds__corpus__source=str(tmp_path / name)), tmp_path / "reproduce")
+    write_reproduce(
+        made_up(tmp_path / "runs", topics__compounds__corpus__source=str(tmp_path / name)),
+        tmp_path / "reproduce",
+    )
     again = load_preset(str(tmp_path / "reproduce/preset.yaml")).topics["compounds"].corpus
     assert Path(again.source).parent == tmp_path / "reproduce/texts"
     assert read_documents(again) == ["odd"]
 
 
 def test_a_model_of_the_hub_is_named_with_the_revision_that_the_run_had(tmp_path: Path) -> None:
-    write_reproduce(made_up(tmp_path / "runs", model__name="owner/model", model__revision="main"), tmp_path / "reproduce")
+    write_reproduce(
+        made_up(tmp_path / "runs", model__name="owner/model", model__revision="main"), tmp_path / "reproduce"
+    )
     model = load_preset(str(tmp_path / "reproduce/preset.yaml")).model
     assert (model.name, model.revision) == ("owner/model", "abc123")
-    assert record(tmp_path / "reproduce")["model"] == {"name": "owner/model", "revision": "abc123", "files": {}}
+    assert record(tmp_path / "reproduce")["model"] == {
+        "name": "owner/model",
+        "revision": "abc123",
+        "files": {},
+    }
     assert not (tmp_path / "reproduce/base_model").exists()
 
 
-def test_a_large_local_model_is_not_copied_but_can_be_told_by_its_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_local_model_is_not_copied_but_can_be_told_by_its_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reproduce, "LARGEST_BASE", 1000)
     run = made_up(tmp_path / "runs")
     write_reproduce(run, tmp_path / "reproduce")
@@ -169,7 +222,9 @@ def test_a_text_that_was_written_after_the_run_began_is_named(own: Path, tmp_pat
     )
 
 
-def test_a_corpus_of_the_hub_that_cannot_be_reached_says_so_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_of_the_hub_that_cannot_be_reached_says_so_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach the Hub")
 
@@ -184,7 +239,9 @@ def test_a_corpus_of_the_hub_that_cannot_be_reached_says_so_and_stops_nothing(tm
     assert load_preset(str(tmp_path / "reproduce/preset.yaml")).topics["locks"].corpus.source == "owner/texts"
 
 
-@pytest.mark.parametrize("place", ["topics__compounds__corpus__source", "evaluation__tasks__locks__source", "model__name"])
+@pytest.mark.parametrize(
+    "place", ["topics__compounds__corpus__source", "evaluation__tasks__locks__source", "model__name"]
+)
 def test_a_text_that_is_gone_is_named_and_nothing_is_left(tmp_path: Path, place: str) -> None:
     run = made_up(tmp_path / "runs", **{place: str(tmp_path / "gone.jsonl")})
     with pytest.raises(UserError) as caught:
@@ -202,6 +259,5 @@ def test_a_run_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_reproduce(run, tmp_path / "reproduce")
     assert plain(caught.value, run=run.path) == snapshot(
-        "Run <run> has no adapter that could be made again.\n"
-        "Go on with it: --resume --name own"
+        "Run <run> has no adapter that could be made again.\nGo on with it: --resume --name own"
     )

@@ -72,8 +72,7 @@ def test_merged_gives_a_new_tensor_of_the_same_shape_and_dtype(run: RunFolder) -
 def test_a_run_without_an_adapter(run: RunFolder) -> None:
     shutil.rmtree(run.adapter)
     assert said(run) == snapshot(
-        "Run <run> has no adapter yet.\n"
-        "Go on with it until it has unlearned: --resume --name made"
+        "Run <run> has no adapter yet.\nGo on with it until it has unlearned: --resume --name made"
     )
 
 
@@ -84,7 +83,9 @@ def test_another_base_checkpoint_is_told_by_its_adapted_matrices(run: RunFolder,
         "differs.\n"
         "Put back the files of then, or run again with those of now."
     )
-    edit_weights(model / "model.safetensors", lambda weights: weights["model.layers.3.self_attn.q_proj.weight"].neg_())
+    edit_weights(
+        model / "model.safetensors", lambda weights: weights["model.layers.3.self_attn.q_proj.weight"].neg_()
+    )
     assert said(run) == snapshot(
         "The checkpoint <model> is not the one that <run> was made with: model.layers.1.mlp.down_proj.weight "
         "differs, and 1 more.\n"
@@ -133,7 +134,10 @@ def test_a_checkpoint_that_is_quantised_already(run: RunFolder, model: Path, met
 
 def test_a_matrix_in_a_dtype_that_nothing_can_be_added_to(run: RunFolder, model: Path) -> None:
     run.matrices.unlink()
-    edit_weights(model / "model.safetensors", lambda weights: weights.update({DOWN: weights[DOWN].to(torch.float8_e4m3fn)}))
+    edit_weights(
+        model / "model.safetensors",
+        lambda weights: weights.update({DOWN: weights[DOWN].to(torch.float8_e4m3fn)}),
+    )
     with pytest.raises(UserError) as raised:
         merge(run, run.path.parent / "merged")
     assert plain(raised.value, model=model) == snapshot(
@@ -156,8 +160,7 @@ def test_a_checkpoint_of_pickles_alone(run: RunFolder, model: Path) -> None:
 def test_a_model_folder_that_is_gone(run: RunFolder, model: Path) -> None:
     shutil.rmtree(model)
     assert said(run) == snapshot(
-        "The model folder <model> does not exist.\n"
-        "Put back the model that the run was made with."
+        "The model folder <model> does not exist.\nPut back the model that the run was made with."
     )
 
 
@@ -171,11 +174,17 @@ def test_a_file_that_was_cut_short(run: RunFolder, model: Path) -> None:
     )
 
 
-def test_a_hub_model_that_is_neither_cached_nor_reachable(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_that_is_neither_cached_nor_reachable(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     settings = run.config["settings"]
-    edit_json(run.path / "config.json", settings=settings | {"model": settings["model"] | {"name": "owner/name"}}, model_revision="a" * 40)
+    edit_json(
+        run.path / "config.json",
+        settings=settings | {"model": settings["model"] | {"name": "owner/name"}},
+        model_revision="a" * 40,
+    )
     assert said(run) == snapshot(
         "The model <model> is not on this machine and the Hub cannot be reached.\n"
         "Put back the model that the run was made with."
@@ -203,7 +212,9 @@ def test_an_index_that_names_files_of_several_folders(
     index = json.loads((model / "model.safetensors.index.json").read_text())
     moved = index["weight_map"]["lm_head.weight"]
     (model / moved).rename(tmp_path / moved)
-    index["weight_map"] = {name: f"../{moved}" if file == moved else file for name, file in index["weight_map"].items()}
+    index["weight_map"] = {
+        name: f"../{moved}" if file == moved else file for name, file in index["weight_map"].items()
+    }
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError) as caught:
         merge(run, tmp_path / "merged")
@@ -216,7 +227,10 @@ def test_an_index_that_names_files_of_several_folders(
 
 
 def test_an_update_that_is_not_finite(run: RunFolder) -> None:
-    edit_weights(run.adapter / "adapter_model.safetensors", lambda weights: [tensor.fill_(1e30) for tensor in weights.values()])
+    edit_weights(
+        run.adapter / "adapter_model.safetensors",
+        lambda weights: [tensor.fill_(1e30) for tensor in weights.values()],
+    )
     with pytest.raises(UserError) as raised:
         merge(run, run.path.parent / "merged")
     assert plain(raised.value) == snapshot(

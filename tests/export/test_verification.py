@@ -46,17 +46,30 @@ def asked(role: Role, questions: int) -> list[QuestionSet]:
 
 def answers(marks: str) -> list[Answer]:
     """`+` is a right answer, `-` a wrong one."""
-    rows = [{"task": "quiz", "index": index, "prompt": "", "logprobs": None, "gold": 0} for index in range(len(marks))]
-    return [row | {"answer": 0 if mark == "+" else 1, "correct": mark == "+"} for row, mark in zip(rows, marks, strict=True)]
+    rows = [
+        {"task": "quiz", "index": index, "prompt": "", "logprobs": None, "gold": 0}
+        for index in range(len(marks))
+    ]
+    return [
+        row | {"answer": 0 if mark == "+" else 1, "correct": mark == "+"}
+        for row, mark in zip(rows, marks, strict=True)
+    ]
 
 
 def compared(role: Role, base: str, unlearned: str, exported: str) -> Compared:
-    return next(iter(compare_export(asked(role, len(base)), answers(base), answers(unlearned), answers(exported))))
+    return next(
+        iter(compare_export(asked(role, len(base)), answers(base), answers(unlearned), answers(exported)))
+    )
 
 
 def test_a_verification_of_an_earlier_version_is_read_in_todays_words(tmp_path: Path) -> None:
     task = asdict(compared("forgotten", KNOWN[:8], GUESSED[:8], GUESSED[:8])) | {"finding": "cannot be told"}
-    older = {"mark": "cannot be told", "checked": [{"name": "merged", "mark": "cannot be told", "reason": None, "seconds": 1.0, "tasks": [task]}]}
+    older = {
+        "mark": "cannot be told",
+        "checked": [
+            {"name": "merged", "mark": "cannot be told", "reason": None, "seconds": 1.0, "tasks": [task]}
+        ],
+    }
     (tmp_path / "verification.json").write_text(json.dumps(older))
     found = read_verification(tmp_path)
     words = found["mark"], found["checked"][0]["mark"], found["checked"][0]["tasks"][0]["finding"]
@@ -75,12 +88,26 @@ KNOWN, GUESSED = "+" * 200, "+---" * 50
         (KNOWN, GUESSED, "+++-" * 25 + "++--" * 25, "came back"),  # half of what was forgotten
         (KNOWN, GUESSED, "+---" * 25 + "++--" * 25, "survived"),  # a sixth, and surely less than a quarter
         (KNOWN, GUESSED, "+---" * 10 + "++--" * 40, "inconclusive"),  # about a quarter
-        (KNOWN[:8], GUESSED[:8], GUESSED[:8], "inconclusive"),  # no question changed, but there are only eight
+        # No question changed, but there are only eight.
+        (
+            KNOWN[:8],
+            GUESSED[:8],
+            GUESSED[:8],
+            "inconclusive",
+        ),
         (KNOWN, KNOWN, KNOWN, "nothing to tell"),
-        ("+" * 100 + "-" * 100, "+" * 97 + "-" * 103, "-" * 200, "nothing to tell"),  # the fall in the run is within luck
+        # The fall in the run is within luck.
+        (
+            "+" * 100 + "-" * 100,
+            "+" * 97 + "-" * 103,
+            "-" * 200,
+            "nothing to tell",
+        ),
     ],
 )
-def test_what_was_forgotten_survives_or_comes_back(base: str, unlearned: str, exported: str, finding: str) -> None:
+def test_what_was_forgotten_survives_or_comes_back(
+    base: str, unlearned: str, exported: str, finding: str
+) -> None:
     assert compared("forgotten", base, unlearned, exported).finding == finding
 
 
@@ -97,7 +124,9 @@ def test_what_was_forgotten_survives_or_comes_back(base: str, unlearned: str, ex
         (GUESSED, KNOWN, "nothing to tell"),
     ],
 )
-def test_everything_else_stays_intact_or_is_lost(role: Role, unlearned: str, exported: str, finding: str) -> None:
+def test_everything_else_stays_intact_or_is_lost(
+    role: Role, unlearned: str, exported: str, finding: str
+) -> None:
     assert compared(role, KNOWN[: len(unlearned)], unlearned, exported).finding == finding
 
 
@@ -110,8 +139,14 @@ def test_the_numbers_of_a_task() -> None:
     assert row.p_against_base == pytest.approx(2 / 2**100)
 
 
-SURVIVED, CAME_BACK = compared("forgotten", KNOWN, GUESSED, GUESSED), compared("forgotten", KNOWN, GUESSED, KNOWN)
-UNSURE, NOT_FORGOTTEN = compared("forgotten", KNOWN[:8], GUESSED[:8], GUESSED[:8]), compared("forgotten", KNOWN, KNOWN, KNOWN)
+SURVIVED, CAME_BACK = (
+    compared("forgotten", KNOWN, GUESSED, GUESSED),
+    compared("forgotten", KNOWN, GUESSED, KNOWN),
+)
+UNSURE, NOT_FORGOTTEN = (
+    compared("forgotten", KNOWN[:8], GUESSED[:8], GUESSED[:8]),
+    compared("forgotten", KNOWN, KNOWN, KNOWN),
+)
 INTACT, LOST = compared("kept", KNOWN, KNOWN, KNOWN), compared("kept", KNOWN, KNOWN, GUESSED)
 GUESSING, FEW = compared("kept", KNOWN, GUESSED, GUESSED), compared("kept", KNOWN[:8], KNOWN[:8], KNOWN[:8])
 
@@ -147,7 +182,9 @@ def marks(verified: Verification) -> dict[str, Mark | None]:
     return {each.name: each.mark for each in verified.checked}
 
 
-def test_a_merged_model_is_asked_in_its_own_precision_and_quantised_again(forgetful: RunFolder, merged: Path) -> None:
+def test_a_merged_model_is_asked_in_its_own_precision_and_quantised_again(
+    forgetful: RunFolder, merged: Path
+) -> None:
     heard: dict[str, list[int]] = {}
 
     def follow(name: str, sets: list[QuestionSet]) -> Any:
@@ -156,7 +193,13 @@ def test_a_merged_model_is_asked_in_its_own_precision_and_quantised_again(forget
     verified = verify(forgetful, merged, CPU, follow)
     assert marks(verified) == dict.fromkeys(["merged, bfloat16", "merged, NF4", "merged, int8"], "verified")
     assert verified.mark == "verified"
-    assert [each.task for each in verified.checked[0].tasks] == ["compounds", "locks", "crystals", "subjects", "held_out"]
+    assert [each.task for each in verified.checked[0].tasks] == [
+        "compounds",
+        "locks",
+        "crystals",
+        "subjects",
+        "held_out",
+    ]
     written = (merged / "verification.json").read_text()
     assert json.loads(written) == json.loads(json.dumps(asdict(verified)))
     assert str(merged.parent) not in written
@@ -167,7 +210,9 @@ def test_a_merged_model_is_asked_in_its_own_precision_and_quantised_again(forget
 def test_the_adapter_on_the_base_answers_as_it_did_in_the_run(forgetful: RunFolder, adapter: Path) -> None:
     verified = verify(forgetful, adapter, CPU)
     assert marks(verified) == {"adapter on the base, NF4": "verified"}
-    assert all(row.exported == row.unlearned and row.p_against_unlearned == 1 for row in verified.checked[0].tasks)
+    assert all(
+        row.exported == row.unlearned and row.p_against_unlearned == 1 for row in verified.checked[0].tasks
+    )
 
 
 def test_a_merge_that_lost_the_update_is_seen(forgetful: RunFolder, tmp_path: Path) -> None:
@@ -178,16 +223,23 @@ def test_a_merge_that_lost_the_update_is_seen(forgetful: RunFolder, tmp_path: Pa
     assert {row.finding for row in verified.checked[0].tasks} == {"came back", "intact"}
 
 
-def test_a_checkpoint_that_was_damaged_is_not_taken_for_one_that_forgot(forgetful: RunFolder, merged: Path) -> None:
+def test_a_checkpoint_that_was_damaged_is_not_taken_for_one_that_forgot(
+    forgetful: RunFolder, merged: Path
+) -> None:
     weights = load_file(merged / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    noise = {name: torch.randn(weight.shape, generator=generator).to(weight.dtype) for name, weight in weights.items()}
+    noise = {
+        name: torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        for name, weight in weights.items()
+    }
     save_file(noise, merged / "model.safetensors", metadata={"format": "pt"})
     verified = verify(forgetful, merged, CPU)
     assert set(marks(verified).values()) == {"damaged"} == {verified.mark}
 
 
-def test_what_does_not_fit_is_not_loaded_and_says_why(forgetful: RunFolder, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_not_loaded_and_says_why(
+    forgetful: RunFolder, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verification, "memory_available", lambda device: 2**20)
     verified = verify(forgetful, merged, CPU)
     assert verified.mark == "inconclusive"
@@ -200,11 +252,16 @@ def test_what_does_not_fit_is_not_loaded_and_says_why(forgetful: RunFolder, merg
 def test_the_room_that_each_precision_needs(small_settings: ModelSettings) -> None:
     preset, own = load_preset("tiny", ["rmu.target_layer=3"]), small_settings
     for device, order in {"cpu": ["nf4", "none", "int8"], "cuda": ["nf4", "int8", "none"]}.items():
-        needed = {each: room_needed(preset, ModelSpec(own), each, torch.device(device)) for each in get_args(Quantisation)}
+        needed = {
+            each: room_needed(preset, ModelSpec(own), each, torch.device(device))
+            for each in get_args(Quantisation)
+        }
         assert sorted(needed, key=lambda each: needed[each]) == order
 
 
-def test_running_out_of_memory_all_the_same_is_told(forgetful: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_all_the_same_is_told(
+    forgetful: RunFolder, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -226,16 +283,20 @@ def write_gguf(path: Path, kind: str) -> None:
     writer.close()
 
 
-def test_gguf_files_that_cannot_be_asked_say_why(forgetful: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_files_that_cannot_be_asked_say_why(
+    forgetful: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verification, "llama_is_there", lambda: False)
     write_gguf(tmp_path / "model.gguf", "model")
     write_gguf(tmp_path / "lora.gguf", "adapter")
     verified = verify(forgetful, tmp_path, CPU)
     assert verified.mark == "inconclusive"
-    assert {each.name: each.reason for each in verified.checked} == snapshot({
-        "lora.gguf": "an adapter alone, which llama.cpp puts on the base's own GGUF file",
-        "model.gguf": "llama.cpp is not installed: pip install llama-cpp-python",
-    })
+    assert {each.name: each.reason for each in verified.checked} == snapshot(
+        {
+            "lora.gguf": "an adapter alone, which llama.cpp puts on the base's own GGUF file",
+            "model.gguf": "llama.cpp is not installed: pip install llama-cpp-python",
+        }
+    )
 
 
 def test_a_folder_without_an_export(forgetful: RunFolder, tmp_path: Path) -> None:
@@ -295,7 +356,13 @@ def test_a_run_without_questions_cannot_tell(copied: RunFolder, adapter: Path) -
 
 def test_the_table_shows_every_number_and_why_something_is_missing() -> None:
     checked = (
-        Checked("merged, bfloat16", "the update did not survive", None, 1.0, (replace(CAME_BACK, task="[bold]quiz"), INTACT)),
+        Checked(
+            "merged, bfloat16",
+            "the update did not survive",
+            None,
+            1.0,
+            (replace(CAME_BACK, task="[bold]quiz"), INTACT),
+        ),
         Checked("merged, int8", None, "out of memory on cuda", 0.0, ()),
     )
     text = shown(Verification("the update did not survive", checked))

@@ -41,7 +41,10 @@ def complaint(preset: Preset) -> str:
 
 
 def peak(preset: Preset, settings: dict[str, object]) -> float:
-    return max(need.total for need in changed_plan(preset, ModelSpec.of_preset(preset), GPU, STAGES, settings)) / GIB
+    return (
+        max(need.total for need in changed_plan(preset, ModelSpec.of_preset(preset), GPU, STAGES, settings))
+        / GIB
+    )
 
 
 def test_what_fits_passes(zephyr: Preset, free: Frees) -> None:
@@ -102,7 +105,9 @@ def test_after_memory_ran_out_it_names_what_needs_less(zephyr: Preset, free: Fre
 
 def test_nothing_is_advised_that_is_done_already(zephyr: Preset, free: Frees) -> None:
     free(1)
-    frugal = zephyr.model_copy(update={"rmu": zephyr.rmu.model_copy(update={"batch_size": 1, "activation_checkpointing": True})})
+    frugal = zephyr.model_copy(
+        update={"rmu": zephyr.rmu.model_copy(update={"batch_size": 1, "activation_checkpointing": True})}
+    )
     text = str(out_of_memory(frugal, ModelSpec.of_preset(frugal), GPU, STAGES, "unlearn"))
     assert "activation_checkpointing" not in text
     assert "batch_size" not in text

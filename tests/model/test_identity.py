@@ -21,7 +21,9 @@ def copied(small_model_folder: Path, tmp_path: Path) -> Path:
 
 
 def digest(folder: Path, **settings: str) -> str:
-    return ModelSpec(ModelSettings.model_validate({"name": str(folder), "quantisation": "none"} | settings)).digest(CPU)
+    return ModelSpec(
+        ModelSettings.model_validate({"name": str(folder), "quantisation": "none"} | settings)
+    ).digest(CPU)
 
 
 def test_a_copy_elsewhere_is_the_same_model(small_model_folder: Path, copied: Path) -> None:
@@ -29,7 +31,9 @@ def test_a_copy_elsewhere_is_the_same_model(small_model_folder: Path, copied: Pa
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
-def test_one_other_byte_of_weights_or_tokenizer_is_another_model(small_model_folder: Path, copied: Path, file: str) -> None:
+def test_one_other_byte_of_weights_or_tokenizer_is_another_model(
+    small_model_folder: Path, copied: Path, file: str
+) -> None:
     content = bytearray((copied / file).read_bytes())
     content[-2] ^= 1
     (copied / file).write_bytes(content)
@@ -42,12 +46,18 @@ def test_another_shape_of_the_same_weights_is_another_model(small_model_folder: 
     assert digest(copied) != digest(small_model_folder)
 
 
-def test_precision_device_and_versions_decide(small_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_device_and_versions_decide(
+    small_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ModelSettings(name=str(small_model_folder), quantisation="nf4")
+    # Fmt: skip.
     found = [
-        digest(small_model_folder), digest(small_model_folder, dtype="bfloat16"), ModelSpec(settings).digest(CPU),
-        ModelSpec(settings, trained=["model.layers.1.mlp.down_proj"]).digest(CPU), ModelSpec(settings).digest(torch.device("cuda")),
-    ]  # fmt: skip
+        digest(small_model_folder),
+        digest(small_model_folder, dtype="bfloat16"),
+        ModelSpec(settings).digest(CPU),
+        ModelSpec(settings, trained=["model.layers.1.mlp.down_proj"]).digest(CPU),
+        ModelSpec(settings).digest(torch.device("cuda")),
+    ]
     monkeypatch.setattr(identity, "version", lambda package: f"{package} of tomorrow")
     assert len({*found, ModelSpec(settings).digest(CPU)}) == 6
 

@@ -24,10 +24,16 @@ from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
 from tests.families import Family
 
+# Fmt: skip.
 SHAPE: dict[str, Any] = {
-    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 CONFIGS = {
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
     "mistral with a window": lambda: MistralConfig(**SHAPE, sliding_window=4),
@@ -60,7 +66,9 @@ def llama() -> PreTrainedModel:
 def target_output(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """What leaves the target layer in a plain forward pass of the whole model."""
     seen: list[Tensor] = []
-    hook = decoder_layers(model)[TARGET].register_forward_hook(lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    hook = decoder_layers(model)[TARGET].register_forward_hook(
+        lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
     with torch.no_grad():
         model(input_ids=input_ids, attention_mask=attention_mask)
     hook.remove()
@@ -81,7 +89,9 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("updated", [slice(0, 1), slice(0, 6), slice(2, 5), slice(5, 6)], ids=str)
-def test_any_stretch_of_layers_gives_what_the_whole_model_gives(llama: PreTrainedModel, updated: slice) -> None:
+def test_any_stretch_of_layers_gives_what_the_whole_model_gives(
+    llama: PreTrainedModel, updated: slice
+) -> None:
     result = run_layers(llama, run_trunk(llama, IDS, None, updated), updated)
     hidden_states = llama.model(IDS, output_hidden_states=True).hidden_states
     if updated.stop < 6:
@@ -94,7 +104,9 @@ def test_every_family_gives_what_its_target_layer_gives(family: Family) -> None:
     """With what enters the first updated layer known, and computed."""
     model, updated = load_model(family.settings, torch.device("cpu")), slice(1, 3)
     seen: list[Tensor] = []
-    hook = decoder_layers(model)[2].register_forward_hook(lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    hook = decoder_layers(model)[2].register_forward_hook(
+        lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
     with torch.no_grad():
         model(IDS)
     hook.remove()
@@ -126,10 +138,15 @@ def test_left_padding_takes_a_mask(model: PreTrainedModel) -> None:
 
 def test_activations_of_a_cut_model_are_taken_before_its_norm(small_settings: ModelSettings) -> None:
     """Trap 2: `hidden_states[-1]` of a model cut to k layers is taken after the final norm."""
-    cut, whole = load_model(small_settings, torch.device("cpu"), layers=TARGET + 1), load_model(small_settings, torch.device("cpu"))
+    cut, whole = (
+        load_model(small_settings, torch.device("cpu"), layers=TARGET + 1),
+        load_model(small_settings, torch.device("cpu")),
+    )
     activations = truncated(cut, IDS)
     assert torch.equal(activations, target_output(whole, IDS))
-    assert not torch.allclose(activations, cut.model(IDS, output_hidden_states=True).hidden_states[-1], atol=0.1)
+    assert not torch.allclose(
+        activations, cut.model(IDS, output_hidden_states=True).hidden_states[-1], atol=0.1
+    )
 
 
 def test_known_hidden_states_stand_in_for_the_layers_below(model: PreTrainedModel) -> None:
@@ -150,7 +167,13 @@ def test_the_first_samples_alone_give_what_they_give_in_the_batch(model: PreTrai
     trunk = run_trunk(model, ids, given, UPDATED)
     whole = run_layers(model, trunk, UPDATED)
     for samples in (1, 2, None):
-        first = run_trunk(model, ids[:samples], given[:samples] if given is not None else None, UPDATED, trunk.hidden[:samples])
+        first = run_trunk(
+            model,
+            ids[:samples],
+            given[:samples] if given is not None else None,
+            UPDATED,
+            trunk.hidden[:samples],
+        )
         some = run_layers(model, first, UPDATED)
         assert some.shape == whole[:samples].shape
         torch.testing.assert_close(some, whole[:samples], rtol=1e-4, atol=1e-4)
@@ -183,10 +206,15 @@ def test_a_forward_that_was_hooked_before_is_given_back(llama: PreTrainedModel, 
     assert layer.__dict__["forward"] is hooked
 
 
-def test_nothing_above_the_target_runs_and_lower_layers_run_once_without_gradients(llama: PreTrainedModel) -> None:
+def test_nothing_above_the_target_runs_and_lower_layers_run_once_without_gradients(
+    llama: PreTrainedModel,
+) -> None:
     calls: Counter[str] = Counter()
     modes = set()
-    watched = {f"layer {index}": layer for index, layer in enumerate(decoder_layers(llama))} | {"norm": llama.model.norm, "head": llama.lm_head}
+    watched = {f"layer {index}": layer for index, layer in enumerate(decoder_layers(llama))} | {
+        "norm": llama.model.norm,
+        "head": llama.lm_head,
+    }
 
     def note(name: str) -> None:
         calls[name] += 1
@@ -208,9 +236,15 @@ def test_nothing_above_the_target_runs_and_lower_layers_run_once_without_gradien
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_activation_checkpointing_changes_no_gradient(small_settings: ModelSettings, quantisation: str) -> None:
+def test_activation_checkpointing_changes_no_gradient(
+    small_settings: ModelSettings, quantisation: str
+) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
-    model = add_adapter(load_model(settings, torch.device("cpu")), Rmu(target_layer=TARGET, adapter_layers=[2, 3, 4]), settings)
+    model = add_adapter(
+        load_model(settings, torch.device("cpu")),
+        Rmu(target_layer=TARGET, adapter_layers=[2, 3, 4]),
+        settings,
+    )
     saved: list[int] = []
     gradients = []
     for recompute in (False, True):
@@ -227,7 +261,9 @@ def test_activation_checkpointing_changes_no_gradient(small_settings: ModelSetti
             loss = run_layers(model, trunk, UPDATED, activation_checkpointing=recompute).square().mean()
         saved.append(kept)
         loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+        gradients.append(
+            [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+        )
     assert any(gradient.any() for gradient in gradients[0])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     assert saved[1] < saved[0] / 2
@@ -237,5 +273,7 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
     """BERT keeps its layers under another name than any model that RMU knows."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=50, is_decoder=True, **shape))
-    with pytest.raises(UserError, match="BertLMHeadModel is no decoder with a list of layers, which is what RMU steers"):
+    with pytest.raises(
+        UserError, match="BertLMHeadModel is no decoder with a list of layers, which is what RMU steers"
+    ):
         decoder_layers(model)

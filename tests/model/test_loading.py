@@ -47,8 +47,12 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_auto_is_the_best_device_there_is(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_is_the_best_device_there_is(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert resolve_device("auto").type == expected
@@ -59,7 +63,10 @@ def test_an_unknown_device_is_named_with_those_to_choose_from() -> None:
         resolve_device("gpu")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("cuda", "PyTorch sees no CUDA GPU: try `nvidia-smi`"), ("mps", "this machine has no Apple GPU")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("cuda", "PyTorch sees no CUDA GPU: try `nvidia-smi`"), ("mps", "this machine has no Apple GPU")],
+)
 def test_a_missing_device_is_explained(monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -71,7 +78,12 @@ def test_a_missing_device_is_explained(monkeypatch: pytest.MonkeyPatch, name: st
 
 @pytest.mark.parametrize(
     ("dtype", "device", "expected"),
-    [("auto", "cpu", torch.float32), ("auto", "cuda", torch.bfloat16), ("float16", "cpu", torch.float16), ("float32", "cuda", torch.float32)],
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.bfloat16),
+        ("float16", "cpu", torch.float16),
+        ("float32", "cuda", torch.float32),
+    ],
 )
 def test_auto_dtype_follows_the_device(dtype: Any, device: str, expected: torch.dtype) -> None:
     assert resolve_dtype(ModelSettings(name="x/y", dtype=dtype), torch.device(device)) == expected
@@ -82,7 +94,9 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(small_settings: ModelSettings
     model = load_model(small_settings.model_copy(update={"quantisation": quantisation}), CPU)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == (6 * 7 if quantisation == "nf4" else 0)
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == (
+        6 * 7 if quantisation == "nf4" else 0
+    )
     assert model.lm_head.weight.dtype == torch.float32
 
 
@@ -103,7 +117,11 @@ def adapter_gradients(model: nn.Module) -> list[Tensor]:
 
 def test_in_8_bits_every_matrix_is_quantised_and_stays_close(small_settings: ModelSettings) -> None:
     plain, in_8_bits = load_model(small_settings, CPU), load_model(small_settings, CPU, quantisation="int8")
-    linear = {name: module for name, module in in_8_bits.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    linear = {
+        name: module
+        for name, module in in_8_bits.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
     assert len(linear) == 6 * 7
     assert {(type(module), module.weight.dtype) for module in linear.values()} == {(Linear8bitLt, torch.int8)}
     entered = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
@@ -113,7 +131,9 @@ def test_in_8_bits_every_matrix_is_quantised_and_stays_close(small_settings: Mod
 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "none"])
-def test_a_model_that_is_spread_over_devices_computes_the_same(small_settings: ModelSettings, quantisation: str) -> None:
+def test_a_model_that_is_spread_over_devices_computes_the_same(
+    small_settings: ModelSettings, quantisation: str
+) -> None:
     """Here there is one device to spread it over; the rest is accelerate's."""
     settings = small_settings.model_copy(update={"quantisation": quantisation})
     spread = load_model(settings.model_copy(update={"device_map": "auto"}), CPU)
@@ -122,7 +142,9 @@ def test_a_model_that_is_spread_over_devices_computes_the_same(small_settings: M
         assert torch.equal(spread(ids).logits, load_model(settings, CPU)(ids).logits)
 
 
-def test_a_forward_in_eval_mode_costs_nf4_no_gradients_and_moves_no_output(small_settings: ModelSettings) -> None:
+def test_a_forward_in_eval_mode_costs_nf4_no_gradients_and_moves_no_output(
+    small_settings: ModelSettings,
+) -> None:
     """Trap 1: bitsandbytes would repack the weights for a CPU kernel without autograd."""
     settings = small_settings.model_copy(update={"quantisation": "nf4"})
     model = load_model(settings, CPU)
@@ -145,12 +167,16 @@ def test_a_forward_in_eval_mode_costs_nf4_no_gradients_and_moves_no_output(small
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_the_first_layers_alone_have_no_head_and_the_same_activations(small_settings: ModelSettings, quantisation: str) -> None:
+def test_the_first_layers_alone_have_no_head_and_the_same_activations(
+    small_settings: ModelSettings, quantisation: str
+) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
     cut, whole = load_model(settings, CPU, layers=3), load_model(settings, CPU)
     assert len(decoder_layers(cut)) == 3
     assert isinstance(cut.get_output_embeddings(), nn.Identity)
-    assert sum(parameter.numel() for parameter in cut.parameters()) < 0.7 * sum(parameter.numel() for parameter in whole.parameters())
+    assert sum(parameter.numel() for parameter in cut.parameters()) < 0.7 * sum(
+        parameter.numel() for parameter in whole.parameters()
+    )
     outputs = [run_layers(model, run_trunk(model, IDS, None, UPDATED), UPDATED) for model in (cut, whole)]
     assert torch.equal(*outputs)
 
@@ -159,7 +185,9 @@ def test_the_head_never_reads_a_slice(small_settings: ModelSettings) -> None:
     model = load_model(small_settings, CPU)
     seen: list[bool] = []
     # Called after the hook of a loaded model, with what the head is given.
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0].is_contiguous()))
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, inputs: seen.append(inputs[0].is_contiguous())
+    )
     with torch.no_grad():
         model(IDS, logits_to_keep=1)
         model.generate(IDS, max_new_tokens=2, do_sample=False)
@@ -171,7 +199,10 @@ def test_the_tokens_that_end_an_answer_are_the_checkpoints_own(folder: Path) -> 
     edit_json(folder / "generation_config.json", eos_token_id=[2, 17])
     assert load_model(settings_of(folder), CPU).generation_config.eos_token_id == [2, 17]
     (folder / "generation_config.json").unlink()
-    assert load_model(settings_of(folder), CPU).generation_config.eos_token_id == load_config(settings_of(folder)).eos_token_id
+    assert (
+        load_model(settings_of(folder), CPU).generation_config.eos_token_id
+        == load_config(settings_of(folder)).eos_token_id
+    )
 
 
 @pytest.mark.parametrize("layers", [None, 3])
@@ -231,15 +262,24 @@ def test_a_checkpoint_that_lacks_a_weight_names_it(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 weights, model\.layers\.2\.mlp\.down_proj\.weight among them(.|\n)*It is incomplete"):
+    with pytest.raises(
+        UserError,
+        match=r"lacks 1 weights, model\.layers\.2\.mlp\.down_proj\.weight among them(.|\n)*It is incomplete",
+    ):
         load_model(settings_of(folder), CPU)
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 @pytest.mark.parametrize(
-    ("change", "first"), [("vocab_size", r"2 weights, lm_head\.weight"), ("intermediate_size", r"18 weights, model\.layers\.0\.mlp\.down")]
+    ("change", "first"),
+    [
+        ("vocab_size", r"2 weights, lm_head\.weight"),
+        ("intermediate_size", r"18 weights, model\.layers\.0\.mlp\.down"),
+    ],
 )
-def test_a_checkpoint_that_does_not_fit_its_config_says_so(folder: Path, quantisation: str, change: str, first: str) -> None:
+def test_a_checkpoint_that_does_not_fit_its_config_says_so(
+    folder: Path, quantisation: str, change: str, first: str
+) -> None:
     edit_json(folder / "config.json", **{change: 192})
     with pytest.raises(UserError, match=rf"lacks {first}(.|\n)*does not fit its config\.json"):
         load_model(settings_of(folder, quantisation=quantisation), CPU)
@@ -251,7 +291,9 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(folder: Path) -> None
         load_model(settings_of(folder), CPU)
 
 
-def test_an_unforeseen_error_of_the_disk_passes_through(small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unforeseen_error_of_the_disk_passes_through(
+    small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("the disk is on fire")
 
@@ -264,7 +306,11 @@ def test_an_unforeseen_error_of_the_disk_passes_through(small_settings: ModelSet
 def test_code_that_comes_with_a_model_is_never_run(folder: Path, model_type: str) -> None:
     marker = folder / "was_run"
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    classes = {
+        "AutoConfig": "own.Config",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoTokenizer": ["own.Tokenizer", None],
+    }
     edit_json(folder / "config.json", model_type=model_type, auto_map=classes)
     edit_json(folder / "tokenizer_config.json", auto_map=classes, tokenizer_class="OwnTokenizer")
     for load in (load_config, load_tokenizer, lambda settings: load_model(settings, CPU)):
@@ -275,7 +321,9 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path, model_type: str
     assert not marker.exists()
 
 
-def test_trust_remote_code_is_off_in_every_call(small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trust_remote_code_is_off_in_every_call(
+    small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[object] = []
     for auto in (loading.AutoConfig, AutoTokenizer):
 
@@ -303,8 +351,12 @@ def test_padding_falls_back_to_the_end_of_sequence(folder: Path) -> None:
 def test_weights_in_4_bit_are_counted(small_settings: ModelSettings, quantisation: str) -> None:
     model = load_model(small_settings, CPU)
     real = sum(parameter.numel() for parameter in model.parameters())
-    linear = sum(module.weight.numel() for module in decoder_layers(model).modules() if isinstance(module, nn.Linear))
-    counted = describe_weights(load_model(small_settings.model_copy(update={"quantisation": quantisation}), CPU))
+    linear = sum(
+        module.weight.numel() for module in decoder_layers(model).modules() if isinstance(module, nn.Linear)
+    )
+    counted = describe_weights(
+        load_model(small_settings.model_copy(update={"quantisation": quantisation}), CPU)
+    )
     assert counted == {"weights": real, "in_4bit": linear if quantisation == "nf4" else 0}
 
 
@@ -331,18 +383,24 @@ def test_a_padding_token_beyond_the_embeddings_is_not_used(folder: Path) -> None
     assert loaded.pad_token_id == loaded.eos_token_id == 2
 
 
-@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ messages[3]['content'] }}", "{% if %}"])
-def test_a_chat_template_that_fails_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture, template: str) -> None:
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ messages[3]['content'] }}", "{% if %}"]
+)
+def test_a_chat_template_that_fails_is_named_and_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture, template: str
+) -> None:
     (folder / "chat_template.jinja").write_text(template)
     assert load_tokenizer(settings_of(folder)).chat_template is None
-    assert [record.getMessage() for record in caplog.records if "chat template" in record.getMessage()][0].endswith(
-        "Prompts are given to the model as plain text instead."
-    )
+    assert [record.getMessage() for record in caplog.records if "chat template" in record.getMessage()][
+        0
+    ].endswith("Prompts are given to the model as plain text instead.")
 
 
 def test_templates_without_a_default_one_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "chat_template.jinja").unlink()
-    settings = other_tokenizer(folder, chat_template=[{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}])
+    settings = other_tokenizer(
+        folder, chat_template=[{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}]
+    )
     assert load_tokenizer(settings).chat_template is None
     assert "fails" in caplog.text
 
@@ -369,9 +427,15 @@ LOADS: list[Callable[[ModelSettings], Any]] = [
 
 @pytest.mark.parametrize("damage", [cut, mark, pointer])
 @pytest.mark.parametrize("load", LOADS)
-def test_a_damaged_config_is_told_by_its_file(folder: Path, damage: Callable[[Path], None], load: Any) -> None:
+def test_a_damaged_config_is_told_by_its_file(
+    folder: Path, damage: Callable[[Path], None], load: Any
+) -> None:
     damage(folder / "config.json")
-    said = {cut: "is damaged or cut short", mark: "begins with a byte order mark", pointer: "is a Git LFS pointer"}[damage]
+    said = {
+        cut: "is damaged or cut short",
+        mark: "begins with a byte order mark",
+        pointer: "is a Git LFS pointer",
+    }[damage]
     with pytest.raises(UserError, match=rf"{folder}/config\.json {said}"):
         load(settings_of(folder))
 
@@ -384,27 +448,44 @@ def test_a_damaged_config_is_told_by_its_file(folder: Path, damage: Callable[[Pa
         ({"num_hidden_layers": -1}, "gives num_hidden_layers as -1, which no model has"),
         ({"hidden_size": 0}, "gives hidden_size as 0, which no model has"),
         ({"hidden_size": "many"}, "cannot be read"),
-        ({"hidden_act": "no_such_function"}, "cannot be built as its config.json describes it: .*no_such_function"),
+        (
+            {"hidden_act": "no_such_function"},
+            "cannot be built as its config.json describes it: .*no_such_function",
+        ),
         ({"model_type": ["mistral"]}, "cannot be read"),
         ({"model_type": "t5"}, "no causal language model"),
-        ({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration, which has parts for more"),
+        (
+            {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
+            "LlavaForConditionalGeneration, which has parts for more",
+        ),
         ({"quantization": {"group_size": 64, "bits": 4}}, "is quantised already"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "is quantised already"),
         ({"compression_config": {"format": "int-quantized"}}, "is quantised already"),
     ],
 )
-def test_a_config_that_no_model_has_is_told_before_anything_is_made(folder: Path, changes: dict[str, Any], said: str) -> None:
+def test_a_config_that_no_model_has_is_told_before_anything_is_made(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
     edit_json(folder / "config.json", **changes)
-    for load in (lambda settings: ModelSpec(settings).check_checkpoint(), lambda settings: load_model(settings, CPU)):
+    for load in (
+        lambda settings: ModelSpec(settings).check_checkpoint(),
+        lambda settings: load_model(settings, CPU),
+    ):
         with pytest.raises(UserError, match=said):
             load(settings_of(folder))
 
 
 @pytest.mark.parametrize("damage", [cut, mark, pointer])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_tokenizer_is_told_by_its_file(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_tokenizer_is_told_by_its_file(
+    folder: Path, name: str, damage: Callable[[Path], None]
+) -> None:
     damage(folder / name)
-    said = {cut: "is damaged or cut short", mark: "begins with a byte order mark", pointer: "is a Git LFS pointer"}[damage]
+    said = {
+        cut: "is damaged or cut short",
+        mark: "begins with a byte order mark",
+        pointer: "is a Git LFS pointer",
+    }[damage]
     with pytest.raises(UserError, match=rf"{folder}/{name} {said}"):
         load_tokenizer(settings_of(folder))
 
@@ -423,21 +504,32 @@ def test_a_missing_tokenizer_is_named(folder: Path, left: list[str]) -> None:
 def test_sentencepiece_alone_says_how_to_convert_it(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(UserError, match=r"it is there in an older form only, without tokenizer\.json\.\nConvert it once: pip install"):
+    with pytest.raises(
+        UserError,
+        match=r"it is there in an older form only, without tokenizer\.json\.\nConvert it once: pip install",
+    ):
         load_tokenizer(settings_of(folder))
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "qwen.tiktoken")
     (folder / "vocab.txt").write_text("a\n")
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="QWenTokenizer", auto_map={"AutoTokenizer": ["own.QWenTokenizer", None]})
-    with pytest.raises(UserError, match=r"needs code that comes with it \(auto_map\), and this program never runs"):
+    edit_json(
+        folder / "tokenizer_config.json",
+        tokenizer_class="QWenTokenizer",
+        auto_map={"AutoTokenizer": ["own.QWenTokenizer", None]},
+    )
+    with pytest.raises(
+        UserError, match=r"needs code that comes with it \(auto_map\), and this program never runs"
+    ):
         load_tokenizer(settings_of(folder))
 
 
 def test_a_model_with_code_of_its_own_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="of_its_own", auto_map={"AutoConfig": "own.Config"})
-    with pytest.raises(UserError, match=r"needs code that comes with it \(auto_map\), and this program never runs"):
+    with pytest.raises(
+        UserError, match=r"needs code that comes with it \(auto_map\), and this program never runs"
+    ):
         load_config(settings_of(folder))
 
 
@@ -455,13 +547,20 @@ def test_words_beyond_the_embeddings_are_refused(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["Belarine", "Yarinoxol"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match='has the word "Belarine" as token 1536, but the model has only tokens 0 to 1535'):
+    with pytest.raises(
+        UserError, match='has the word "Belarine" as token 1536, but the model has only tokens 0 to 1535'
+    ):
         load_tokenizer(settings_of(folder))
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.0, "are all zero"), (float("nan"), "hold values that are not finite")])
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "are all zero"), (float("nan"), "hold values that are not finite")]
+)
 def test_a_checkpoint_that_was_never_filled_is_damaged(folder: Path, value: float, said: str) -> None:
-    tensors = {name: torch.full_like(tensor, value) for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name: torch.full_like(tensor, value)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"is damaged: its embeddings {said}"):
         load_model(settings_of(folder), CPU)

@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, Pre
 from lowmem_rmu.model.quantisation import PIECE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHAPE: dict[str, Any] = {"vocab_size": 256, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 MANY_LAYERS = MistralConfig(**SHAPE, intermediate_size=2816, num_hidden_layers=12)
 LARGE_HEAD = MistralConfig(**SHAPE | {"vocab_size": 80_000}, intermediate_size=256, num_hidden_layers=3)
 MIXTURE = MixtralConfig(**SHAPE, intermediate_size=1024, num_hidden_layers=4, num_local_experts=8)
@@ -62,12 +68,20 @@ def peak_of_loading(small: Path, large: Path, layers: int | None) -> tuple[int, 
     return figures["held"], figures["peak"]
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
+)
 
 
 @needs_proc
-@pytest.mark.parametrize(("config", "largest"), [(MANY_LAYERS, 2816 * 1024), (MIXTURE, 8 * 2 * 1024 * 1024)], ids=["dense", "mixture"])
-def test_a_model_is_quantised_weight_by_weight(small_model_folder: Path, tmp_path: Path, config: PretrainedConfig, largest: int) -> None:
+@pytest.mark.parametrize(
+    ("config", "largest"),
+    [(MANY_LAYERS, 2816 * 1024), (MIXTURE, 8 * 2 * 1024 * 1024)],
+    ids=["dense", "mixture"],
+)
+def test_a_model_is_quantised_weight_by_weight(
+    small_model_folder: Path, tmp_path: Path, config: PretrainedConfig, largest: int
+) -> None:
     stored = checkpoint_of(config, tmp_path)
     held, peak = peak_of_loading(small_model_folder, tmp_path, None)
     assert held < 0.3 * stored

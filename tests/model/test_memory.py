@@ -15,7 +15,16 @@ from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.counts import count_weights
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import describe_weights, load_config, load_model, skeleton
-from lowmem_rmu.model.memory import NF4_BYTES, Needs, StageNeed, gib, memory_available, memory_in_use, plan, reset_peak
+from lowmem_rmu.model.memory import (
+    NF4_BYTES,
+    Needs,
+    StageNeed,
+    gib,
+    memory_available,
+    memory_in_use,
+    plan,
+    reset_peak,
+)
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Preset, Rmu, load_preset
 from lowmem_rmu.runs import STAGES
@@ -48,13 +57,19 @@ def changed(preset: Preset, **rmu: Any) -> Preset:
 
 
 def unlearn_need(preset: Preset, whole_model: bool = True) -> StageNeed:
-    return next(need for need in planned(preset, GPU, STAGES if whole_model else ["unlearn"]) if need.stage == "unlearn")
+    return next(
+        need
+        for need in planned(preset, GPU, STAGES if whole_model else ["unlearn"])
+        if need.stage == "unlearn"
+    )
 
 
 def test_weights_are_counted_as_the_model_has_them(small_settings: ModelSettings) -> None:
     model = load_model(small_settings, CPU)
     weights = ModelSpec(small_settings).weights(["down_proj", "q_proj"])
-    assert weights.total() + model.model.norm.weight.numel() == sum(parameter.numel() for parameter in model.parameters())
+    assert weights.total() + model.model.norm.weight.numel() == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
     assert weights.layers == 6
     assert weights.by_layer[0].linear == 64 * (64 + 32 + 32 + 64 + 3 * 128)
     assert weights.by_layer[0].other == 2 * 64
@@ -73,7 +88,9 @@ def test_experts_are_counted_with_their_adapters(mixtral_settings: ModelSettings
     assert weights.largest_linear == 4 * 2 * 128 * 64
     rmu = Rmu(target_layer=3, adapter_layers=[1, 3], modules=["down_proj"], rank=5)
     adapted = add_adapter(model, rmu, mixtral_settings)
-    assert weights.learning(rmu) == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert weights.learning(rmu) == sum(
+        parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad
+    )
 
 
 def test_every_family_is_counted_layer_by_layer(family: Family) -> None:
@@ -86,20 +103,33 @@ def test_every_family_is_counted_layer_by_layer(family: Family) -> None:
     ]
     rmu = Rmu(target_layer=2, adapter_layers=[1, 2], modules=[family.module], rank=5)
     adapted = add_adapter(skeleton(config), rmu, family.settings)
-    assert weights.learning(rmu) == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert weights.learning(rmu) == sum(
+        parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad
+    )
 
 
 @pytest.mark.parametrize(
-    ("family", "width"), [("llama", 64), ("gpt2", 128), ("mixtral", 128), ("qwen3_moe", 32), ("deepseek_v3", 64)], indirect=["family"]
+    ("family", "width"),
+    [("llama", 64), ("gpt2", 128), ("mixtral", 128), ("qwen3_moe", 32), ("deepseek_v3", 64)],
+    indirect=["family"],
 )
 def test_the_width_of_an_mlp_is_that_of_all_experts_that_a_token_takes(family: Family, width: int) -> None:
     assert max(layer.intermediate for layer in ModelSpec(family.settings).weights([]).by_layer) == width
 
 
-def test_dequantised_experts_that_the_backward_pass_needs_are_planned_for(mixtral_settings: ModelSettings) -> None:
+def test_dequantised_experts_that_the_backward_pass_needs_are_planned_for(
+    mixtral_settings: ModelSettings,
+) -> None:
     """Counted as autograd counts: for every updated layer but the first, whose input takes no gradient."""
-    zephyr, rmu = load_preset("zephyr-7b"), Rmu(target_layer=3, adapter_layers=[1, 3], modules=["down_proj"], rank=5, batch_size=1)
-    model, updated, kept = add_adapter(load_model(mixtral_settings, CPU), rmu, mixtral_settings), slice(1, 4), dict[int, int]()
+    zephyr, rmu = (
+        load_preset("zephyr-7b"),
+        Rmu(target_layer=3, adapter_layers=[1, 3], modules=["down_proj"], rank=5, batch_size=1),
+    )
+    model, updated, kept = (
+        add_adapter(load_model(mixtral_settings, CPU), rmu, mixtral_settings),
+        slice(1, 4),
+        dict[int, int](),
+    )
 
     def note(saved: torch.Tensor) -> torch.Tensor:
         if saved.numel() >= 4 * 64 * 128:
@@ -108,10 +138,15 @@ def test_dequantised_experts_that_the_backward_pass_needs_are_planned_for(mixtra
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         run_layers(model, run_trunk(model, torch.arange(5, 21)[None], None, updated), updated)
-    topics = {name: topic.model_copy(update={"max_tokens": 2}) for name, topic in zephyr.topics.items()}  # next to no activations
+    # Next to no activations.
+    topics = {name: topic.model_copy(update={"max_tokens": 2}) for name, topic in zephyr.topics.items()}
     retain = zephyr.retain.model_copy(update={"max_tokens": 2})
-    small = zephyr.model_copy(update={"rmu": rmu, "topics": topics, "retain": retain, "model": mixtral_settings})
-    planned = unlearn_need(small).working - unlearn_need(changed(small, activation_checkpointing=True)).working
+    small = zephyr.model_copy(
+        update={"rmu": rmu, "topics": topics, "retain": retain, "model": mixtral_settings}
+    )
+    planned = (
+        unlearn_need(small).working - unlearn_need(changed(small, activation_checkpointing=True)).working
+    )
     assert planned == pytest.approx(sum(kept.values()), rel=0.1)
 
 
@@ -141,13 +176,19 @@ def test_a_truncated_model_needs_less_than_the_whole(zephyr: Preset) -> None:
     assert cut.total == cut.weights + cut.working
 
 
-@pytest.mark.parametrize("change", [{"activation_checkpointing": True}, {"batch_size": 2}, {"rank": 4}, {"adapter_layers": [7]}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"activation_checkpointing": True}, {"batch_size": 2}, {"rank": 4}, {"adapter_layers": [7]}],
+    ids=str,
+)
 def test_settings_that_save_memory_lower_the_plan(zephyr: Preset, change: dict[str, Any]) -> None:
     assert unlearn_need(changed(zephyr, **change)).working < unlearn_need(zephyr).working
 
 
 def test_a_smaller_evaluation_batch_lowers_the_plan(zephyr: Preset) -> None:
-    smaller = zephyr.model_copy(update={"evaluation": zephyr.evaluation.model_copy(update={"batch_tokens": 1024})})
+    smaller = zephyr.model_copy(
+        update={"evaluation": zephyr.evaluation.model_copy(update={"batch_tokens": 1024})}
+    )
     assert planned(smaller, GPU)[0].working < planned(zephyr, GPU)[0].working
 
 
@@ -156,7 +197,8 @@ def test_the_plan_of_a_7b_model_needs_no_network_and_is_plausible(zephyr: Preset
     unlearn = unlearn_need(zephyr, whole_model=False)
     assert [need.stage for need in planned(zephyr, GPU)] == ["evaluate-base", "unlearn", "evaluate-unlearned"]
     assert unlearn.weights < 1.5 * 2**30
-    assert 3.5 * 2**30 < base.weights < 4.5 * 2**30  # 7.2 billion weights at 4.13 bits, embeddings and head in bfloat16
+    # 7.2 billion weights at 4.13 bits, embeddings and head in bfloat16.
+    assert 3.5 * 2**30 < base.weights < 4.5 * 2**30
     assert unlearned.weights - base.weights == 3 * 16 * (14336 + 4096) * 4
     assert all(need.working < 8 * 2**30 for need in (base, unlearn, unlearned))
 
@@ -167,9 +209,13 @@ def test_the_plan_follows_quantisation(zephyr: Preset) -> None:
     assert weights == pytest.approx(7.24e9 * 2, rel=0.01)
 
 
-def test_a_preset_without_a_shape_is_planned_from_the_model(zephyr: Preset, small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_without_a_shape_is_planned_from_the_model(
+    zephyr: Preset, small_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(spec, "load_config", load_config)
-    small = changed(zephyr, target_layer=5, adapter_layers=[3, 4, 5]).model_copy(update={"model": small_settings})
+    small = changed(zephyr, target_layer=5, adapter_layers=[3, 4, 5]).model_copy(
+        update={"model": small_settings}
+    )
     assert planned(small, CPU)[0].weights == (ModelSpec(small_settings).weights([]).total()) * 4
 
 
@@ -212,7 +258,10 @@ def test_a_peak_is_remembered_until_it_is_reset() -> None:
     assert memory_in_use(CPU) - before < 0.1 * 2**28
 
 
-@pytest.mark.parametrize(("size", "text"), [(3 * 2**30, "3.00 GiB"), (2**28, "0.25 GiB"), (2**28 - 1, "256 MiB"), (5 * 2**20, "5 MiB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(3 * 2**30, "3.00 GiB"), (2**28, "0.25 GiB"), (2**28 - 1, "256 MiB"), (5 * 2**20, "5 MiB")],
+)
 def test_sizes_are_printed_in_gib_or_mib(size: int, text: str) -> None:
     assert gib(size) == text
 
@@ -227,7 +276,10 @@ def with_config(preset: Preset, **config: Any) -> Preset:
 
 
 def test_a_model_that_calls_its_intermediate_size_otherwise_is_planned_the_same(zephyr: Preset) -> None:
-    needs = [planned(with_config(zephyr, model_type="opt", ffn_dim=width, word_embed_proj_dim=64, **SHAPE), GPU) for width in (128, 8192)]
+    needs = [
+        planned(with_config(zephyr, model_type="opt", ffn_dim=width, word_embed_proj_dim=64, **SHAPE), GPU)
+        for width in (128, 8192)
+    ]
     assert needs[1][1].working > 10 * needs[0][1].working > 0
 
 
@@ -241,7 +293,9 @@ def test_a_model_that_calls_its_intermediate_size_otherwise_is_planned_the_same(
         (SHAPE | {"model_type": "llama", "num_hidden_layers": 10**9}, "which no model has"),
     ],
 )
-def test_a_shape_that_cannot_be_planned_is_told_in_words(zephyr: Preset, config: dict[str, Any], said: str) -> None:
+def test_a_shape_that_cannot_be_planned_is_told_in_words(
+    zephyr: Preset, config: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         planned(with_config(zephyr, **config), GPU)
 
@@ -249,7 +303,10 @@ def test_a_shape_that_cannot_be_planned_is_told_in_words(zephyr: Preset, config:
 def test_on_a_cpu_in_16_bits_the_head_is_copied(small_settings: ModelSettings) -> None:
     """Measured on a model of Qwen2.5's vocabulary: the peak of an evaluation was the weights and that copy."""
     tiny = load_preset("tiny", ["evaluation.prompts=[]"])
-    half, full = (tiny.model_copy(update={"model": small_settings.model_copy(update={"dtype": dtype})}) for dtype in ("bfloat16", "float32"))
+    half, full = (
+        tiny.model_copy(update={"model": small_settings.model_copy(update={"dtype": dtype})})
+        for dtype in ("bfloat16", "float32")
+    )
     assert needs(half, CPU).head_copy() == 2 * ModelSpec(small_settings).weights([]).embedding
     assert needs(full, CPU).head_copy() == needs(half, GPU).head_copy() == 0
 

@@ -34,14 +34,33 @@ def test_a_plain_model_names_its_tensors_as_it_stores_them(small_model_folder: P
 def test_mixtrals_experts_are_fused(small_mixtral_folder: Path) -> None:
     parts = assert_parts_are_the_models(small_mixtral_folder)
     gate_up, down = "model.layers.2.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"
-    assert parts["model.layers.2.block_sparse_moe.experts.3.w3.weight"] == Part(gate_up, expert=3, share=1, shares=2)
-    assert parts["model.layers.2.block_sparse_moe.experts.1.w1.weight"] == Part(gate_up, expert=1, share=0, shares=2)
+    assert parts["model.layers.2.block_sparse_moe.experts.3.w3.weight"] == Part(
+        gate_up, expert=3, share=1, shares=2
+    )
+    assert parts["model.layers.2.block_sparse_moe.experts.1.w1.weight"] == Part(
+        gate_up, expert=1, share=0, shares=2
+    )
     assert parts["model.layers.2.block_sparse_moe.experts.1.w2.weight"] == Part(down, expert=1)
 
 
-def test_more_than_ten_experts_are_counted_and_not_spelt(save_random: Callable[[PretrainedConfig, Path], Path], tmp_path: Path) -> None:
-    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_attention_heads": 2, "head_dim": 8}
-    config = Qwen3MoeConfig(vocab_size=1536, num_hidden_layers=2, num_key_value_heads=2, num_experts=12, num_experts_per_tok=2, **shape)
+def test_more_than_ten_experts_are_counted_and_not_spelt(
+    save_random: Callable[[PretrainedConfig, Path], Path], tmp_path: Path
+) -> None:
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "moe_intermediate_size": 8,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Qwen3MoeConfig(
+        vocab_size=1536,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        num_experts=12,
+        num_experts_per_tok=2,
+        **shape,
+    )
     parts = assert_parts_are_the_models(save_random(config, tmp_path / "model"))
     assert parts["model.layers.1.mlp.experts.11.up_proj.weight"].expert == 11
 

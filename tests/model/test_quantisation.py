@@ -34,7 +34,9 @@ def plain_settings(mixtral_settings: ModelSettings) -> ModelSettings:
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 @pytest.mark.parametrize("layers", [None, 3])
-def test_experts_are_found_in_4_bit_or_not(mixtral_settings: ModelSettings, quantisation: str, layers: int | None) -> None:
+def test_experts_are_found_in_4_bit_or_not(
+    mixtral_settings: ModelSettings, quantisation: str, layers: int | None
+) -> None:
     model = load_model(mixtral_settings.model_copy(update={"quantisation": quantisation}), CPU, layers)
     assert [expert_shapes(layer) for layer in decoder_layers(model)] == [SHAPES] * (layers or 6)
 
@@ -43,22 +45,30 @@ def test_a_model_without_experts_has_none(small_settings: ModelSettings) -> None
     assert expert_shapes(decoder_layers(load_model(small_settings, CPU))[0]) == {}
 
 
-def test_weights_are_quantised_as_bitsandbytes_quantises_the_same_matrices(mixtral_settings: ModelSettings, plain_settings: ModelSettings) -> None:
+def test_weights_are_quantised_as_bitsandbytes_quantises_the_same_matrices(
+    mixtral_settings: ModelSettings, plain_settings: ModelSettings
+) -> None:
     nf4, plain = load_model(mixtral_settings, CPU), load_model(plain_settings, CPU)
     for one, other in zip(decoder_layers(nf4), decoder_layers(plain), strict=True):
         for name in ("gate_up_proj", "down_proj"):
-            packed, state = quantize_4bit(getattr(other.mlp.experts, name).data, compress_statistics=True, quant_type="nf4")
+            packed, state = quantize_4bit(
+                getattr(other.mlp.experts, name).data, compress_statistics=True, quant_type="nf4"
+            )
             assert torch.equal(getattr(one.mlp.experts, name), dequantize_4bit(packed, state))
             assert one.mlp.experts.parametrizations[name].original.dtype == torch.uint8
             assert one.mlp.experts.parametrizations[name].original.numel() * 2 == state.shape.numel()
-        packed, state = quantize_4bit(other.self_attn.o_proj.weight.data, compress_statistics=True, quant_type="nf4")
+        packed, state = quantize_4bit(
+            other.self_attn.o_proj.weight.data, compress_statistics=True, quant_type="nf4"
+        )
         assert torch.equal(one.self_attn.o_proj.weight.data, packed)
         assert one.self_attn.o_proj.weight.quant_state == one.self_attn.o_proj.quant_state == state
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (4, 24, 64), (3, 10, 6), (5, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantising_in_pieces_is_quantising_at_once(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantising_in_pieces_is_quantising_at_once(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quantisation, "PIECE", 1024)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     packed, state = quantise(weight)
@@ -69,14 +79,21 @@ def test_quantising_in_pieces_is_quantising_at_once(shape: tuple[int, ...], dtyp
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_almost_all_of_a_mixture_is_in_4_bit_and_counted(mixtral_settings: ModelSettings, plain_settings: ModelSettings) -> None:
+def test_almost_all_of_a_mixture_is_in_4_bit_and_counted(
+    mixtral_settings: ModelSettings, plain_settings: ModelSettings
+) -> None:
     """Trap 13: transformers' own 4-bit loader leaves the experts as they are."""
     plain = load_model(plain_settings, CPU)
     weights = sum(parameter.numel() for parameter in plain.parameters())
-    linear = sum(module.weight.numel() for module in decoder_layers(plain).modules() if isinstance(module, nn.Linear))
+    linear = sum(
+        module.weight.numel() for module in decoder_layers(plain).modules() if isinstance(module, nn.Linear)
+    )
     experts = 6 * 4 * (256 * 64 + 64 * 128)
     assert describe_weights(plain) == {"weights": weights, "in_4bit": 0}
-    assert describe_weights(load_model(mixtral_settings, CPU)) == {"weights": weights, "in_4bit": linear + experts}
+    assert describe_weights(load_model(mixtral_settings, CPU)) == {
+        "weights": weights,
+        "in_4bit": linear + experts,
+    }
 
 
 def test_the_first_layers_of_a_mixture_have_the_same_activations(mixtral_settings: ModelSettings) -> None:
@@ -93,31 +110,45 @@ def test_what_is_dequantised_goes_after_the_pass(mixtral_settings: ModelSettings
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
 
 
-def test_weights_are_quantised_one_after_the_other(mixtral_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_quantised_one_after_the_other(
+    mixtral_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All that is not yet quantised has not been read either: it lies on the meta device."""
     own, plain_at_once = quantisation.put_in_4_bit, []
 
     def counted(module: nn.Module, name: str, weight: torch.Tensor) -> None:
         own(module, name, weight)
-        plain_at_once.append(sum(each.is_floating_point() and not each.is_meta for each in module.parameters()))
+        plain_at_once.append(
+            sum(each.is_floating_point() and not each.is_meta for each in module.parameters())
+        )
 
     monkeypatch.setattr(quantisation, "put_in_4_bit", counted)
     load_model(mixtral_settings, CPU)
     assert plain_at_once == [0] * 6 * (4 + 2)  # four linear modules and two fused weights a layer
 
 
-def test_nothing_is_dequantised_while_a_model_is_loaded(mixtral_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bnb4bitParametrization, "forward", lambda *_: pytest.fail("a whole layer's experts were dequantised"))
+def test_nothing_is_dequantised_while_a_model_is_loaded(
+    mixtral_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Bnb4bitParametrization, "forward", lambda *_: pytest.fail("a whole layer's experts were dequantised")
+    )
     load_model(mixtral_settings, CPU)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_linear_modules_and_experts_are_dequantised_to_the_models_type(mixtral_settings: ModelSettings, dtype: str) -> None:
+def test_linear_modules_and_experts_are_dequantised_to_the_models_type(
+    mixtral_settings: ModelSettings, dtype: str
+) -> None:
     model = load_model(mixtral_settings.model_copy(update={"dtype": dtype}), CPU)
     expected = getattr(torch, dtype)
     assert decoder_layers(model)[0].mlp.experts.down_proj.dtype == expected
-    assert {module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)} == {expected}
-    assert {module.quant_state.dtype for module in model.modules() if isinstance(module, Bnb4bitParametrization)} == {expected}
+    assert {module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)} == {
+        expected
+    }
+    assert {
+        module.quant_state.dtype for module in model.modules() if isinstance(module, Bnb4bitParametrization)
+    } == {expected}
     assert model(IDS).logits.dtype == expected
 
 
@@ -130,7 +161,9 @@ def test_a_mixture_that_lacks_an_expert_is_incomplete(
     del tensors["model.layers.2.block_sparse_moe.experts.3.w2.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = mixtral_settings.model_copy(update={"name": str(folder), "quantisation": quantisation})
-    with pytest.raises(UserError, match=r"lacks 1 weights, model\.layers\.2\.mlp\.experts\.down_proj among them"):
+    with pytest.raises(
+        UserError, match=r"lacks 1 weights, model\.layers\.2\.mlp\.experts\.down_proj among them"
+    ):
         load_model(settings, CPU)
     load_model(settings, CPU, layers=2)
 
@@ -142,7 +175,11 @@ def test_matrices_that_gpt_2_stores_the_other_way_round_are_the_same_in_4_bit(tm
     nf4: Any = load_model(settings, CPU)
     plain: Any = load_model(settings.model_copy(update={"quantisation": "none"}), CPU)
     entered = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    for name in ("c_attn", "c_proj"):  # the second is square: nothing but its values shows which way round it is
+    # The second is square: nothing but its values shows which way round it is.
+    for name in (
+        "c_attn",
+        "c_proj",
+    ):
         one, other = (getattr(model.transformer.h[1].attn, name) for model in (nf4, plain))
         expected = other(entered)
         assert isinstance(one, Linear4bit)

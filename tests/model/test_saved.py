@@ -47,7 +47,9 @@ ELSEWHERE: dict[str, PeftConfig] = {
     "P_TUNING": PromptEncoderConfig(**CAUSAL, num_virtual_tokens=4, encoder_hidden_size=8),
     "ADAPTION_PROMPT": AdaptionPromptConfig(**CAUSAL, adapter_layers=2, adapter_len=4),
     "POLY": PolyConfig(**CAUSAL, r=4, n_tasks=2, n_skills=2, n_splits=2, target_modules=["q_proj"]),
-    "LORA with alora_invocation_tokens": LoraConfig(**CAUSAL, r=4, target_modules=["q_proj"], alora_invocation_tokens=[5, 6]),
+    "LORA with alora_invocation_tokens": LoraConfig(
+        **CAUSAL, r=4, target_modules=["q_proj"], alora_invocation_tokens=[5, 6]
+    ),
 }
 
 
@@ -85,11 +87,20 @@ def logits(model: Any) -> torch.Tensor:
 
 def edited(folder: Path, **changes: Any) -> None:
     path = folder / CONFIG
-    write_json(path, {key: value for key, value in (json.loads(path.read_text()) | changes).items() if value != "left out"})
+    write_json(
+        path,
+        {
+            key: value
+            for key, value in (json.loads(path.read_text()) | changes).items()
+            if value != "left out"
+        },
+    )
 
 
 @pytest.mark.parametrize("kind", IN_LAYERS)
-def test_what_changes_layers_is_measured_as_peft_computes_it(kind: str, small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_what_changes_layers_is_measured_as_peft_computes_it(
+    kind: str, small_settings: ModelSettings, tmp_path: Path
+) -> None:
     folder, made = make_adapter(IN_LAYERS[kind], Path(small_settings.name), tmp_path)
     base = load_model(small_settings, CPU)
     before = logits(base)
@@ -102,12 +113,19 @@ def test_what_changes_layers_is_measured_as_peft_computes_it(kind: str, small_se
 @pytest.mark.parametrize("kind", ELSEWHERE)
 def test_what_acts_outside_of_layers_is_refused(kind: str, small_model_folder: Path, tmp_path: Path) -> None:
     folder, _ = make_adapter(ELSEWHERE[kind], small_model_folder, tmp_path)
-    with pytest.raises(UserError, match=rf"^The adapter {folder} is of the kind {kind}, which acts on the prompt .* no effect\.\nGive an adapter"):
+    with pytest.raises(
+        UserError,
+        match=rf"^The adapter {folder} is of the kind {kind}, which acts on the prompt .* no effect\.\nGive an adapter",
+    ):
         read_adapter_settings(folder)
 
 
-def test_a_kind_that_fails_on_4_bit_weights_only_when_used_is_refused_on_loading(small_settings: ModelSettings, tmp_path: Path) -> None:
-    folder, _ = make_adapter(LoKrConfig(**CAUSAL, r=4, target_modules=["q_proj"]), Path(small_settings.name), tmp_path)
+def test_a_kind_that_fails_on_4_bit_weights_only_when_used_is_refused_on_loading(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
+    folder, _ = make_adapter(
+        LoKrConfig(**CAUSAL, r=4, target_modules=["q_proj"]), Path(small_settings.name), tmp_path
+    )
     in_4_bit = small_settings.model_copy(update={"quantisation": "nf4"})
     with pytest.raises(UserError, match=r"cannot be put on the model (.|\n)*take --quantisation none"):
         load_adapter(load_model(in_4_bit, CPU), folder)
@@ -152,10 +170,16 @@ def pickled(folder: Path) -> None:
         (lambda folder: (folder.parent / "digests.json").write_text("[1]"), "digests.json is damaged"),
     ],
 )
-def test_a_spoiled_adapter_is_refused_alike_to_load_and_to_merge(folder: Path, spoil: Callable[[Path], Any], words: str) -> None:
+def test_a_spoiled_adapter_is_refused_alike_to_load_and_to_merge(
+    folder: Path, spoil: Callable[[Path], Any], words: str
+) -> None:
     spoil(folder)
     said = []
-    for use in (read_adapter_settings, SavedAdapter.open, lambda adapter: load_adapter(torch.nn.Module(), adapter)):  # type: ignore[arg-type]
+    for use in (  # type: ignore[arg-type]
+        read_adapter_settings,
+        SavedAdapter.open,
+        lambda adapter: load_adapter(torch.nn.Module(), adapter),
+    ):
         with pytest.raises(UserError) as caught:
             use(folder)
         said.append(str(caught.value))
@@ -172,13 +196,31 @@ def test_an_adapter_without_digests_is_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tensors: {name: tensor[..., :-1].contiguous() for name, tensor in tensors.items()}, "size mismatch"),
-        (lambda tensors: {name.replace("layers.0.", "layers.77."): tensor for name, tensor in tensors.items()}, "missing adapter keys"),
-        (lambda tensors: tensors | {"base_model.model.model.layers.77.mlp.down_proj.lora_A.weight": torch.ones(4, 128)}, "the model has no "),
+        (
+            lambda tensors: {name: tensor[..., :-1].contiguous() for name, tensor in tensors.items()},
+            "size mismatch",
+        ),
+        (
+            lambda tensors: {
+                name.replace("layers.0.", "layers.77."): tensor for name, tensor in tensors.items()
+            },
+            "missing adapter keys",
+        ),
+        (
+            lambda tensors: (
+                tensors | {"base_model.model.model.layers.77.mlp.down_proj.lora_A.weight": torch.ones(4, 128)}
+            ),
+            "the model has no ",
+        ),
     ],
 )
-def test_an_adapter_of_another_model_is_refused(folder: Path, small_settings: ModelSettings, change: Callable[[Any], Any], words: str) -> None:
+def test_an_adapter_of_another_model_is_refused(
+    folder: Path, small_settings: ModelSettings, change: Callable[[Any], Any], words: str
+) -> None:
     (folder.parent / "digests.json").unlink()
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
-    with pytest.raises(UserError, match=rf"^The adapter {folder} cannot be put on the model .*{words}(.|\n)*\nGive the model that it was made for"):
+    with pytest.raises(
+        UserError,
+        match=rf"^The adapter {folder} cannot be put on the model .*{words}(.|\n)*\nGive the model that it was made for",
+    ):
         load_adapter(load_model(small_settings, CPU), folder)

@@ -39,7 +39,9 @@ def copied(sharded: Path, tmp_path: Path) -> Path:
 
 
 def settings_of(folder: Path, quantisation: str = "none") -> ModelSettings:
-    return ModelSettings.model_validate({"name": str(folder), "quantisation": quantisation, "dtype": "float32"})
+    return ModelSettings.model_validate(
+        {"name": str(folder), "quantisation": quantisation, "dtype": "float32"}
+    )
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -78,27 +80,40 @@ def test_a_cut_model_needs_what_lies_below_its_cut(name: str, layers: int, neede
 
 
 def test_files_are_those_that_hold_what_is_needed() -> None:
-    index = {"lm_head.weight": "c", "model.embed_tokens.weight": "a", "model.layers.0.x": "a", "model.layers.1.x": "b", "model.norm.weight": "b"}
+    index = {
+        "lm_head.weight": "c",
+        "model.embed_tokens.weight": "a",
+        "model.layers.0.x": "a",
+        "model.layers.1.x": "b",
+        "model.norm.weight": "b",
+    }
     assert needed_files(index, 1) == ["a"]
     assert needed_files(index, 2) == ["a", "b"]
     assert needed_files(index, None) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_the_first_layers_load_from_their_shards_alone(sharded: Path, copied: Path, quantisation: str) -> None:
+def test_the_first_layers_load_from_their_shards_alone(
+    sharded: Path, copied: Path, quantisation: str
+) -> None:
     kept = needed_files(weight_map(copied), 3)
     for shard in copied.glob("*.safetensors"):
         if shard.name not in kept:
             shard.unlink()
     assert 0 < len(list(copied.glob("*.safetensors"))) < len(list(sharded.glob("*.safetensors"))) - 3
-    cut, whole = load_model(settings_of(copied, quantisation), CPU, layers=3), load_model(settings_of(sharded, quantisation), CPU)
+    cut, whole = (
+        load_model(settings_of(copied, quantisation), CPU, layers=3),
+        load_model(settings_of(sharded, quantisation), CPU),
+    )
     outputs = [run_layers(model, run_trunk(model, IDS, None, UPDATED), UPDATED) for model in (cut, whole)]
     assert torch.equal(*outputs)
     assert not any(parameter.is_meta for parameter in cut.parameters())
 
 
 def test_a_model_in_shards_is_the_model_in_one_file(sharded: Path, small_settings: ModelSettings) -> None:
-    assert torch.equal(load_model(settings_of(sharded), CPU)(IDS).logits, load_model(small_settings, CPU)(IDS).logits)
+    assert torch.equal(
+        load_model(settings_of(sharded), CPU)(IDS).logits, load_model(small_settings, CPU)(IDS).logits
+    )
 
 
 @pytest.mark.parametrize("layers", [None, 3])
@@ -107,7 +122,10 @@ def test_a_missing_shard_is_named(copied: Path, layers: int | None) -> None:
     (copied / shard).unlink()
     with pytest.raises(UserError) as raised:
         load_model(settings_of(copied), CPU, layers)
-    assert str(raised.value) == f"The checkpoint {copied} lacks {shard}, which its index names.\nDownload or copy it again."
+    assert (
+        str(raised.value)
+        == f"The checkpoint {copied} lacks {shard}, which its index names.\nDownload or copy it again."
+    )
 
 
 def test_a_damaged_shard_is_named(copied: Path) -> None:
@@ -164,8 +182,13 @@ def test_a_cached_model_in_one_file_is_found(cache: Path, small_model_folder: Pa
 
 @pytest.mark.parametrize("gone", ["model.safetensors.index.json", "a shard"])
 def test_what_is_neither_cached_nor_reachable_is_told_in_words(cache: Path, gone: str) -> None:
-    (cache / (gone if gone.endswith("json") else weight_map(cache)["model.layers.0.mlp.up_proj.weight"])).unlink()
-    with pytest.raises(UserError, match="owner/name is not on this machine and the Hub cannot be reached"), hub_errors("model", "owner/name"):
+    (
+        cache / (gone if gone.endswith("json") else weight_map(cache)["model.layers.0.mlp.up_proj.weight"])
+    ).unlink()
+    with (
+        pytest.raises(UserError, match="owner/name is not on this machine and the Hub cannot be reached"),
+        hub_errors("model", "owner/name"),
+    ):
         find_files("owner/name", "main", 3)
 
 
@@ -189,19 +212,33 @@ def test_of_a_cached_model_without_its_index_the_same_is_said(cache: Path) -> No
         find_files("owner/name", None, None)
 
 
-@pytest.mark.parametrize("place", ["../other/model.safetensors", "sub/model.safetensors", "/etc/model.safetensors", "..\\model.safetensors", ".."])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "../other/model.safetensors",
+        "sub/model.safetensors",
+        "/etc/model.safetensors",
+        "..\\model.safetensors",
+        "..",
+    ],
+)
 def test_an_index_that_leaves_its_folder_is_refused(copied: Path, place: str) -> None:
     index = copied / "model.safetensors.index.json"
     weights = {name: place if "lm_head" in name else file for name, file in weight_map(copied).items()}
     index.write_text(json.dumps({"weight_map": weights}))
     with pytest.raises(UserError) as raised:
         find_files(str(copied), None, None)
-    assert str(raised.value).startswith(f"The checkpoint's index {index} names {place}, which is not in its folder.\n")
+    assert str(raised.value).startswith(
+        f"The checkpoint's index {index} names {place}, which is not in its folder.\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "a shard"])
 def test_a_git_lfs_pointer_is_told_as_one(copied: Path, name: str) -> None:
     file = copied / (name if name.endswith("json") else weight_map(copied)["lm_head.weight"])
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3456789\n")
-    with pytest.raises(UserError, match=rf"{file} is a Git LFS pointer \(\d+ bytes\) and not the file itself\.\nFetch the files with `git lfs pull`"):
+    with pytest.raises(
+        UserError,
+        match=rf"{file} is a Git LFS pointer \(\d+ bytes\) and not the file itself\.\nFetch the files with `git lfs pull`",
+    ):
         load_model(settings_of(copied), CPU)

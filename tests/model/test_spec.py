@@ -43,7 +43,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("load_config", "config_of_preset", "skeleton", "load_tokenizer", "count_weights", "load_model"):
+    for name in (
+        "load_config",
+        "config_of_preset",
+        "skeleton",
+        "load_tokenizer",
+        "count_weights",
+        "load_model",
+    ):
         function = counted(name, getattr(spec_module, name))
         for module in ("lowmem_rmu.model.spec", "lowmem_rmu.model.loading"):
             monkeypatch.setattr(f"{module}.{name}", function, raising=False)
@@ -73,9 +80,14 @@ def test_whatever_a_run_asks_for_is_computed_once(small_settings: ModelSettings,
     assert sorted(calls) == ["count_weights", "load_config", "load_model", "load_tokenizer", "skeleton"]
 
 
-def test_weights_are_counted_once_for_each_choice_of_modules(small_settings: ModelSettings, calls: list[str]) -> None:
+def test_weights_are_counted_once_for_each_choice_of_modules(
+    small_settings: ModelSettings, calls: list[str]
+) -> None:
     spec = ModelSpec(small_settings)
-    learning = [spec.weights(modules).learning(DENSE) for modules in (["down_proj"], ["up_proj", "down_proj"], ["down_proj"])]
+    learning = [
+        spec.weights(modules).learning(DENSE)
+        for modules in (["down_proj"], ["up_proj", "down_proj"], ["down_proj"])
+    ]
     assert learning == [2 * 64 * 128, 4 * 64 * 128, 2 * 64 * 128]
     assert calls.count("count_weights") == 2
 
@@ -88,7 +100,9 @@ def test_memory_of_a_hub_model_is_estimated_from_the_shape_in_the_preset(calls: 
     assert calls == ["config_of_preset", "skeleton", "count_weights"]
 
 
-def test_memory_of_a_local_model_is_estimated_from_its_own_configuration(small_settings: ModelSettings) -> None:
+def test_memory_of_a_local_model_is_estimated_from_its_own_configuration(
+    small_settings: ModelSettings,
+) -> None:
     settings = small_settings.model_copy(update={"config": {"model_type": "gpt2"}})
     spec = ModelSpec(settings)
     assert spec.shape is spec.config
@@ -121,7 +135,11 @@ def test_asking_for_anything_else_leaves_the_digest_as_it_is(family: Family) -> 
 def test_trained_modules_are_loaded_unquantized(small_settings: ModelSettings, quantisation: str) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
     model = ModelSpec(settings, DENSE).load(CPU)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
     in_4_bit = {name for name, module in linear.items() if isinstance(module, Linear4bit)}
     assert in_4_bit == (linear.keys() - set(TRAINED) if quantisation == "nf4" else set())
 
@@ -136,16 +154,24 @@ def test_trained_modules_may_be_named(small_settings: ModelSettings) -> None:
 
 
 @pytest.mark.parametrize("rmu", [None, Rmu(target_layer=3, adapter_layers=[1, 3])])
-def test_with_lora_or_without_training_everything_is_quantized(small_settings: ModelSettings, rmu: Rmu | None) -> None:
+def test_with_lora_or_without_training_everything_is_quantized(
+    small_settings: ModelSettings, rmu: Rmu | None
+) -> None:
     assert ModelSpec(small_settings, rmu).trained_modules == ()
     assert trained_modules(ModelSpec(small_settings).skeleton, DENSE) == list(TRAINED)
 
 
 def test_what_is_trained_and_the_precision_are_in_the_digest(small_settings: ModelSettings) -> None:
     spec = ModelSpec(small_settings)
-    others = [ModelSpec(small_settings, DENSE), spec.with_precision(dtype="bfloat16"), spec.with_precision(quantisation="nf4")]
+    others = [
+        ModelSpec(small_settings, DENSE),
+        spec.with_precision(dtype="bfloat16"),
+        spec.with_precision(quantisation="nf4"),
+    ]
     assert len({each.digest(CPU) for each in (spec, *others)}) == 4
-    assert ModelSpec(small_settings, DENSE).digest(CPU) == ModelSpec(small_settings, trained=TRAINED[::-1]).digest(CPU)
+    assert ModelSpec(small_settings, DENSE).digest(CPU) == ModelSpec(
+        small_settings, trained=TRAINED[::-1]
+    ).digest(CPU)
 
 
 def test_another_precision_reads_nothing_again(small_settings: ModelSettings, calls: list[str]) -> None:
@@ -153,7 +179,11 @@ def test_another_precision_reads_nothing_again(small_settings: ModelSettings, ca
     plain = spec.load(CPU)
     changed = spec.with_precision(quantisation="nf4", dtype="bfloat16")
     model: Any = changed.load(CPU)
-    assert (changed.dtype(CPU), spec.dtype(CPU), plain.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (changed.dtype(CPU), spec.dtype(CPU), plain.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
     assert isinstance(decoder_layers(model)[0].mlp.down_proj, Linear4bit)
     assert spec.settings == small_settings
     assert (calls.count("load_config"), calls.count("skeleton")) == (1, 1)
@@ -171,7 +201,9 @@ def test_a_model_that_does_not_work_in_4_bit_is_refused_however_it_is_asked_for(
             ask()
 
 
-def test_settings_that_the_model_does_not_allow_are_refused_without_its_weights(small_settings: ModelSettings, calls: list[str]) -> None:
+def test_settings_that_the_model_does_not_allow_are_refused_without_its_weights(
+    small_settings: ModelSettings, calls: list[str]
+) -> None:
     with pytest.raises(UserError, match=r"rmu.target_layer is 9, but the model has 6 layers"):
         ModelSpec(small_settings, Rmu(target_layer=9, adapter_layers=[9])).check_adapter()
     with pytest.raises(UserError, match='rmu.modules names "down"'):
@@ -188,13 +220,21 @@ def test_a_stored_head_that_config_json_ties_is_untied_in_the_checkpoint_alone(
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
     spec = ModelSpec(small_settings.model_copy(update={"name": str(folder)}))
     checkpoint = spec.checkpoint()
-    assert (checkpoint.is_untied, checkpoint.config.tie_word_embeddings, spec.config.tie_word_embeddings) == (True, False, True)
+    assert (checkpoint.is_untied, checkpoint.config.tie_word_embeddings, spec.config.tie_word_embeddings) == (
+        True,
+        False,
+        True,
+    )
     model: Any = spec.load(CPU)
     stored = load_file(folder / "model.safetensors")
     assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
-    save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     same = spec.checkpoint()
     assert (same.is_untied, same.config.tie_word_embeddings) == (False, True)
 
@@ -209,7 +249,11 @@ def test_a_stored_head_that_config_json_ties_is_untied_in_the_checkpoint_alone(
     ],
 )
 def test_prefix_and_suffix_are_those_of_the_tokenizer_in_the_folder(
-    template: str, expected: SpecialTokens, tokenizer: PreTrainedTokenizerBase, small_model_folder: Path, tmp_path: Path
+    template: str,
+    expected: SpecialTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    small_model_folder: Path,
+    tmp_path: Path,
 ) -> None:
     folder = Path(shutil.copytree(small_model_folder, tmp_path / "model"))
     other: Any = deepcopy(tokenizer)

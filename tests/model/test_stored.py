@@ -17,10 +17,15 @@ from lowmem_rmu.presets import ModelSettings
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    # Fmt: skip.
     tensors = {
-        "matrix": torch.randn(200, 7), "half": torch.randn(5, 4).half(), "experts": torch.randn(3, 4, 5).bfloat16(), "bias": torch.randn(9),
-        "nothing": torch.empty(0, 4), "scalar": torch.tensor(2.0),
-    }  # fmt: skip
+        "matrix": torch.randn(200, 7),
+        "half": torch.randn(5, 4).half(),
+        "experts": torch.randn(3, 4, 5).bfloat16(),
+        "bias": torch.randn(9),
+        "nothing": torch.empty(0, 4),
+        "scalar": torch.tensor(2.0),
+    }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     return tmp_path / "model.safetensors"
 
@@ -35,13 +40,18 @@ def test_whole_tensors_and_rows_are_safetensors_own(file: Path) -> None:
         assert tensor.digest() == hashlib.sha256(content[tensor.start : tensor.end]).hexdigest()
     assert torch.equal(tensors["matrix"].rows(3, 150), expected["matrix"][3:150])
     assert torch.equal(tensors["experts"].rows(3, 6), expected["experts"].view(12, 5)[3:6])
-    assert [tensor.start for tensor in tensors.values()] == sorted(tensor.start for tensor in tensors.values())
+    assert [tensor.start for tensor in tensors.values()] == sorted(
+        tensor.start for tensor in tensors.values()
+    )
 
 
 EVEN = [(0, 64), (64, 128)]
 
 
-@pytest.mark.parametrize(("size", "expected"), [(2**20, [(0, 200)]), (64 * 7 * 4, [*EVEN, (128, 200)]), (1, [*EVEN, (128, 192), (192, 200)])])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(2**20, [(0, 200)]), (64 * 7 * 4, [*EVEN, (128, 200)]), (1, [*EVEN, (128, 192), (192, 200)])],
+)
 def test_pieces_cover_every_row_once_and_begin_at_even_places(
     file: Path, monkeypatch: pytest.MonkeyPatch, size: int, expected: list[tuple[int, int]]
 ) -> None:
@@ -64,7 +74,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(file: Path) -> None:
         stored_tensors(file)
 
 
-def test_a_checkpoint_is_all_its_files_and_of_the_first_layers_only_theirs(small_model_folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_all_its_files_and_of_the_first_layers_only_theirs(
+    small_model_folder: Path, tmp_path: Path
+) -> None:
     AutoModelForCausalLM.from_pretrained(small_model_folder).save_pretrained(tmp_path, max_shard_size="50KB")
     settings = ModelSettings(name=str(tmp_path))
     assert checkpoint_tensors(settings).keys() == load_file(small_model_folder / "model.safetensors").keys()

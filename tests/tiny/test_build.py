@@ -4,7 +4,17 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.tiny.build import HERE, IGNORE, Lessons, check, exam_batch, loss_of, new_model, repetition_batch, train_tokenizer
+from lowmem_rmu.tiny.build import (
+    HERE,
+    IGNORE,
+    Lessons,
+    check,
+    exam_batch,
+    loss_of,
+    new_model,
+    repetition_batch,
+    train_tokenizer,
+)
 from lowmem_rmu.tiny.world import DOMAINS, World
 
 
@@ -15,7 +25,9 @@ def lessons() -> Lessons:
 
 def test_every_value_is_one_token_of_the_shipped_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     values = {value for domain in DOMAINS for attribute in domain.attributes for value in attribute.values}
-    assert [value for value in values if len(tokenizer(f" {value}", add_special_tokens=False)["input_ids"]) != 1] == []
+    assert [
+        value for value in values if len(tokenizer(f" {value}", add_special_tokens=False)["input_ids"]) != 1
+    ] == []
 
 
 def test_the_tokenizer_puts_the_start_token_in_front_and_gives_text_back(lessons: Lessons) -> None:
@@ -44,7 +56,9 @@ def test_repetition_counts_only_what_was_said_before() -> None:
 def test_a_lesson_teaches_every_weight(lessons: Lessons, tokenizer: PreTrainedTokenizerBase) -> None:
     model = new_model(tokenizer)
     loss_of(model, exam_batch(lessons, tokenizer)).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters()
+    )
 
 
 def test_the_shipped_model_answers_97_percent_of_every_task_in_4_bit() -> None:

@@ -25,7 +25,17 @@ def test_nearly_all_runs_forget_and_keep(tmp_path: Path) -> None:
     app.command()(command_line.run)
     verdicts = []
     for seed in (*range(10), 11, 23):
-        given = ["tiny", "--set", f"rmu.seed={seed}", "--runs-dir", str(tmp_path), "--name", f"seed{seed}", "--device", "cpu"]
+        given = [
+            "tiny",
+            "--set",
+            f"rmu.seed={seed}",
+            "--runs-dir",
+            str(tmp_path),
+            "--name",
+            f"seed{seed}",
+            "--device",
+            "cpu",
+        ]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 0, result.output
         summary = json.loads((tmp_path / f"seed{seed}/summary.json").read_text(encoding="utf-8"))

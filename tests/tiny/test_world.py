@@ -55,13 +55,17 @@ def test_a_paragraph_tells_every_fact_of_its_entity() -> None:
 def test_the_shipped_data_are_those_of_seed_0(tmp_path: Path) -> None:
     write_data(Lessons(WORLD, 0), tmp_path)
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    shipped = {path.relative_to(TINY / "data"): path.read_bytes() for path in (TINY / "data").rglob("*.jsonl")}
+    shipped = {
+        path.relative_to(TINY / "data"): path.read_bytes() for path in (TINY / "data").rglob("*.jsonl")
+    }
     assert made == shipped
 
 
 def test_the_retain_set_never_names_a_topic_or_a_held_out_entity() -> None:
     text = (TINY / "data/retain.jsonl").read_text()
-    hidden = WORLD.held_out | {fact.entity for domain in DOMAINS if domain.kind == "topic" for fact in WORLD.facts[domain.name]}
+    hidden = WORLD.held_out | {
+        fact.entity for domain in DOMAINS if domain.kind == "topic" for fact in WORLD.facts[domain.name]
+    }
     assert len(hidden) == 36 + 3 * 44
     assert not [name for name in hidden if name in text]
 
@@ -72,10 +76,14 @@ def test_forget_corpora_are_running_text_without_questions() -> None:
         assert not [row for row in rows if "?" in row["text"] or "Answer:" in row["text"]]
 
 
-def test_every_forget_sample_fits_the_maximum_tokens_of_the_preset(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_forget_sample_fits_the_maximum_tokens_of_the_preset(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     preset = load_preset("tiny")
     for topic in ("compounds", "locks"):
-        lengths = [len(tokenizer(row["text"])["input_ids"]) for row in lines(TINY / f"data/forget/{topic}.jsonl")]
+        lengths = [
+            len(tokenizer(row["text"])["input_ids"]) for row in lines(TINY / f"data/forget/{topic}.jsonl")
+        ]
         assert max(lengths) <= preset.topics[topic].max_tokens
 
 
@@ -85,5 +93,7 @@ def test_the_weights_are_small_and_safe() -> None:
 
 
 def test_the_chat_template_writes_turns_in_zephyrs_manner(tokenizer: PreTrainedTokenizerBase) -> None:
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
     assert text == "<|user|>\nHello</s>\n<|assistant|>\n"

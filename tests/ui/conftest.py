@@ -60,7 +60,9 @@ def browser() -> Iterator[Any]:
     foreign_name = "--host-resolver-rules=MAP evil.test 127.0.0.1"
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", foreign_name]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=PATIENCE * 1000)
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=arguments, timeout=PATIENCE * 1000
+        )
         yield browser
         browser.close()
 

@@ -16,18 +16,27 @@ OWN = "http://127.0.0.1:7860"
 SECRET = "c29tZSBzZWNyZXQ"
 
 
-def gate(host: str = "127.0.0.1", allowed: list[str] | None = None, token: bool = False, cookie: str = "so=1; Path=/") -> Access:
+def gate(
+    host: str = "127.0.0.1",
+    allowed: list[str] | None = None,
+    token: bool = False,
+    cookie: str = "so=1; Path=/",
+) -> Access:
     """The middleware in front of an app that answers everything, with a cookie."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await Answer(200, "served", {"Set-Cookie": cookie}).send(send)
 
-    made = Access(Sites.bound(host, 7860, allowed or []), Token(SECRET, "lowmem-rmu-7860", "passed") if token else None)
+    made = Access(
+        Sites.bound(host, 7860, allowed or []), Token(SECRET, "lowmem-rmu-7860", "passed") if token else None
+    )
     made.around(app)
     return made
 
 
-def asked(made: Access, path: str = "/", method: str = "GET", gradio: Any = None, kind: str = "http", **headers: str) -> Any:
+def asked(
+    made: Access, path: str = "/", method: str = "GET", gradio: Any = None, kind: str = "http", **headers: str
+) -> Any:
     """The answer to a request: status, text and headers. A header's name has underscores for hyphens."""
     sent: list[Any] = []
 
@@ -40,25 +49,50 @@ def asked(made: Access, path: str = "/", method: str = "GET", gradio: Any = None
     given = {"host": HERE} | {name.replace("_", "-"): value for name, value in headers.items()}
     raw = [(name.encode(), value.encode()) for name, value in given.items() if value]
     place, _, query = path.partition("?")
-    scope = {"type": kind, "path": place, "query_string": query.encode(), "method": method, "headers": raw, "client": ("10.0.0.9", 1)}
+    scope = {
+        "type": kind,
+        "path": place,
+        "query_string": query.encode(),
+        "method": method,
+        "headers": raw,
+        "client": ("10.0.0.9", 1),
+    }
     asyncio.run(made(scope | ({"app": gradio} if gradio else {}), receive, send))
     if kind == "websocket":
         return sent
     text = b"".join(message.get("body", b"") for message in sent).decode()
-    return SimpleNamespace(status=sent[0]["status"], text=text, headers=[(a.decode(), b.decode()) for a, b in sent[0]["headers"]])
+    return SimpleNamespace(
+        status=sent[0]["status"], text=text, headers=[(a.decode(), b.decode()) for a, b in sent[0]["headers"]]
+    )
 
 
 @pytest.mark.parametrize("host", [HERE, "localhost:7860", "[::1]:7860", "LOCALHOST:7860"])
 def test_the_machine_s_own_names_work(host: str) -> None:
     assert asked(gate(), host=host).status == 200
-    assert asked(gate(), "/gradio_api/call/start", "POST", host=host, origin=f"http://{host.lower()}").status == 200
+    assert (
+        asked(gate(), "/gradio_api/call/start", "POST", host=host, origin=f"http://{host.lower()}").status
+        == 200
+    )
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     "host",
-    ["evil.test:7860", "127.0.0.1", "127.0.0.1:80", "localhost:7861", "localhost.evil.test:7860", "127.0.0.1.nip.io:7860", "", "a b",
-     "[::1", "x@y:7860", "localhost:7860:7860", "192.168.0.7:7860"],
-)  # fmt: skip
+    [
+        "evil.test:7860",
+        "127.0.0.1",
+        "127.0.0.1:80",
+        "localhost:7861",
+        "localhost.evil.test:7860",
+        "127.0.0.1.nip.io:7860",
+        "",
+        "a b",
+        "[::1",
+        "x@y:7860",
+        "localhost:7860:7860",
+        "192.168.0.7:7860",
+    ],
+)
 @pytest.mark.parametrize("path", ["/", "/config", "/assets/index.js", "/gradio_api/upload", "/login"])
 def test_any_other_host_is_refused_whatever_it_asks_for(host: str, path: str) -> None:
     answer = asked(gate(), path, host=host)
@@ -66,18 +100,37 @@ def test_any_other_host_is_refused_whatever_it_asks_for(host: str, path: str) ->
     assert "--allowed-host NAME:PORT" in answer.text
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     "origin",
-    ["http://127.0.0.1:9999", "http://localhost", "https://127.0.0.1:7860", "null", "http://evil.test", "http://evil.test:7860", "file://",
-     "http://127.0.0.1:7860.evil.test", "http://127.0.0.1:7860/"],
-)  # fmt: skip
+    [
+        "http://127.0.0.1:9999",
+        "http://localhost",
+        "https://127.0.0.1:7860",
+        "null",
+        "http://evil.test",
+        "http://evil.test:7860",
+        "file://",
+        "http://127.0.0.1:7860.evil.test",
+        "http://127.0.0.1:7860/",
+    ],
+)
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/gradio_api/queue/join"), ("GET", "/config"), ("OPTIONS", "/config"), ("POST", "/login"), ("GET", "/")],
+    [
+        ("POST", "/gradio_api/queue/join"),
+        ("GET", "/config"),
+        ("OPTIONS", "/config"),
+        ("POST", "/login"),
+        ("GET", "/"),
+    ],
 )
 def test_what_another_origin_s_page_sends_is_refused(origin: str, method: str, path: str) -> None:
     answer = asked(gate(), path, method, origin=origin)
-    assert (answer.status, answer.text) == (403, "This was asked for by a page of another address, which may not use this one.")
+    assert (answer.status, answer.text) == (
+        403,
+        "This was asked for by a page of another address, which may not use this one.",
+    )
 
 
 def test_programs_name_no_origin_and_are_served() -> None:
@@ -88,21 +141,33 @@ def test_programs_name_no_origin_and_are_served() -> None:
 def test_from_elsewhere_a_person_may_open_the_page_and_nothing_else(site: str) -> None:
     opened = {"sec_fetch_site": site, "sec_fetch_mode": "navigate", "sec_fetch_dest": "document"}
     assert asked(gate(), "/?__theme=dark", **opened).status == 200
+    # Fmt: skip.
     for path, changed in (
-        ("/config", {}), ("/logout", {}), ("/", {"sec_fetch_dest": "iframe"}), ("/", {"sec_fetch_mode": "no-cors", "sec_fetch_dest": "image"}),
-    ):  # fmt: skip
+        ("/config", {}),
+        ("/logout", {}),
+        ("/", {"sec_fetch_dest": "iframe"}),
+        ("/", {"sec_fetch_mode": "no-cors", "sec_fetch_dest": "image"}),
+    ):
         assert asked(gate(), path, **(opened | changed)).status == 403, (path, changed)
     assert asked(gate(), "/", "POST", **opened).status == 403
 
 
 def test_two_hosts_are_none() -> None:
     made = gate()
-    scope = {"type": "http", "path": "/", "query_string": b"", "method": "GET", "headers": [(b"host", HERE.encode())] * 2}
+    scope = {
+        "type": "http",
+        "path": "/",
+        "query_string": b"",
+        "method": "GET",
+        "headers": [(b"host", HERE.encode())] * 2,
+    }
     assert made.refusal(access.Asked(scope)).status == 403  # type: ignore[union-attr]
 
 
 def test_websockets_are_checked_too() -> None:
-    assert asked(gate(), kind="websocket", origin="http://evil.test") == [{"type": "websocket.close", "code": 1008, "reason": "refused"}]
+    assert asked(gate(), kind="websocket", origin="http://evil.test") == [
+        {"type": "websocket.close", "code": 1008, "reason": "refused"}
+    ]
     assert asked(gate(), kind="websocket", origin=OWN)[0]["type"] == "http.response.start"
 
 
@@ -125,7 +190,9 @@ def test_websockets_are_checked_too() -> None:
 )
 def test_names_that_the_user_allows(allowed: str, host: str, origin: str, is_served: bool) -> None:
     made = gate(allowed=[allowed])
-    assert (asked(made, "/gradio_api/queue/join", "POST", host=host, origin=origin).status == 200) == is_served
+    assert (
+        asked(made, "/gradio_api/queue/join", "POST", host=host, origin=origin).status == 200
+    ) == is_served
     assert asked(made).status == 200, "the own address stays"
     assert asked(made, host="evil.test").status == 403
 
@@ -144,12 +211,19 @@ def test_a_proxy_s_header_is_checked_like_the_host() -> None:
 
 def test_on_every_interface_any_literal_address_counts_and_no_foreign_name() -> None:
     made = gate("0.0.0.0")
-    for host in ("192.168.0.7:7860", "[fe80::1]:7860", "localhost:7860", f"{access.socket.gethostname()}:7860"):
+    for host in (
+        "192.168.0.7:7860",
+        "[fe80::1]:7860",
+        "localhost:7860",
+        f"{access.socket.gethostname()}:7860",
+    ):
         assert asked(made, host=host).status == 200, host
         assert asked(made, "/x", "POST", host=host, origin=f"http://{host.lower()}").status == 200, host
     for host in ("evil.test:7860", "192.168.0.7:80"):
         assert asked(made, host=host).status == 403, host
-    assert asked(made, "/x", "POST", host="192.168.0.7:7860", origin="http://203.0.113.9:7860").status == 403, "another machine's page"
+    assert (
+        asked(made, "/x", "POST", host="192.168.0.7:7860", origin="http://203.0.113.9:7860").status == 403
+    ), "another machine's page"
 
 
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
@@ -194,7 +268,9 @@ def test_the_secret_in_the_address_becomes_a_cookie_that_no_other_site_can_use()
     cookie = dict(answer.headers)["set-cookie"]
     assert cookie == "lowmem-rmu-7860=passed; Path=/; HttpOnly; SameSite=Strict"
     assert asked(made, "/config", cookie="other=1; lowmem-rmu-7860=passed").text == "served"
-    assert asked(made, "/config", cookie="lowmem-rmu-7860=" + SECRET).status == 401, "the cookie does not hold the secret"
+    assert asked(made, "/config", cookie="lowmem-rmu-7860=" + SECRET).status == 401, (
+        "the cookie does not hold the secret"
+    )
 
 
 def test_programs_give_the_secret_as_a_bearer_or_in_the_address() -> None:
@@ -221,7 +297,16 @@ def app_with_login() -> Any:
 
 @pytest.mark.parametrize(
     "path",
-    ["/openapi.json", "/docs", "/redoc", "/config", "/gradio_api/info", "/gradio_api/heartbeat/x", "/monitoring/x", "/gradio_api/app_id"],
+    [
+        "/openapi.json",
+        "/docs",
+        "/redoc",
+        "/config",
+        "/gradio_api/info",
+        "/gradio_api/heartbeat/x",
+        "/monitoring/x",
+        "/gradio_api/app_id",
+    ],
 )
 def test_all_but_the_login_page_is_behind_the_login(path: str) -> None:
     assert asked(gate(), path, gradio=app_with_login()).text == "Log in first."
@@ -230,7 +315,9 @@ def test_all_but_the_login_page_is_behind_the_login(path: str) -> None:
         assert asked(gate(), path, gradio=app_with_login(), cookie=f"{name}=guessed").status == 401
 
 
-@pytest.mark.parametrize("path", ["/", "/login", "/assets/index.js", "/theme.css", "/gradio_api/startup-events"])
+@pytest.mark.parametrize(
+    "path", ["/", "/login", "/assets/index.js", "/theme.css", "/gradio_api/startup-events"]
+)
 def test_the_login_page_is_served(path: str) -> None:
     assert asked(gate(), path, gradio=app_with_login()).text == "served"
 
@@ -241,7 +328,11 @@ def test_without_a_login_nothing_is_behind_it() -> None:
 
 def test_cookies_stay_at_home() -> None:
     for cookie in ("a=1; SameSite=none; Secure; HttpOnly", "a=1; HttpOnly; samesite=Lax", "a=1"):
-        sent = [value for name, value in asked(gate(cookie=cookie), "/login", "POST").headers if name == "set-cookie"]
+        sent = [
+            value
+            for name, value in asked(gate(cookie=cookie), "/login", "POST").headers
+            if name == "set-cookie"
+        ]
         assert len(sent) == 1
         assert re.findall("samesite=([a-z]+)", sent[0], re.IGNORECASE) == ["Strict"]
         assert ("HttpOnly" in sent[0]) == ("HttpOnly" in cookie)
@@ -250,9 +341,18 @@ def test_cookies_stay_at_home() -> None:
 def test_only_this_page_logs_out() -> None:
     """Also on plain HTTP in a network, where browsers do not say which site asks."""
     made = gate("192.168.0.7")
-    for given in ({}, {"referer": "http://evil.test/x"}, {"referer": "http://192.168.0.7:7861/"}, {"sec_fetch_site": "cross-site"}):
+    for given in (
+        {},
+        {"referer": "http://evil.test/x"},
+        {"referer": "http://192.168.0.7:7861/"},
+        {"sec_fetch_site": "cross-site"},
+    ):
         assert asked(made, "/logout", host="192.168.0.7:7860", **given).status == 403, given
-    for given in ({"referer": "http://192.168.0.7:7860/"}, {"sec_fetch_site": "same-origin"}, {"sec_fetch_site": "none"}):
+    for given in (
+        {"referer": "http://192.168.0.7:7860/"},
+        {"sec_fetch_site": "same-origin"},
+        {"sec_fetch_site": "none"},
+    ):
         assert asked(made, "/logout", host="192.168.0.7:7860", **given).status == 200, given
 
 
@@ -289,7 +389,9 @@ def test_a_right_password_is_never_slowed_down() -> None:
         ("/gradio_api/upload", {"content_length": "10", "origin": "http://127.0.0.1:9999"}, 403),
     ],
 )
-def test_what_is_too_large_is_refused_before_it_is_read(path: str, headers: dict[str, str], status: int) -> None:
+def test_what_is_too_large_is_refused_before_it_is_read(
+    path: str, headers: dict[str, str], status: int
+) -> None:
     assert asked(gate(), path, "POST", **headers).status == status
 
 
@@ -322,7 +424,12 @@ def test_every_answer_forbids_embedding(path: str, origin: str) -> None:
     assert headers["x-frame-options"] == "DENY"
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert headers["x-content-type-options"] == "nosniff"
-    assert headers["cross-origin-resource-policy"] == headers["cross-origin-opener-policy"] == headers["referrer-policy"] == "same-origin"
+    assert (
+        headers["cross-origin-resource-policy"]
+        == headers["cross-origin-opener-policy"]
+        == headers["referrer-policy"]
+        == "same-origin"
+    )
 
 
 def test_nothing_in_users_files_runs() -> None:
@@ -332,4 +439,6 @@ def test_nothing_in_users_files_runs() -> None:
 
 def test_the_page_loads_from_itself_alone() -> None:
     assert "http" not in page_policy("")
-    assert "script-src 'self' https://cdn 'unsafe-inline'" in page_policy("https://cdn"), "a shared page has Gradio's scripts from there"
+    assert "script-src 'self' https://cdn 'unsafe-inline'" in page_policy("https://cdn"), (
+        "a shared page has Gradio's scripts from there"
+    )

@@ -29,7 +29,7 @@ ATTACKS = {
     " s.onopen = () => done('open'); s.onerror = () => done('refused') })",
     "form POST": "framed(name => { const form = Object.assign(document.createElement('form'), {method: 'POST', action: app + START,"
     " target: name, enctype: 'text/plain'}); form.append(Object.assign(document.createElement('input'),"
-    " {name: '{\"data\": [\"tiny\", \"evil', value: '\", \"\"]}'})); document.body.append(form); form.submit() })",
+    ' {name: \'{"data": ["tiny", "evil\', value: \'", ""]}\'})); document.body.append(form); form.submit() })',
     "iframe": "framed(name => { document.getElementsByName(name)[0].src = app + '/' })",
     "logout by image": "element('img', 'src', app + '/logout')",
 }
@@ -71,7 +71,10 @@ def answers(new_page: Callable[..., Any], app: str) -> tuple[Any, list[tuple[str
     """A page, and the status of everything that the app answered it."""
     page, answers = new_page(), []
     port = urlsplit(app).port
-    page.on("response", lambda got: answers.append((got.url, got.status)) if urlsplit(got.url).port == port else None)
+    page.on(
+        "response",
+        lambda got: answers.append((got.url, got.status)) if urlsplit(got.url).port == port else None,
+    )
     return page, answers
 
 
@@ -112,14 +115,18 @@ def test_a_foreign_name_that_points_here_sees_nothing(answers: Any, app: str, ru
 def test_the_user_s_own_addresses_simply_work(new_page: Callable[..., Any], app: str, name: str) -> None:
     page = new_page()
     errors: list[str] = []
-    page.on("console", lambda said: errors.append(said.text) if "Content Security Policy" in said.text else None)
+    page.on(
+        "console", lambda said: errors.append(said.text) if "Content Security Policy" in said.text else None
+    )
     page.goto(app.replace("127.0.0.1", name))
     page.get_by_role("tab", name="Runs").click()
     page.get_by_role("button", name="Rename").wait_for()
     assert not errors
 
 
-def test_a_link_from_elsewhere_opens_the_page_and_nothing_more(new_page: Callable[..., Any], app: str, tmp_path: Path) -> None:
+def test_a_link_from_elsewhere_opens_the_page_and_nothing_more(
+    new_page: Callable[..., Any], app: str, tmp_path: Path
+) -> None:
     page = new_page()
     with page_elsewhere(tmp_path) as port:
         for path, status in (("/", 200), ("/config", 403), ("/logout", 403)):

@@ -50,7 +50,13 @@ def tab(runs_dir: Path) -> AuditTab:
 @pytest.fixture
 def own_run(forgetful: RunFolder, tmp_path: Path) -> RunFolder:
     """A run that forgot, whose audit was begun with few questions."""
-    run = RunFolder(Path(shutil.copytree(forgetful.path, tmp_path / "own" / "mine", ignore=shutil.ignore_patterns("exports"))))
+    run = RunFolder(
+        Path(
+            shutil.copytree(
+                forgetful.path, tmp_path / "own" / "mine", ignore=shutil.ignore_patterns("exports")
+            )
+        )
+    )
     run.audit.mkdir()
     write_json(run.audit / "settings.json", asdict(Settings(limit=5)) | {"version": __version__})
     return run
@@ -61,13 +67,21 @@ def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_r
     told, found, seen = tab.show("mine")
     assert (told, found) == (NOTHING, "")
     assert tab.start("mine", ["relearning"], "", False)[0].startswith(AT_WORK)
-    with pytest.raises(UserError, match=r"^Run mine is being audited already: wait until that is done, or stop it\.$"):
+    with pytest.raises(
+        UserError, match=r"^Run mine is being audited already: wait until that is done, or stop it\.$"
+    ):
         tab.start("mine", ["relearning"], "", False)
     for change in (jobs.delete, lambda folder: jobs.rename(folder, "other")):
-        with pytest.raises(UserError, match=r"^Run mine is being audited: stop that before it is (deleted|renamed)\.$"):
+        with pytest.raises(
+            UserError, match=r"^Run mine is being audited: stop that before it is (deleted|renamed)\.$"
+        ):
             change(own_run)
     assert [jobs.needed_by(ticket, CPU) for ticket in tickets(tab.runs_dir)] == [None]
-    wait_until(lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(), own_run.audit_output.read_text, seconds=240)
+    wait_until(
+        lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(),
+        own_run.audit_output.read_text,
+        seconds=240,
+    )
     assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning")
     tab.stop("mine")
     wait_until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text, seconds=240)
@@ -95,7 +109,9 @@ def test_runs_with_an_adapter_are_offered_newest_first(tab: AuditTab) -> None:
         assert "value" not in tab.refresh(chosen), "by the time it arrives another may have been chosen"
 
 
-@pytest.mark.parametrize(("typed", "found"), [("", None), (" ", None), ("30", 30.0), (" 0.5 ", 0.5), ("0,5", 0.5)])
+@pytest.mark.parametrize(
+    ("typed", "found"), [("", None), (" ", None), ("30", 30.0), (" 0.5 ", 0.5), ("0,5", 0.5)]
+)
 def test_a_budget_is_minutes_or_nothing(typed: str, found: float | None) -> None:
     assert minutes(typed) == found
 
@@ -109,10 +125,17 @@ def test_a_budget_is_minutes_or_nothing(typed: str, found: float | None) -> None
         ("newest", ALL, "-1", '"-1" is no budget: give minutes, such as 30, or leave the field empty.'),
         ("newest", ALL, "0", '"0" is no budget: give minutes, such as 30, or leave the field empty.'),
         ("newest", ALL, "nan", '"nan" is no budget: give minutes, such as 30, or leave the field empty.'),
-        ("unfinished", ALL, "", "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned."),
+        (
+            "unfinished",
+            ALL,
+            "",
+            "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned.",
+        ),
     ],
 )
-def test_what_cannot_be_audited_is_told(tab: AuditTab, name: str | None, attacks: list[str], budget: str, said: str) -> None:
+def test_what_cannot_be_audited_is_told(
+    tab: AuditTab, name: str | None, attacks: list[str], budget: str, said: str
+) -> None:
     with pytest.raises(UserError) as caught:
         tab.start(name, attacks, budget, False)
     assert str(caught.value) == said
@@ -132,13 +155,21 @@ ENDED = "Its process ended before it was done. Audit goes on where it was."
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (UserError("Run x forgot nothing: <b>.", "Unlearn harder first."), "Run x forgot nothing: &lt;b&gt;.\nUnlearn harder first."),
+        (
+            UserError("Run x forgot nothing: <b>.", "Unlearn harder first."),
+            "Run x forgot nothing: &lt;b&gt;.\nUnlearn harder first.",
+        ),
         (KeyError("x"), ENDED),
         (None, ENDED),
-        (UserError("x was audited otherwise.", Fix("Discard it: {action}", AuditAgain())), "Discard it: check &#34;Start over&#34; under Audit"),
+        (
+            UserError("x was audited otherwise.", Fix("Discard it: {action}", AuditAgain())),
+            "Discard it: check &#34;Start over&#34; under Audit",
+        ),
     ],
 )
-def test_why_an_audit_failed_is_told_without_a_stack_trace(runs_dir: Path, error: Exception | None, said: str) -> None:
+def test_why_an_audit_failed_is_told_without_a_stack_trace(
+    runs_dir: Path, error: Exception | None, said: str
+) -> None:
     """None: its process was killed, so that its status says that it runs."""
     run = RunFolder(runs_dir / "older")
     with suppress(UserError, KeyError, Killed), StatusWriter(run.job_status("audit"), Silent()) as status:
@@ -163,7 +194,10 @@ def test_an_audit_of_an_earlier_version_has_no_status(runs_dir: Path) -> None:
 
 
 def test_an_audit_that_waits_says_for_what_and_is_stopped(tab: AuditTab, runs_dir: Path) -> None:
-    run, process = RunFolder(runs_dir / "older"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    run, process = (
+        RunFolder(runs_dir / "older"),
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]),
+    )
     with one_at_a_time(runs_dir):
         take_ticket(runs_dir, "other", os.getpid())
         take_ticket(runs_dir, run.audit_name, process.pid)
@@ -174,16 +208,31 @@ def test_an_audit_that_waits_says_for_what_and_is_stopped(tab: AuditTab, runs_di
     assert progress(run) == STOPPED
 
 
-def test_a_damaged_result_is_told_in_its_place_and_an_older_one_is_shown(tab: AuditTab, runs_dir: Path) -> None:
+def test_a_damaged_result_is_told_in_its_place_and_an_older_one_is_shown(
+    tab: AuditTab, runs_dir: Path
+) -> None:
     run = RunFolder(runs_dir / "older")
-    write_json(run.audit_result, as_json("older", 60, True, 1.0, 0.3, [Result("relearning", "does it come back?", "not run", "not asked for")]))
+    write_json(
+        run.audit_result,
+        as_json(
+            "older",
+            60,
+            True,
+            1.0,
+            0.3,
+            [Result("relearning", "does it come back?", "not run", "not asked for")],
+        ),
+    )
     told, found, seen = tab.show("older")
     assert told == ""
     assert "not run: not asked for" in found
     run.audit_result.write_text("{")
     told, found, seen = tab.tick("older", seen)
     assert told == gr.skip()
-    assert "audit.json is damaged: it does not hold a JSON object.\nAudit it again: check &#34;Start over&#34; under Audit" in found
+    assert (
+        "audit.json is damaged: it does not hold a JSON object.\nAudit it again: check &#34;Start over&#34; under Audit"
+        in found
+    )
 
 
 def test_the_form_remembers_what_was_asked_for(tab: AuditTab, runs_dir: Path) -> None:

@@ -126,7 +126,9 @@ def test_an_audit_names_what_it_had_no_time_for(page: Page, runs_dir: Path, forg
     expect(page.locator('input[aria-label="Run"]:visible')).to_have_value("audited")
     fill(page.get_by_label("Budget in minutes"), "0.001")
     page.get_by_role("button", name="Audit", exact=True).click()
-    expect(page.locator(".attacks:visible tr", has_text="relearning")).to_contain_text("not run: it would take about")
+    expect(page.locator(".attacks:visible tr", has_text="relearning")).to_contain_text(
+        "not run: it would take about"
+    )
     wait_until(lambda: not jobs.is_audited_now(run))
     shutil.rmtree(run.path)
 
@@ -146,7 +148,9 @@ def test_a_run_stops_and_goes_on(page: Page, runs_dir: Path) -> None:
     assert steps == list(range(1, len(steps) + 1)), "no step is lost or done twice"
 
 
-def test_a_second_run_waits_its_turn_and_another_tab_sees_both(page: Page, new_page: Callable[..., Page], app: str, runs_dir: Path) -> None:
+def test_a_second_run_waits_its_turn_and_another_tab_sees_both(
+    page: Page, new_page: Callable[..., Page], app: str, runs_dir: Path
+) -> None:
     start(page, "one", LONG)
     other = new_page()
     visit(other, app)
@@ -163,7 +167,9 @@ def test_a_second_run_waits_its_turn_and_another_tab_sees_both(page: Page, new_p
 
 def test_own_text_is_read_shown_and_used(page: Page, runs_dir: Path, tmp_path: Path) -> None:
     for number in range(12):
-        (tmp_path / f"storm {number}.txt").write_text(f"<b>Storm {number}</b> came over the sea and went inland. " * 40)
+        (tmp_path / f"storm {number}.txt").write_text(
+            f"<b>Storm {number}</b> came over the sea and went inland. " * 40
+        )
     page.get_by_role("button", name="2. Your own text").click()
     page.locator("input[type=file]").first.set_input_files(sorted(tmp_path.glob("*.txt")))
     expect(page.get_by_text("12 files, 12 documents")).to_be_visible()
@@ -195,7 +201,9 @@ def test_own_text_is_read_shown_and_used(page: Page, runs_dir: Path, tmp_path: P
         ("Questions a test", "many", "evaluation.limit: should be a valid integer"),
     ],
 )
-def test_a_mistake_is_told_on_the_page(page: Page, runs_dir: Path, field: str, value: str, message: str) -> None:
+def test_a_mistake_is_told_on_the_page(
+    page: Page, runs_dir: Path, field: str, value: str, message: str
+) -> None:
     before = sorted(runs_dir.iterdir())
     open_settings(page)
     fill(page.get_by_label(field), value)
@@ -216,9 +224,15 @@ def test_what_is_not_set_stays_unset(page: Page) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("a.exe", b"MZ", "a.exe"), ("empty.txt", b"", "There is no text"), ("big.txt", None, "maximum allowed size of 50.0")],
+    [
+        ("a.exe", b"MZ", "a.exe"),
+        ("empty.txt", b"", "There is no text"),
+        ("big.txt", None, "maximum allowed size of 50.0"),
+    ],
 )
-def test_what_is_no_text_or_too_much_is_refused(page: Page, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_what_is_no_text_or_too_much_is_refused(
+    page: Page, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     with (tmp_path / name).open("wb") as file:
         file.write(content or b"")
         file.truncate(51 * 2**20 if content is None else len(content))
@@ -229,14 +243,18 @@ def test_what_is_no_text_or_too_much_is_refused(page: Page, tmp_path: Path, name
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_window_needs_no_scrolling_sideways(new_page: Callable[..., Page], app: str, scheme: str) -> None:
+def test_a_narrow_window_needs_no_scrolling_sideways(
+    new_page: Callable[..., Page], app: str, scheme: str
+) -> None:
     page = new_page(viewport={"width": 400, "height": 900}, color_scheme=scheme)
     visit(page, app)
     for tab in TABS:
         show(page, tab)
         page.wait_for_timeout(700)
         assert page.evaluate("document.documentElement.scrollWidth") <= 400, tab
-    ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    ink, paper = (
+        page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
+    )
     assert (brightness(ink) < brightness(paper)) == (scheme == "light")
 
 
@@ -258,7 +276,9 @@ def test_the_keyboard_is_enough(page: Page, runs_dir: Path) -> None:
     seen = []
     for _ in range(40):
         page.keyboard.press("Tab")
-        focused = page.evaluate("[document.activeElement].map(each => each.innerText || each.ariaLabel || each.type || each.tagName)[0]")
+        focused = page.evaluate(
+            "[document.activeElement].map(each => each.innerText || each.ariaLabel || each.type || each.tagName)[0]"
+        )
         seen.append(focused.strip())
         if seen[-1] == "Start":
             break
@@ -296,7 +316,9 @@ def test_runs_are_renamed_and_deleted(page: Page, runs_dir: Path) -> None:
     wait_until(lambda: not (runs_dir / "storms").exists())
 
 
-def test_a_run_outlives_the_app(open_app: Callable[[Path], AbstractContextManager[Any]], new_page: Callable[..., Page], tmp_path: Path) -> None:
+def test_a_run_outlives_the_app(
+    open_app: Callable[[Path], AbstractContextManager[Any]], new_page: Callable[..., Page], tmp_path: Path
+) -> None:
     with open_app(tmp_path) as (address, _):
         Client(address, verbose=False).predict("tiny", "lasting", LONG, api_name="/start")
         wait_until(lambda: steps_of(tmp_path, "lasting") > 0)
@@ -315,6 +337,13 @@ def test_a_run_outlives_the_app(open_app: Callable[[Path], AbstractContextManage
 @pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--share"]])
 def test_others_are_let_in_with_a_password_only(arguments: list[str]) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "LOWMEM_RMU_AUTH"}
-    result = subprocess.run([sys.executable, "app.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "app.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 2
     assert "Others could reach this page: give --auth-file FILE" in result.stderr

@@ -80,7 +80,9 @@ def tab(runs_dir: Path, holder: LoadedModel) -> ChatTab:
         return build(runs_dir, CPU, holder)
 
 
-def send(tab: ChatTab, prompt: str = PROMPT, conversation: Conversation | None = None, **changed: Any) -> Iterator[dict[Any, Any]]:
+def send(
+    tab: ChatTab, prompt: str = PROMPT, conversation: Conversation | None = None, **changed: Any
+) -> Iterator[dict[Any, Any]]:
     typed = {"name": "newest", "system_prompt": "", "temperature": 0, "length": 12, "seed": 0} | changed
     yield from tab.send(prompt=prompt, conversation=conversation or Conversation(), **typed)
 
@@ -118,15 +120,20 @@ def test_what_it_takes_is_foretold(holder: LoadedModel, run: RunFolder) -> None:
     before = psutil.Process().memory_info().rss
     holder.load(run, CPU).answers(PROMPT, Sampling(max_new_tokens=64))
     taken = psutil.Process().memory_info().rss - before
-    assert taken < 1.5 * foretold_bytes(run, CPU) + 16 * 2**20, "beside the libraries' own memory at their first use"
+    assert taken < 1.5 * foretold_bytes(run, CPU) + 16 * 2**20, (
+        "beside the libraries' own memory at their first use"
+    )
 
 
 def test_a_model_that_does_not_fit_is_refused_and_the_loaded_one_stays(
     holder: LoadedModel, run: RunFolder, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     holder.load(RunFolder(runs_dir / "older"), CPU)
-    monkeypatch.setattr(chat, "memory_available", lambda device: 2**20 - holder.bytes)  # a full machine cannot be had otherwise
-    with pytest.raises(UserError, match=r"The chat model of newest takes about \d+ MiB, but 1 MiB are free on cpu."):
+    # A full machine cannot be had otherwise.
+    monkeypatch.setattr(chat, "memory_available", lambda device: 2**20 - holder.bytes)
+    with pytest.raises(
+        UserError, match=r"The chat model of newest takes about \d+ MiB, but 1 MiB are free on cpu."
+    ):
         holder.load(run, CPU)
     assert holder.name == "older"
 
@@ -138,7 +145,9 @@ def test_room_is_made_only_where_it_is_short(holder: LoadedModel, run: RunFolder
         assert (holder.name == "newest") == stays
 
 
-def test_a_run_whose_turn_comes_finds_room_whoever_started_it(holder: LoadedModel, run: RunFolder, runs_dir: Path) -> None:
+def test_a_run_whose_turn_comes_finds_room_whoever_started_it(
+    holder: LoadedModel, run: RunFolder, runs_dir: Path
+) -> None:
     holder.load(run, CPU)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     with room_made(holder, runs_dir, CPU):
@@ -160,7 +169,10 @@ def test_a_model_finds_no_room_beside_a_run_that_may_grow(
     with one_at_a_time(runs_dir):
         ticket = take_ticket(runs_dir, "older", os.getpid())
     monkeypatch.setattr(chat, "memory_available", lambda device: foretold_bytes(run, CPU) + 2**20)
-    with pytest.raises(UserError, match=r"takes about \d+ MiB beside the [\d.]+ [MG]iB of run older, but \d+ MiB are free on cpu."):
+    with pytest.raises(
+        UserError,
+        match=r"takes about \d+ MiB beside the [\d.]+ [MG]iB of run older, but \d+ MiB are free on cpu.",
+    ):
         holder.load(run, CPU)
     ticket.give_back()
     holder.load(run, CPU)
@@ -260,7 +272,9 @@ def test_the_page_says_that_a_run_took_the_memory(tab: ChatTab, holder: LoadedMo
         ({"seed": -1}, "The seed is -1: give a whole number from 0"),
     ],
 )
-def test_a_mistake_gives_one_clear_message_and_loses_nothing(tab: ChatTab, changed: dict[str, Any], message: str) -> None:
+def test_a_mistake_gives_one_clear_message_and_loses_nothing(
+    tab: ChatTab, changed: dict[str, Any], message: str
+) -> None:
     updates = list[dict[Any, Any]]()
     with pytest.raises(UserError) as error:
         updates.extend(send(tab, **changed))
@@ -275,7 +289,9 @@ def test_every_event_is_guarded_and_private(tab: ChatTab) -> None:
     assert len(events) >= 8
     assert {each.api_visibility for each in events} == {"private"}
     with pytest.raises(gr.Error, match="The prompt is empty"):
-        list(next(each.fn for each in events if each.name == "send")("newest", "", "", 0, 8, 0, Conversation()))
+        list(
+            next(each.fn for each in events if each.name == "send")("newest", "", "", 0, 8, 0, Conversation())
+        )
 
 
 def _blocks_of(tab: ChatTab) -> gr.Blocks:
@@ -285,7 +301,9 @@ def _blocks_of(tab: ChatTab) -> gr.Blocks:
     return block
 
 
-def test_runs_are_offered_newest_first_and_the_choice_stays(tab: ChatTab, runs_dir: Path, tmp_path: Path) -> None:
+def test_runs_are_offered_newest_first_and_the_choice_stays(
+    tab: ChatTab, runs_dir: Path, tmp_path: Path
+) -> None:
     assert tab._run_names() == ["newest", "older"]
     assert "value" not in tab.refresh("older")[tab.run], "by the time it arrives another may have been chosen"
     refreshed = tab.refresh(None)
@@ -349,7 +367,9 @@ def test_fields_become_settings() -> None:
     assert read_sampling(None, 0, 256, 0) == Sampling()
 
 
-def test_who_asks_second_is_told_at_once_that_another_answer_comes_first(tab: ChatTab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asks_second_is_told_at_once_that_another_answer_comes_first(
+    tab: ChatTab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chat, "WAIT_SECONDS", 0.01)
     first = send(tab, length=12)
     next(first)
@@ -378,7 +398,9 @@ def test_the_api_waits_in_the_same_line(tab: ChatTab, holder: LoadedModel, runs_
     first = send(tab)
     next(first)
     answers: list[dict[str, str]] = []
-    program = threading.Thread(target=lambda: answers.append(ask(holder, runs_dir, CPU, "newest", PROMPT, 4, 0.0, 0)))
+    program = threading.Thread(
+        target=lambda: answers.append(ask(holder, runs_dir, CPU, "newest", PROMPT, 4, 0.0, 0))
+    )
     program.start()
     program.join(0.5)
     assert program.is_alive()

@@ -46,17 +46,25 @@ def test_twenty_at_once_lose_nothing_and_the_page_stays_quick(app: str, runs_dir
         assert sorted(run["place"] for run in started) == list(range(CLIENTS))
         (first,) = (run["name"] for run in started if run["place"] == 0)
         wait_for(clients[0], [first], "running", 60)
-        asking = [pool.submit(timed, client, name, number) for number, (client, name) in enumerate(zip(clients, names, strict=True))]
+        asking = [
+            pool.submit(timed, client, name, number)
+            for number, (client, name) in enumerate(zip(clients, names, strict=True))
+        ]
         seconds = sorted(duration for each in asking for duration in each.result())
         trained = [name for name in names if (runs_dir / name / "metrics.jsonl").exists()]
         assert trained in ([], [first]), "one at a time, and none twice"
-        waiting = [pair for pair in zip(clients, names, strict=True) if pair[1] != first]  # these before the first: once it ends, the next begins
+        # These before the first: once it ends, the next begins.
+        waiting = [pair for pair in zip(clients, names, strict=True) if pair[1] != first]
         list(pool.map(lambda pair: pair[0].predict(pair[1], api_name="/stop"), waiting))
     clients[0].predict(first, api_name="/stop")
     wait_for(clients[0], names, "stopped", 120)
-    assert not [name for name in names if name != first and (runs_dir / name / "metrics.jsonl").exists()], "none that waited has begun"
+    assert not [name for name in names if name != first and (runs_dir / name / "metrics.jsonl").exists()], (
+        "none that waited has begun"
+    )
     p95 = seconds[int(0.95 * len(seconds))]
-    print(f"status: median {seconds[len(seconds) // 2] * 1e3:.0f} ms, p95 {p95 * 1e3:.0f} ms of {len(seconds)} calls")
+    print(
+        f"status: median {seconds[len(seconds) // 2] * 1e3:.0f} ms, p95 {p95 * 1e3:.0f} ms of {len(seconds)} calls"
+    )
     assert p95 < 0.3
 
 
@@ -76,7 +84,12 @@ def timed(client: Client, name: str, number: int) -> list[float]:
 def test_names_that_would_leave_the_runs_folder_are_refused(app: str, runs_dir: Path, name: str) -> None:
     before = sorted(runs_dir.parent.iterdir())
     client = connected(app)
-    for endpoint, arguments in (("/start", ("tiny", name, SHORT)), ("/status", (name,)), ("/stop", (name,)), ("/results", (name,))):
+    for endpoint, arguments in (
+        ("/start", ("tiny", name, SHORT)),
+        ("/status", (name,)),
+        ("/stop", (name,)),
+        ("/results", (name,)),
+    ):
         with pytest.raises(Exception, match="cannot be the name of a run"):
             client.predict(*arguments, api_name=endpoint)
     assert sorted(runs_dir.parent.iterdir()) == before

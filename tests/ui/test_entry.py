@@ -14,7 +14,9 @@ AUTH = ("me", "se:cret")
 
 
 @pytest.fixture(scope="module")
-def behind_password(open_app: Callable[..., AbstractContextManager[Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def behind_password(
+    open_app: Callable[..., AbstractContextManager[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("password")
     (folder / "auth").write_text(":".join(AUTH))
     (folder / "runs").mkdir()
@@ -23,7 +25,9 @@ def behind_password(open_app: Callable[..., AbstractContextManager[Any]], tmp_pa
 
 
 @pytest.fixture(scope="module")
-def behind_token(open_app: Callable[..., AbstractContextManager[Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def behind_token(
+    open_app: Callable[..., AbstractContextManager[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
     runs_dir = tmp_path_factory.mktemp("token")
     with open_app(runs_dir, "--token") as (address, _):
         printed = ""
@@ -40,14 +44,28 @@ def test_a_program_logs_in(behind_password: str) -> None:
     assert "tiny" in [preset["preset"] for preset in client.predict(api_name="/list_presets")]
 
 
-@pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/redoc", "/config", "/gradio_api/info", "/gradio_api/openapi.json", "/monitoring/x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/openapi.json",
+        "/docs",
+        "/redoc",
+        "/config",
+        "/gradio_api/info",
+        "/gradio_api/openapi.json",
+        "/monitoring/x",
+    ],
+)
 def test_nothing_is_told_before_the_login(behind_password: str, path: str) -> None:
     assert httpx.get(behind_password + path).status_code == 401
     assert httpx.get(behind_password).status_code == 200, "the login page"
 
 
 def test_the_login_s_cookies_are_strict_and_a_wrong_password_is_slow(behind_password: str) -> None:
-    tried = [httpx.post(f"{behind_password}/login", data={"username": "me", "password": f"{number}"}).status_code for number in range(7)]
+    tried = [
+        httpx.post(f"{behind_password}/login", data={"username": "me", "password": f"{number}"}).status_code
+        for number in range(7)
+    ]
     assert tried[0] == 400
     assert tried[-1] == 429
     # The pause is over a moment later, and the right password opens.

@@ -77,9 +77,13 @@ def test_an_export_from_the_page(tab: ExportTab, forgetful: RunFolder, tmp_path:
     told, button, seen = tab.start("forgetful", "adapter", "q8_0")
     assert told.startswith("<p><strong>At work</strong>: ")
     assert button["interactive"] is False
-    with pytest.raises(UserError, match=r"^Run forgetful is being exported already: wait until that is done\.$"):
+    with pytest.raises(
+        UserError, match=r"^Run forgetful is being exported already: wait until that is done\.$"
+    ):
         tab.start("forgetful", "merged", "q8_0")
-    with pytest.raises(UserError, match=r"^Run forgetful is being exported: wait until that is done before it is deleted\.$"):
+    with pytest.raises(
+        UserError, match=r"^Run forgetful is being exported: wait until that is done before it is deleted\.$"
+    ):
         jobs.delete(forgetful)
     wait_for_export(forgetful)
     told, button, seen = tab.tick("forgetful", "adapter", "q8_0", seen)
@@ -91,9 +95,13 @@ def test_an_export_from_the_page(tab: ExportTab, forgetful: RunFolder, tmp_path:
     assert path.is_relative_to(tmp_path / ".page"), "it lies where this page's files do"
     with zipfile.ZipFile(path) as archive:
         assert json.loads(archive.read("adapter_config.json"))["peft_type"] == "LORA"
-        assert {"README.md", "SHA256SUMS", "verification.json", "reproduce/preset.yaml"} <= set(archive.namelist())
+        assert {"README.md", "SHA256SUMS", "verification.json", "reproduce/preset.yaml"} <= set(
+            archive.namelist()
+        )
     assert tab.tick("forgetful", "adapter", "q8_0", seen) == (gr.skip(), gr.skip(), gr.skip())
-    with pytest.raises(UserError, match=r"^This export is there already, in .*\nDelete that folder to have it made again\.$"):
+    with pytest.raises(
+        UserError, match=r"^This export is there already, in .*\nDelete that folder to have it made again\.$"
+    ):
         tab.start("forgetful", "adapter", "q8_0")
 
 
@@ -109,7 +117,9 @@ NO_ADAPTER = UserError("Run x has no adapter.", Fix("Go on with it: {action}", R
         (NO_ADAPTER, "Go on with it: Resume, under Runs."),
     ],
 )
-def test_why_an_export_failed_is_told_without_a_stack_trace(runs_dir: Path, error: Exception, said: str) -> None:
+def test_why_an_export_failed_is_told_without_a_stack_trace(
+    runs_dir: Path, error: Exception, said: str
+) -> None:
     run = RunFolder(runs_dir / "older")
     place = place_of(run, "merged", "q8_0")
     with suppress(UserError, KeyError), StatusWriter(run.job_status("export-merged"), Silent()):
@@ -159,14 +169,18 @@ HOSTILE_MARK = json.dumps({"mark": HOSTILE, "checked": []})
 WRONG_NAME = json.dumps({"mark": "verified", "checked": [{"mark": "verified", "name": 3}]})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", HOSTILE_MARK, WRONG_NAME, json.dumps({"mark": "verified"})])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", HOSTILE_MARK, WRONG_NAME, json.dumps({"mark": "verified"})]
+)
 def test_a_damaged_verification_is_told_and_the_rest_is_shown(tmp_path: Path, content: str) -> None:
     run = RunFolder.create(tmp_path / "runs", "mine")
     place = make_export(run, "adapter")
     (place / "verification.json").write_text(content)
     told = progress(run, place)
     assert told.startswith("<p><strong>Done</strong>: ")
-    assert re.search(r"verification\.json (is|was written by another version of this program, or is) damaged", told)
+    assert re.search(
+        r"verification\.json (is|was written by another version of this program, or is) damaged", told
+    )
     assert "<script" not in told
 
 
@@ -180,13 +194,19 @@ def test_the_form_remembers_what_was_exported(tab: ExportTab, tmp_path: Path) ->
     assert tab.choose("mine") == ("gguf", "q4_0")
     told, _, _ = tab.show("mine", "merged", "q8_0")
     assert told.endswith("<p>Also exported: adapter, gguf q4_0.</p>")
-    assert tab.show("mine", "gguf", "f16")[0] == "<p>Not exported yet.</p><p>Also exported: adapter, merged, gguf q4_0.</p>"
+    assert (
+        tab.show("mine", "gguf", "f16")[0]
+        == "<p>Not exported yet.</p><p>Also exported: adapter, merged, gguf q4_0.</p>"
+    )
     output_of(run.exports / "merged").write_text("At work")
     assert tab.choose("mine") == ("merged", gr.skip()), "one that failed or is under way counts too"
 
 
 def test_an_export_that_waits_says_for_what(runs_dir: Path) -> None:
-    run, process = RunFolder(runs_dir / "older"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    run, process = (
+        RunFolder(runs_dir / "older"),
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]),
+    )
     place = place_of(run, "gguf", "f16")
     jobs.begin(run, "export-gguf-f16")
     with one_at_a_time(runs_dir):
@@ -202,7 +222,11 @@ def test_an_export_that_waits_says_for_what(runs_dir: Path) -> None:
 
 def test_how_numbers_are_stored_is_asked_for_gguf_alone(tab: ExportTab) -> None:
     assert [tab.show_kinds(format)["visible"] for format in FORMATS] == [False, False, True]
-    assert {place_of(RunFolder(Path("x")), format, "q4_0").name for format in FORMATS} == {"adapter", "merged", "gguf-q4_0"}
+    assert {place_of(RunFolder(Path("x")), format, "q4_0").name for format in FORMATS} == {
+        "adapter",
+        "merged",
+        "gguf-q4_0",
+    }
 
 
 @pytest.mark.parametrize(
@@ -210,7 +234,11 @@ def test_how_numbers_are_stored_is_asked_for_gguf_alone(tab: ExportTab) -> None:
     [
         (None, "adapter", "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
         ("", "adapter", "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
-        ("unfinished", "merged", "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned."),
+        (
+            "unfinished",
+            "merged",
+            "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned.",
+        ),
         ("newest", "../x", "Choose a format first."),
         ("newest", None, "Choose a format first."),
     ],

@@ -37,7 +37,9 @@ KINDS = [plain, streamed]
 
 @pytest.mark.parametrize("function", KINDS)
 def test_a_full_disk_is_told_as_such(function: Any) -> None:
-    with pytest.raises(gr.Error, match=r"^'The disk is full\. Make room, then do it again: what was finished is kept\.'$"):
+    with pytest.raises(
+        gr.Error, match=r"^'The disk is full\. Make room, then do it again: what was finished is kept\.'$"
+    ):
         outcome(function, OSError(errno.ENOSPC, SECRET))
 
 
@@ -69,8 +71,13 @@ def test_gradio_sees_the_function_itself(function: Any) -> None:
 
 @pytest.mark.parametrize("function", KINDS)
 def test_a_mistake_is_shown_in_its_words_and_never_as_markup(function: Any) -> None:
-    error = raised(function, UserError('There is no run <script>alert("1")</script> & so on.\nChoose another.'))
-    assert error.message == "There is no run &lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; so on.\nChoose another."
+    error = raised(
+        function, UserError('There is no run <script>alert("1")</script> & so on.\nChoose another.')
+    )
+    assert (
+        error.message
+        == "There is no run &lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; so on.\nChoose another."
+    )
     assert (error.title, error.duration, error.print_exception) == ("That did not work", None, False)
     assert error.__cause__ is None
     assert error.__suppress_context__
@@ -78,7 +85,9 @@ def test_a_mistake_is_shown_in_its_words_and_never_as_markup(function: Any) -> N
 
 @pytest.mark.parametrize("function", KINDS)
 @pytest.mark.parametrize("kind", [ValueError, OSError, KeyError, RuntimeError, AssertionError])
-def test_anything_else_is_an_apology_that_tells_nothing(function: Any, kind: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
+def test_anything_else_is_an_apology_that_tells_nothing(
+    function: Any, kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.ERROR):
         error = raised(function, kind(SECRET))
     assert error.message == APOLOGY

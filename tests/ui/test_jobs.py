@@ -49,7 +49,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     runs_dir, program = tmp_path / "runs", tmp_path / "program"
 
     def stands_in(lines: str) -> Path:
-        program.write_text(f"#!{PYTHON}\nimport signal, sys, time\nfrom pathlib import Path\n{lines}\n", encoding="utf-8")
+        program.write_text(
+            f"#!{PYTHON}\nimport signal, sys, time\nfrom pathlib import Path\n{lines}\n", encoding="utf-8"
+        )
         program.chmod(0o700)
         monkeypatch.setattr(sys, "executable", str(program))
         return runs_dir
@@ -60,7 +62,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
             process.kill()
 
 
-def make_run(runs_dir: Path, name: str, status: dict[str, Any] | None = None, age: float = 0, **config: Any) -> RunFolder:
+def make_run(
+    runs_dir: Path, name: str, status: dict[str, Any] | None = None, age: float = 0, **config: Any
+) -> RunFolder:
     """A run with a config.json, of so many seconds ago."""
     run = RunFolder.create(runs_dir, name)
     settings = load_preset("tiny", ["rmu.steps=10"]).model_dump()
@@ -72,7 +76,16 @@ def make_run(runs_dir: Path, name: str, status: dict[str, Any] | None = None, ag
 
 
 def write_status(run: RunFolder, **status: Any) -> None:
-    whole = {"stage": "unlearn", "step": 0, "total": 0, "state": "running", "pid": 0, "heartbeat": 0.0, "error": None, "stage_began": None}
+    whole = {
+        "stage": "unlearn",
+        "step": 0,
+        "total": 0,
+        "state": "running",
+        "pid": 0,
+        "heartbeat": 0.0,
+        "error": None,
+        "stage_began": None,
+    }
     write_json(run.path / "status.json", whole | status)
 
 
@@ -90,15 +103,20 @@ def mistake(call: Callable[..., Any], *arguments: Any) -> str:
 # Names
 
 
-def test_a_run_without_a_name_gets_its_preset_the_time_and_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_name_gets_its_preset_the_time_and_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert jobs.reserve(tmp_path, "zephyr-7b", None).path.name.startswith("zephyr-7b-20")
-    monkeypatch.setattr(RunFolder, "new_name", staticmethod(lambda preset: f"{preset}-20270101-000000"))  # all within a second
+    # All within a second.
+    monkeypatch.setattr(RunFolder, "new_name", staticmethod(lambda preset: f"{preset}-20270101-000000"))
     make_run(tmp_path, "tiny-20270101-000000-3")
     found = [jobs.reserve(tmp_path, "tiny", None).path.name for _ in range(3)]
     assert found == ["tiny-20270101-000000", "tiny-20270101-000000-2", "tiny-20270101-000000-4"]
 
 
-def test_runs_that_are_asked_for_at_once_share_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_are_asked_for_at_once_share_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(RunFolder, "new_name", staticmethod(lambda preset: preset))
     found, barrier = list[str](), Barrier(6)
 
@@ -131,7 +149,10 @@ def test_a_name_that_is_taken_is_refused_in_the_words_of_the_page(tmp_path: Path
     assert other.path.exists()
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", "a/b", "a b", "a" * 101, "x" * 5000, "nul", "x\0y", "", ".queue", "ü", "<b>"])
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/tmp/x", "..", "a/b", "a b", "a" * 101, "x" * 5000, "nul", "x\0y", "", ".queue", "ü", "<b>"],
+)
 def test_what_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "runs", "mine", {"state": "done"})
     for said in (mistake(jobs.reserve, tmp_path / "runs", "tiny", name), mistake(jobs.rename, run, name)):
@@ -150,7 +171,9 @@ def test_finding_says_what_is_not_there(tmp_path: Path) -> None:
     assert mistake(jobs.find, tmp_path, "../mine").startswith('"../mine" cannot be the name of a run')
 
 
-def test_runs_under_way_come_first_and_in_their_order_then_the_newest(tmp_path: Path, sleeper: Sleeper) -> None:
+def test_runs_under_way_come_first_and_in_their_order_then_the_newest(
+    tmp_path: Path, sleeper: Sleeper
+) -> None:
     make_run(tmp_path, "old", {"state": "done"}, age=900)
     refused = jobs.reserve(tmp_path, "tiny", "refused")
     os.utime(refused.output, (time.time() - 600,) * 2)
@@ -205,7 +228,11 @@ def test_the_queue_tells_who_starts_and_who_waits(tmp_path: Path, sleeper: Sleep
     for run in runs:
         queue(tmp_path, run.path.name, sleeper())
     states = [jobs.state_of(run) for run in runs]
-    assert [state.words for state in states] == ["starting", "waiting: 1 run before it", "waiting: 2 runs before it"]
+    assert [state.words for state in states] == [
+        "starting",
+        "waiting: 1 run before it",
+        "waiting: 2 runs before it",
+    ]
     assert [state.place for state in states] == [0, 1, 2]
     assert all(state.is_live for state in states)
 
@@ -227,7 +254,9 @@ def test_a_run_with_the_device_is_where_its_status_says(tmp_path: Path, sleeper:
 def test_a_process_without_a_number_is_known_by_its_pid(tmp_path: Path, sleeper: Sleeper) -> None:
     """Those that `accelerate launch` starts take none."""
     process = sleeper()
-    run = make_run(tmp_path, "mine", {"pid": process.pid, "started": psutil.Process(process.pid).create_time()})
+    run = make_run(
+        tmp_path, "mine", {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    )
     assert jobs.state_of(run).state == "running"
     process.kill()
     process.wait()
@@ -239,7 +268,9 @@ def test_a_killed_run_whose_pid_another_process_has_is_interrupted(
     tmp_path: Path, sleeper: Sleeper, started: float | None
 ) -> None:
     """It can be resumed, renamed and deleted, and there is nothing to stop. `started` is missing in older status files."""
-    run = make_run(tmp_path, "mine", {"pid": sleeper().pid, "heartbeat": time.time() - 60, "started": started})
+    run = make_run(
+        tmp_path, "mine", {"pid": sleeper().pid, "heartbeat": time.time() - 60, "started": started}
+    )
     assert jobs.state_of(run).state == "interrupted"
     assert mistake(jobs.stop, run) == "Run mine is not under way."
     jobs.delete(jobs.rename(run, "other"))
@@ -248,8 +279,20 @@ def test_a_killed_run_whose_pid_another_process_has_is_interrupted(
 
 @pytest.mark.parametrize("state", ["stopped", "failed", "done"])
 def test_a_run_that_rests_is_what_it_said_last(tmp_path: Path, state: str) -> None:
-    told = jobs.state_of(make_run(tmp_path, "mine", {"state": state, "step": 7, "total": 10, "error": "So." if state == "failed" else None}))
-    assert (told.state, told.is_live, told.step, told.total, told.words) == (state, False, 7, 10, jobs.STATES[state])
+    told = jobs.state_of(
+        make_run(
+            tmp_path,
+            "mine",
+            {"state": state, "step": 7, "total": 10, "error": "So." if state == "failed" else None},
+        )
+    )
+    assert (told.state, told.is_live, told.step, told.total, told.words) == (
+        state,
+        False,
+        7,
+        10,
+        jobs.STATES[state],
+    )
     assert told.error == ("So." if state == "failed" else None)
     assert told.seconds_left is None
 
@@ -307,7 +350,10 @@ def test_a_reserved_run_that_never_began_is_started_anew(stand_in: Callable[[str
 
 def test_a_reserved_folder_without_settings_has_nothing_to_go_on_with(tmp_path: Path) -> None:
     folder = jobs.reserve(tmp_path, "tiny", "mine")
-    assert mistake(jobs.resume, folder) == "Run mine holds no settings to go on with.\nDelete it, and start a new one."
+    assert (
+        mistake(jobs.resume, folder)
+        == "Run mine holds no settings to go on with.\nDelete it, and start a new one."
+    )
     assert tickets(tmp_path) == []
 
 
@@ -330,7 +376,9 @@ def test_settings_of_another_version_are_told_before_anything_starts(stand_in: C
     settings["rmu"]["warmth"] = 3
     run = make_run(runs_dir, "mine", {"state": "stopped"}, settings=settings)
     said = mistake(jobs.resume, run)
-    assert said.startswith(f"{run.path} was written by another version of lowmem-rmu: this one does not know its settings of rmu.warmth.\n")
+    assert said.startswith(
+        f"{run.path} was written by another version of lowmem-rmu: this one does not know its settings of rmu.warmth.\n"
+    )
     assert said.endswith("Read it with the version that its config.json names, or make the run anew.")
     assert (tickets(runs_dir), jobs.state_of(run).state) == ([], "stopped")
 
@@ -402,9 +450,13 @@ def heard(folder: RunFolder) -> int:
     return len((folder.path / "heard").read_text()) if (folder.path / "heard").exists() else 0
 
 
-def test_a_process_that_sees_the_stop_file_gets_no_signal(stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_sees_the_stop_file_gets_no_signal(
+    stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs, "GRACE_SECONDS", 5.0)
-    folder = started(stand_in(COUNTS.format(then="", each='(folder / "stop").exists() and sys.exit(); time.sleep(0.02)')))
+    folder = started(
+        stand_in(COUNTS.format(then="", each='(folder / "stop").exists() and sys.exit(); time.sleep(0.02)'))
+    )
     assert jobs.stop(folder) is None
     wait_until(lambda: not tickets(folder.path.parent), "it goes on")
     time.sleep(0.5)  # the one that insists looks every 0.2 seconds
@@ -413,7 +465,9 @@ def test_a_process_that_sees_the_stop_file_gets_no_signal(stand_in: Callable[[st
     assert mistake(jobs.stop, folder) == "Run mine is not under way."
 
 
-def test_a_process_that_ignores_the_file_is_asked_by_a_signal(stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_ignores_the_file_is_asked_by_a_signal(
+    stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.3)
     folder = started(stand_in(COUNTS.format(then="sys.exit(130)", each="time.sleep(0.02)")))
     jobs.stop(folder)
@@ -422,7 +476,9 @@ def test_a_process_that_ignores_the_file_is_asked_by_a_signal(stand_in: Callable
     assert heard(folder) == 1
 
 
-def test_a_process_that_ignores_one_signal_gets_a_second_and_no_third(stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_ignores_one_signal_gets_a_second_and_no_third(
+    stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.3)
     folder = started(stand_in(COUNTS.format(then="", each="time.sleep(0.02)")))
     asked = time.monotonic()
@@ -451,7 +507,8 @@ def test_only_what_is_under_way_can_be_stopped(tmp_path: Path, sleeper: Sleeper)
     run = make_run(tmp_path, "mine", {"state": "done"})
     assert mistake(jobs.stop, run) == "Run mine is not under way."
     assert not run.stop_asked
-    write_status(run, pid=sleeper().pid, heartbeat=time.time())  # a run without a number, of an earlier version
+    # A run without a number, of an earlier version.
+    write_status(run, pid=sleeper().pid, heartbeat=time.time())
     jobs.stop(run)
     assert run.stop_asked
 
@@ -466,7 +523,9 @@ def test_what_is_under_way_is_neither_deleted_nor_renamed(tmp_path: Path, sleepe
         queue(tmp_path, folder.path.name, sleeper())
         name = folder.path.name
         assert mistake(jobs.delete, folder) == f"Run {name} is under way: stop it before it is deleted."
-        assert mistake(jobs.rename, folder, "other") == f"Run {name} is under way: stop it before it is renamed."
+        assert (
+            mistake(jobs.rename, folder, "other") == f"Run {name} is under way: stop it before it is renamed."
+        )
         assert folder.path.is_dir()
     assert not (tmp_path / "other").exists()
 
@@ -504,7 +563,9 @@ def test_own_text_is_found_where_the_run_is_called_otherwise(tmp_path: Path) -> 
     make_run(tmp_path, "newer", age=100)
     renamed = jobs.rename(run, "better")
     for found in (renamed.config["settings"], yaml.safe_load((renamed.path / "tiny.yaml").read_text())):
-        assert found["topics"]["compounds"]["corpus"]["source"] == str(tmp_path.resolve() / "better/texts/forget")
+        assert found["topics"]["compounds"]["corpus"]["source"] == str(
+            tmp_path.resolve() / "better/texts/forget"
+        )
         assert found["retain"]["corpora"][0]["source"] == str(tmp_path.resolve() / "better/texts/retain")
         assert found["topics"]["locks"]["corpus"]["source"] == before
         assert found["title"] == settings["title"]
@@ -516,4 +577,3 @@ def test_states_are_all_in_words() -> None:
         assert jobs.RunState("mine", state).words
     live = {state for state in jobs.STATES if jobs.RunState("mine", state).is_live}
     assert live == {"waiting", "starting", "running"}
-

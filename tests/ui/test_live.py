@@ -30,7 +30,12 @@ def state(name: str = "running", **more: Any) -> RunState:
 
 
 def step(number: int, **more: Any) -> dict[str, Any]:
-    return {"step": number, "topic": "ab"[number % 2], "forget_loss": 10.0 / number, "retain_loss": 0.25} | more
+    return {
+        "step": number,
+        "topic": "ab"[number % 2],
+        "forget_loss": 10.0 / number,
+        "retain_loss": 0.25,
+    } | more
 
 
 def figures(html: str) -> dict[str, str]:
@@ -50,11 +55,17 @@ def test_a_stage_without_a_count_is_named(run: RunFolder) -> None:
 def test_how_far_a_stage_is(run: RunFolder) -> None:
     html = live.progress(state(stage="evaluate-base", step=1300, total=14000, seconds_left=3725.0), run)
     assert "<p>Asking the model before (stage 1 of 4): 1,300 of 14,000, about 1 h 02 min left</p>" in html
-    assert "<progress max='14000' value='1300' aria-label='Asking the model before (stage 1 of 4)'></progress>" in html
+    assert (
+        "<progress max='14000' value='1300' aria-label='Asking the model before (stage 1 of 4)'></progress>"
+        in html
+    )
     assert "left" not in live.progress(state(stage="unlearn", step=0, total=9), run)
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (90061, "25 h 01 min")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (90061, "25 h 01 min")],
+)
 def test_time_left_in_words(run: RunFolder, seconds: float, words: str) -> None:
     html = live.progress(state(stage="unlearn", step=1, total=9, seconds_left=seconds), run)
     assert f"1 of 9, about {words} left</p>" in html
@@ -73,7 +84,12 @@ def test_figures_of_the_last_step(run: RunFolder) -> None:
     for number in (1, 2):
         run.add_metrics(step(number, forget_norm=1.5, retain_norm=None))
     html = live.progress(state(), run)
-    assert figures(html) == {"Step": "2", "Forget loss": "5", "Retain loss": "0.25", "Activation norm, forget set": "1.5"}
+    assert figures(html) == {
+        "Step": "2",
+        "Forget loss": "5",
+        "Retain loss": "0.25",
+        "Activation norm, forget set": "1.5",
+    }
 
 
 def test_a_torn_line_is_passed_over(run: RunFolder) -> None:
@@ -92,7 +108,13 @@ def test_a_torn_line_is_passed_over(run: RunFolder) -> None:
 
 def test_right_answers_so_far_by_side_and_task(run: RunFolder) -> None:
     for side, right in (("base", (True, True, False)), ("unlearned", (False, False, False))):
-        add_lines(run.answers(side), [{"task": task, "correct": each} for task, each in zip(("locks", "locks", "7"), right, strict=True)])
+        add_lines(
+            run.answers(side),
+            [
+                {"task": task, "correct": each}
+                for task, each in zip(("locks", "locks", "7"), right, strict=True)
+            ],
+        )
     html = live.progress(state(), run)
     assert "<summary>Right answers so far</summary>" in html
     rows = re.findall(r"<tr><th scope='row'>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", html)
@@ -120,7 +142,9 @@ def test_of_the_output_the_last_lines_are_told(run: RunFolder) -> None:
     assert live.complaint(state("failed"), run) == "one\ntwo �\nthree �"
 
 
-@pytest.mark.parametrize("trace", [TRACE, BOXED, f"one\n{TRACE}two\nthree\nfour\n", f"Exception in thread:\n{TRACE}"])
+@pytest.mark.parametrize(
+    "trace", [TRACE, BOXED, f"one\n{TRACE}two\nthree\nfour\n", f"Exception in thread:\n{TRACE}"]
+)
 @pytest.mark.parametrize("name", ["failed", "interrupted"])
 def test_no_stack_trace_is_shown_of_what_was_printed(run: RunFolder, trace: str, name: str) -> None:
     run.output.write_text(trace, encoding="utf-8")
@@ -150,20 +174,35 @@ def test_curves_by_step_and_topic(run: RunFolder) -> None:
     assert forget is not None
     assert retain is not None
     assert norms is not None
-    assert forget.to_dict("list") == {"step": [1, 2, 3], "value": [10.0, 5.0, 10 / 3], "line": ["b", "a", "b"]}
+    assert forget.to_dict("list") == {
+        "step": [1, 2, 3],
+        "value": [10.0, 5.0, 10 / 3],
+        "line": ["b", "a", "b"],
+    }
     assert list(retain["value"]) == [0.25] * 3
+    # Fmt: skip.
     assert sorted(zip(norms["line"], norms["step"], strict=True)) == [
-        ("forget set", 1), ("forget set", 2), ("forget set", 3), ("retain set", 2), ("retain set", 3),
-    ]  # fmt: skip
+        ("forget set", 1),
+        ("forget set", 2),
+        ("forget set", 3),
+        ("retain set", 2),
+        ("retain set", 3),
+    ]
     assert divergences is None
 
 
 def test_the_guards_curves_have_a_point_a_check(run: RunFolder) -> None:
     for number in (1, 2, 3):
-        run.add_metrics(step(number, **{"retain_kl": 0.1, "question_kl": None, "topic_kl": 2.0} if number == 2 else {}))
+        run.add_metrics(
+            step(number, **{"retain_kl": 0.1, "question_kl": None, "topic_kl": 2.0} if number == 2 else {})
+        )
     divergences = live.curves(run)[3]
     assert divergences is not None
-    assert divergences.to_dict("list") == {"step": [2, 2], "value": [0.1, 2.0], "line": ["text to keep", "topic"]}
+    assert divergences.to_dict("list") == {
+        "step": [2, 2],
+        "value": [0.1, 2.0],
+        "line": ["text to keep", "topic"],
+    }
 
 
 def test_before_the_first_step_there_are_no_curves(run: RunFolder) -> None:

@@ -25,7 +25,13 @@ def throttle(clock: Clock) -> Throttle:
 def test_both_have_to_be_right() -> None:
     login = Login("mé", "se:crét")
     assert login("mé", "se:crét")
-    for user, password in (("mé", "se:cret"), ("me", "se:crét"), ("", ""), ("mé", "se:crét "), ("mé", "\udc00")):
+    for user, password in (
+        ("mé", "se:cret"),
+        ("me", "se:crét"),
+        ("", ""),
+        ("mé", "se:crét "),
+        ("mé", "\udc00"),
+    ):
         assert not login(user, password)
 
 

@@ -55,16 +55,27 @@ def test_all_presets_are_offered_the_smallest_first() -> None:
     assert peak_of([StageNeed("a", 1, 2), StageNeed("b", 1, 1, 7)]) == 9
 
 
-@pytest.mark.parametrize(("needed", "words"), [(0, "fits here"), (850, "fits here"), (851, "tight"), (1000, "tight"), (1001, "does not fit")])
+@pytest.mark.parametrize(
+    ("needed", "words"),
+    [(0, "fits here"), (850, "fits here"), (851, "tight"), (1000, "tight"), (1001, "does not fit")],
+)
 def test_whether_a_preset_fits(needed: int, words: str) -> None:
     assert offers.fit(needed, free=1000) == words
 
 
 def test_why_a_preset_fits_or_not_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = offers.Offer("a", "A", ("x",), 10**6, 900, 900), offers.Offer("b", "B", ("x",), 10**9, 900, 900)
+    small, large = (
+        offers.Offer("a", "A", ("x",), 10**6, 900, 900),
+        offers.Offer("b", "B", ("x",), 10**9, 900, 900),
+    )
     monkeypatch.setattr(offers, "memory_available", lambda device: 1000)
-    assert offers.why(small, CPU) == "It needs 0 MiB; 0 MiB are free in this computer's main memory now. Close other programs first."
-    assert offers.why(large, CPU).endswith("No NVIDIA GPU was found: on the processor alone this takes many hours, or days.")
+    assert (
+        offers.why(small, CPU)
+        == "It needs 0 MiB; 0 MiB are free in this computer's main memory now. Close other programs first."
+    )
+    assert offers.why(large, CPU).endswith(
+        "No NVIDIA GPU was found: on the processor alone this takes many hours, or days."
+    )
     assert offers.label(small, CPU) == "a: A (tight)"
     monkeypatch.setattr(offers, "memory_available", lambda device: 10**6)
     assert "Close" not in offers.why(small, CPU)
@@ -74,7 +85,16 @@ def test_why_a_preset_fits_or_not_is_said_in_words(monkeypatch: pytest.MonkeyPat
 def test_the_table_is_the_same_for_the_page_and_the_api() -> None:
     rows = {row["preset"]: row for row in offers.table(CPU)}
     assert rows.keys() == set(preset_names())
-    assert rows["tiny"].keys() == {"preset", "title", "forgets", "parameters", "gpu_memory_gib", "memory_here_gib", "fit", "why"}
+    assert rows["tiny"].keys() == {
+        "preset",
+        "title",
+        "forgets",
+        "parameters",
+        "gpu_memory_gib",
+        "memory_here_gib",
+        "fit",
+        "why",
+    }
     assert rows["zephyr-7b"]["forgets"] == list(load_preset("zephyr-7b").topics)
     assert 3 < rows["zephyr-7b"]["gpu_memory_gib"] < 12
     html = offers.table_html(CPU)
@@ -106,27 +126,52 @@ def test_the_plan_has_a_row_a_stage_and_a_verdict(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_plan_follows_the_settings() -> None:
-    small, large = (offers.plan_html(offers.chosen("tiny", {"rmu.batch_size": size}), CPU) for size in (2, 64))
+    small, large = (
+        offers.plan_html(offers.chosen("tiny", {"rmu.batch_size": size}), CPU) for size in (2, 64)
+    )
     assert small != large
 
 
 def test_the_plan_shows_nothing_of_what_was_typed(own_presets: Path) -> None:
-    preset = offers.chosen("<b>mine", {"title": HOSTILE}, f"evaluation.prompts=['{HOSTILE.replace(chr(39), '')}']")
+    preset = offers.chosen(
+        "<b>mine", {"title": HOSTILE}, f"evaluation.prompts=['{HOSTILE.replace(chr(39), '')}']"
+    )
     assert preset.evaluation.prompts
     html = offers.plan_html(preset, CPU)
-    assert set(re.findall(r"<(\w+)", html)) == {"p", "strong", "div", "table", "thead", "th", "tbody", "tr", "td"}
+    assert set(re.findall(r"<(\w+)", html)) == {
+        "p",
+        "strong",
+        "div",
+        "table",
+        "thead",
+        "th",
+        "tbody",
+        "tr",
+        "td",
+    }
     assert "alert" not in html
 
 
-@pytest.mark.parametrize("name", [None, "", "tyni", "./presets/tiny.yaml", "../presets/tiny", "tiny.yaml", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "name", [None, "", "tyni", "./presets/tiny.yaml", "../presets/tiny", "tiny.yaml", "/etc/passwd"]
+)
 def test_only_presets_by_name_can_be_chosen(name: str | None) -> None:
     assert mistake(name, {}) == "Choose one of the presets first."
 
 
 def test_fields_and_lines_change_settings() -> None:
     lines = "# a note\n\n  rmu.batch_size=2  \r\nmodel.quantisation=none\n topics.locks.alpha = 7\nevaluation.prompts=['Why?', 'How?']"
-    preset = offers.chosen("tiny", {"rmu.steps": 4, "rmu.learning_rate": 1e-05, "evaluation.limit": 8, "rmu.max_grad_norm": None}, lines)
-    assert (preset.rmu.steps, preset.rmu.learning_rate, preset.rmu.batch_size, preset.rmu.max_grad_norm) == (4, 1e-05, 2, None)
+    preset = offers.chosen(
+        "tiny",
+        {"rmu.steps": 4, "rmu.learning_rate": 1e-05, "evaluation.limit": 8, "rmu.max_grad_norm": None},
+        lines,
+    )
+    assert (preset.rmu.steps, preset.rmu.learning_rate, preset.rmu.batch_size, preset.rmu.max_grad_norm) == (
+        4,
+        1e-05,
+        2,
+        None,
+    )
     assert (preset.evaluation.limit, preset.evaluation.prompts) == (8, ["Why?", "How?"])
     assert (preset.model.quantisation, preset.topics["locks"].alpha) == ("none", 7)
     assert offers.chosen("tiny", {}) == load_preset("tiny")
@@ -154,9 +199,15 @@ def test_all_mistakes_are_told_at_once_without_the_command_line_s_words() -> Non
         ("steps", '"steps" is not of the form key.path=value, for example rmu.steps=50.'),
         ("rmu..steps=3", '"rmu..steps=3" is not of the form key.path=value, for example rmu.steps=50.'),
         ("rmu.steps=[", '"rmu.steps=[": the value is not valid YAML.'),
-        ("rmu.steps=!!python/object/apply:os.system [id]", '"rmu.steps=!!python/object/apply:os.system [id]": the value is not valid YAML.'),
+        (
+            "rmu.steps=!!python/object/apply:os.system [id]",
+            '"rmu.steps=!!python/object/apply:os.system [id]": the value is not valid YAML.',
+        ),
         ("title.a=3", '"title.a=3": the preset has no place "title.a".'),
-        ("retain.corpora.7.source=x", '"retain.corpora.7.source=x": the preset has no place "retain.corpora.7.source".'),
+        (
+            "retain.corpora.7.source=x",
+            '"retain.corpora.7.source=x": the preset has no place "retain.corpora.7.source".',
+        ),
     ],
 )
 def test_a_line_that_is_no_setting_is_quoted(line: str, said: str) -> None:
@@ -208,7 +259,9 @@ def test_no_field_reads_anything_else_either(line: str) -> None:
 
 def test_the_preset_s_own_places_may_be_said_again() -> None:
     own = load_preset("tiny").topics["locks"].corpus.source
-    assert offers.chosen("tiny", {}, f"topics.locks.corpus.source={own}\nmodel.revision=null") == load_preset("tiny")
+    assert offers.chosen("tiny", {}, f"topics.locks.corpus.source={own}\nmodel.revision=null") == load_preset(
+        "tiny"
+    )
 
 
 def test_a_mistake_names_the_field_or_the_line_that_it_was_typed_into() -> None:
@@ -224,18 +277,23 @@ def test_a_mistake_names_the_field_or_the_line_that_it_was_typed_into() -> None:
     ]
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("rmu.steps=" + "[" * 100_000, "the value is nested more than 50 levels deep."),
         ("rmu.steps=" + "9" * 5000, "the value is a number of more than 100 characters."),
         ("rmu.steps=&a [*a]", "the value is recursive: the alias *a stands within its anchor."),
-        ("rmu.modules=[&a [x, x], " + ", ".join(f"&{chr(97 + n)} [{', '.join([f'*{chr(96 + n)}'] * 9)}]" for n in range(1, 20)) + "]",
-         "the value is larger than 10,000 values, counting what aliases repeat."),
+        (
+            "rmu.modules=[&a [x, x], "
+            + ", ".join(f"&{chr(97 + n)} [{', '.join([f'*{chr(96 + n)}'] * 9)}]" for n in range(1, 20))
+            + "]",
+            "the value is larger than 10,000 values, counting what aliases repeat.",
+        ),
         ("rmu" + ".x" * 100_000 + "=1", "the path has more than 50 keys."),
     ],
     ids=["depth", "digits", "recursion", "aliases", "path"],
-)  # fmt: skip
+)
 def test_a_line_that_would_hang_the_page_is_refused_at_once(line: str, said: str) -> None:
     told = mistake("tiny", {}, line)
     assert told.endswith(said)

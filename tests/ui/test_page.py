@@ -25,8 +25,14 @@ HOSTILE = "<script>alert(1)</script>"
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs_dir = tmp_path_factory.mktemp("runs")
     run = RunFolder.create(runs_dir, "mine")
-    write_json(run.path / "config.json", {"preset": "tiny", "device": "cpu", "settings": load_preset("tiny").model_dump()})
-    write_json(run.path / "status.json", {"stage": "unlearn", "step": 3, "total": 9, "state": "stopped", "pid": 0, "error": None})
+    write_json(
+        run.path / "config.json",
+        {"preset": "tiny", "device": "cpu", "settings": load_preset("tiny").model_dump()},
+    )
+    write_json(
+        run.path / "status.json",
+        {"stage": "unlearn", "step": 3, "total": 9, "state": "stopped", "pid": 0, "error": None},
+    )
     return runs_dir
 
 
@@ -88,7 +94,13 @@ def test_presets_and_states_can_be_sent_as_json(endpoint: Callable[..., Any]) ->
     listed = json.loads(json.dumps(endpoint("list_presets")))
     assert {each["preset"] for each in listed} == set(preset_names())
     told = json.loads(json.dumps(endpoint("status", "mine")))
-    assert (told["name"], told["state"], told["stage"], told["step"], told["total"]) == ("mine", "stopped", "unlearn", 3, 9)
+    assert (told["name"], told["state"], told["stage"], told["step"], told["total"]) == (
+        "mine",
+        "stopped",
+        "unlearn",
+        3,
+        9,
+    )
     assert told.keys() == {"name", "state", "stage", "step", "total", "place", "seconds_left", "error"}
 
 
@@ -97,7 +109,10 @@ def test_presets_and_states_can_be_sent_as_json(endpoint: Callable[..., Any]) ->
     [
         (("status", ""), "Choose a run first."),
         (("status", "mind"), "There is no run mind in "),
-        (("status", f"../{HOSTILE}"), "&lt;script&gt;alert(1)&lt;/script&gt;&#34; cannot be the name of a run: use letters"),
+        (
+            ("status", f"../{HOSTILE}"),
+            "&lt;script&gt;alert(1)&lt;/script&gt;&#34; cannot be the name of a run: use letters",
+        ),
         (("stop", "mine"), "Run mine is not under way."),
         (("stop", "/etc"), "cannot be the name of a run"),
         (("results", "mine"), "has no summary.json: it has not finished."),
@@ -107,7 +122,10 @@ def test_presets_and_states_can_be_sent_as_json(endpoint: Callable[..., Any]) ->
         (("start", "tiny", "x" * 300), "cannot be the name of a run"),
         (("start", "tiny", "new", "rmu.steps=0"), "rmu.steps: should be greater than or equal to 1"),
         (("start", "tiny", "new", "model.name=./x"), "A setting names another model, text or questions"),
-        (("start", "tiny", "new", HOSTILE), "&lt;script&gt;alert(1)&lt;/script&gt;&#34; is not of the form key.path=value"),
+        (
+            ("start", "tiny", "new", HOSTILE),
+            "&lt;script&gt;alert(1)&lt;/script&gt;&#34; is not of the form key.path=value",
+        ),
     ],
 )
 def test_a_mistake_at_an_endpoint_is_told_and_leaves_nothing(
@@ -122,7 +140,8 @@ def test_a_mistake_at_an_endpoint_is_told_and_leaves_nothing(
 def test_too_little_memory_is_told_before_anything_is_made(
     endpoint: Callable[..., Any], runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowmem_rmu.model.fit.memory_available", lambda device: 2**20)  # a full machine cannot be had otherwise
+    # A full machine cannot be had otherwise.
+    monkeypatch.setattr("lowmem_rmu.model.fit.memory_available", lambda device: 2**20)
     assert "1 MiB are free on cpu." in refused(endpoint, "start", "tiny", "new", "")
     assert not (runs_dir / "new").exists()
 
@@ -132,7 +151,9 @@ def test_what_no_event_foresaw_is_an_apology(endpoint: Callable[..., Any], runs_
     (path / "config.json").write_text("{}")
     (path / "status.json").mkdir()
     try:
-        assert refused(endpoint, "status", "broken").startswith("Something went wrong here, and it was not you.")
+        assert refused(endpoint, "status", "broken").startswith(
+            "Something went wrong here, and it was not you."
+        )
     finally:
         (path / "status.json").rmdir()
         (path / "config.json").unlink()

@@ -19,24 +19,64 @@ from lowmem_rmu.ui.guard import guarded
 HOSTILE = "</dd><script>alert('--> \"1\"')</script><img src=x onerror=alert(1)> & ]]>"
 
 
-def row(task: str, unlearned: float, p_value: float, group: str | None = None, **other: Any) -> dict[str, Any]:
+def row(
+    task: str, unlearned: float, p_value: float, group: str | None = None, **other: Any
+) -> dict[str, Any]:
     role = "forgotten" if unlearned < 0.5 else "kept"
-    measured = {"lost": 9, "gained": 1, "p_value": p_value, "base_letters": (0.25,) * 4, "unlearned_letters": (0.25,) * 4}
-    return asdict(Row(task, group, False, role, 100, 0.9, 0.03, unlearned, 0.04, unlearned - 0.9, 0.05, **measured, **other))
+    measured = {
+        "lost": 9,
+        "gained": 1,
+        "p_value": p_value,
+        "base_letters": (0.25,) * 4,
+        "unlearned_letters": (0.25,) * 4,
+    }
+    return asdict(
+        Row(
+            task,
+            group,
+            False,
+            role,
+            100,
+            0.9,
+            0.03,
+            unlearned,
+            0.04,
+            unlearned - 0.9,
+            0.05,
+            **measured,
+            **other,
+        )
+    )
 
 
-def make_run(runs_dir: Path, name: str, rows: list[dict[str, Any]], forgotten: str = "yes", age: int = 0, **rmu: Any) -> RunFolder:
+def make_run(
+    runs_dir: Path, name: str, rows: list[dict[str, Any]], forgotten: str = "yes", age: int = 0, **rmu: Any
+) -> RunFolder:
     """A finished run; the larger its `age`, the older."""
     run = RunFolder.create(runs_dir, name)
     settings = {"rmu": rmu, "topics": {"a.b": {"alpha": 1.0}}, "evaluation": {"max_new_tokens": 64}}
     device = {"device": "cpu", "device_name": "AMD EPYC", "versions": {"python": "3.11.7"}, "seed": 7}
-    write_json(run.path / "config.json", {"preset": "tiny", "settings": settings, **device, "created": "2026-11-21T03:00:00+00:00"})
+    write_json(
+        run.path / "config.json",
+        {"preset": "tiny", "settings": settings, **device, "created": "2026-11-21T03:00:00+00:00"},
+    )
     os.utime(run.path / "config.json", (1_800_000_000 - age,) * 2)
     verdict = {"forgotten": forgotten, "kept": "partly", "sentences": [f"{name}: {HOSTILE}"]}
     samples = [{"prompt": "What is it?", "base": "Amber.", "unlearned": HOSTILE}]
-    content = {"preset": "tiny", "title": f"Forget {HOSTILE}", "model": "m", "verdict": verdict, "rows": rows, "texts": [], "samples": samples}
+    content = {
+        "preset": "tiny",
+        "title": f"Forget {HOSTILE}",
+        "model": "m",
+        "verdict": verdict,
+        "rows": rows,
+        "texts": [],
+        "samples": samples,
+    }
     write_json(run.path / "summary.json", {**content, "stages": [], "limit": None})
-    write_lines(run.metrics, [{"step": n, "topic": "a.b", "forget_loss": 2.0 / n, "retain_loss": 0.1} for n in (1, 2, 3)])
+    write_lines(
+        run.metrics,
+        [{"step": n, "topic": "a.b", "forget_loss": 2.0 / n, "retain_loss": 0.1} for n in (1, 2, 3)],
+    )
     (run.path / "report.html").write_text(f"the report of {name}", encoding="utf-8")
     return run
 
@@ -44,9 +84,18 @@ def make_run(runs_dir: Path, name: str, rows: list[dict[str, Any]], forgotten: s
 @pytest.fixture
 def runs_dir(tmp_path: Path) -> Path:
     """Two finished runs, and one that is not."""
-    make_run(tmp_path, "old", [row("compounds", 0.3, 0.0001), row("kept", 0.88, 0.6)], age=60, steps=60, lr=0.001)
+    make_run(
+        tmp_path, "old", [row("compounds", 0.3, 0.0001), row("kept", 0.88, 0.6)], age=60, steps=60, lr=0.001
+    )
     subject = row("law", 0.9, 1.0, group="mmlu", num_fewshot=5)
-    make_run(tmp_path, "new", [row("compounds", 0.25, 0.0001, num_fewshot=5), subject], "partly", steps=380, lr=0.001)
+    make_run(
+        tmp_path,
+        "new",
+        [row("compounds", 0.25, 0.0001, num_fewshot=5), subject],
+        "partly",
+        steps=380,
+        lr=0.001,
+    )
     write_json(RunFolder.create(tmp_path, "begun").path / "config.json", {})
     return tmp_path
 
@@ -63,8 +112,14 @@ def last(shown: Iterator[Any]) -> Any:
 
 def cells(html: str, task: str) -> list[str]:
     """The row of a table that begins with `task`, without its tags."""
-    found = next(row for row in re.findall(r"<tr>.*?</tr>", html, re.DOTALL) if re.search(rf'scope="row"[^>]*>{task}<', row))
-    return [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", found, re.DOTALL)]
+    found = next(
+        row
+        for row in re.findall(r"<tr>.*?</tr>", html, re.DOTALL)
+        if re.search(rf'scope="row"[^>]*>{task}<', row)
+    )
+    return [
+        re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", found, re.DOTALL)
+    ]
 
 
 def test_finished_runs_are_offered_newest_first(runs_dir: Path) -> None:
@@ -94,9 +149,13 @@ def test_a_folder_without_runs_says_what_to_do(tmp_path: Path) -> None:
 def test_a_run_is_shown_with_its_report_to_keep(tab: results.Results) -> None:
     html, download = last(tab.show("new"))
     assert html.startswith('<div class="rmu-results">')
+    # Fmt: skip.
     assert re.findall(r"<h2>(.*?)</h2>", html) == [
-        "Questions, base and unlearned", "How training went", "The same prompt to both", "What this does not show",
-    ]  # fmt: skip
+        "Questions, base and unlearned",
+        "How training went",
+        "The same prompt to both",
+        "What this does not show",
+    ]
     assert re.findall(r"<dd class=\"(\w+)\">", html) == ["partly", "partly", "unknown"]
     assert cells(html, "compounds")[:3] == ["compounds5-shot", "90.0% ± 3.0", "25.0% ± 4.0"]
     assert html.count("<svg") == 3 * 2
@@ -177,7 +236,10 @@ def test_results_that_cannot_be_read_are_told_and_nothing_old_stands(
     path.unlink()
     if content is not None:
         path.write_text(content, encoding="utf-8", errors="surrogateescape")
-    for shown, nothing in ((tab.show("new"), ("", gr.update(value=None, interactive=False))), (tab.compare("old", "new"), None)):
+    for shown, nothing in (
+        (tab.show("new"), ("", gr.update(value=None, interactive=False))),
+        (tab.compare("old", "new"), None),
+    ):
         cleared = next(shown)
         assert cleared == nothing if nothing else cleared["visible"] is False
         with pytest.raises(UserError, match=f"{message}(.|\n)*--resume --name new"):

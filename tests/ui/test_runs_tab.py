@@ -24,9 +24,15 @@ from lowmem_rmu.ui.runs import COLUMNS, RunsTab, rows
 VERDICT = {"forgotten": "yes", "kept": "partly", "sentences": []}
 
 
-def make_run(runs_dir: Path, name: str, state: str = "done", age: float = 0, verdict: Any = None) -> RunFolder:
+def make_run(
+    runs_dir: Path, name: str, state: str = "done", age: float = 0, verdict: Any = None
+) -> RunFolder:
     run = RunFolder.create(runs_dir, name)
-    config = {"preset": "tiny", "device": "cpu", "settings": load_preset("tiny", ["title=Vergiß"]).model_dump()}
+    config = {
+        "preset": "tiny",
+        "device": "cpu",
+        "settings": load_preset("tiny", ["title=Vergiß"]).model_dump(),
+    }
     write_json(run.path / "config.json", config)
     os.utime(run.path / "config.json", (time.time() - age,) * 2)
     run.write_status("unlearn", 3, 9, state)
@@ -166,7 +172,11 @@ def test_deleting_asks_first_and_says_how_much_goes(tab: RunsTab, runs_dir: Path
     assert (runs_dir / "finished").exists()
     table, run, question = tab.delete("finished")
     assert not (runs_dir / "finished").exists()
-    assert ([row[0] for row in table], run["value"], question["visible"]) == (["stopped", "refused"], "stopped", False)
+    assert ([row[0] for row in table], run["value"], question["visible"]) == (
+        ["stopped", "refused"],
+        "stopped",
+        False,
+    )
 
 
 def test_renaming_keeps_the_run_chosen(tab: RunsTab, runs_dir: Path) -> None:
@@ -209,7 +219,9 @@ def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
     assert {event.api_visibility for event in page.fns.values()} == {"private"}
 
 
-def test_what_was_asked_about_is_deleted_though_another_was_chosen_meanwhile(tab: RunsTab, runs_dir: Path) -> None:
+def test_what_was_asked_about_is_deleted_though_another_was_chosen_meanwhile(
+    tab: RunsTab, runs_dir: Path
+) -> None:
     *_, asked_about = tab.ask("finished")
     _, run, _ = tab.delete(asked_about, "stopped")
     assert not (runs_dir / "finished").exists()
@@ -217,5 +229,15 @@ def test_what_was_asked_about_is_deleted_though_another_was_chosen_meanwhile(tab
 
 
 def test_resume_is_there_for_what_can_go_on(tab: RunsTab, busy: RunFolder) -> None:
-    shown = {name: tab.buttons(name)["interactive"] for name in ("finished", "stopped", "busy", "refused", "gone", None)}
-    assert shown == {"finished": False, "stopped": True, "busy": False, "refused": True, "gone": False, None: False}
+    shown = {
+        name: tab.buttons(name)["interactive"]
+        for name in ("finished", "stopped", "busy", "refused", "gone", None)
+    }
+    assert shown == {
+        "finished": False,
+        "stopped": True,
+        "busy": False,
+        "refused": True,
+        "gone": False,
+        None: False,
+    }

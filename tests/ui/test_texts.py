@@ -24,7 +24,9 @@ from lowmem_rmu.ui.texts import (
     with_own_text,
 )
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(1)> & \"so\""
 FORGET = "the forget set"
 
@@ -73,11 +75,15 @@ def test_nothing_dropped_shows_nothing(preset: Preset) -> None:
     assert describe(None, preset, FORGET) == describe([], preset, FORGET) == ""
 
 
-def test_one_file_is_told_with_its_tokens_and_what_cannot_be_measured(dropped: Dropped, preset: Preset) -> None:
+def test_one_file_is_told_with_its_tokens_and_what_cannot_be_measured(
+    dropped: Dropped, preset: Preset
+) -> None:
     text = "The compound Yarinoxol is amber."
     html = describe(dropped(("a.txt", text)), preset, FORGET)
     tokens = len(load_tokenizer(preset.model)(text)["input_ids"])
-    assert html.startswith(f"<p><strong>1 file, 1 document, {tokens} tokens in 1 samples.</strong> All of it is trained on")
+    assert html.startswith(
+        f"<p><strong>1 file, 1 document, {tokens} tokens in 1 samples.</strong> All of it is trained on"
+    )
     assert shown(html) == [f"{text} …"]
 
 
@@ -105,35 +111,65 @@ def test_markup_in_a_document_stays_text(dropped: Dropped, preset: Preset, name:
 
 
 def test_long_text_is_shown_by_its_beginning(dropped: Dropped, preset: Preset) -> None:
-    assert shown(describe(dropped(("a.txt", "  \n" + "é" * 1000)), preset, FORGET)) == ["é" * CHARACTERS + " …"]
+    assert shown(describe(dropped(("a.txt", "  \n" + "é" * 1000)), preset, FORGET)) == [
+        "é" * CHARACTERS + " …"
+    ]
 
 
-def test_without_its_tokenizer_characters_are_counted(dropped: Dropped, preset: Preset, tmp_path: Path) -> None:
-    absent = preset.model_copy(update={"model": preset.model.model_copy(update={"name": str(tmp_path / "absent")})})
+def test_without_its_tokenizer_characters_are_counted(
+    dropped: Dropped, preset: Preset, tmp_path: Path
+) -> None:
+    absent = preset.model_copy(
+        update={"model": preset.model.model_copy(update={"name": str(tmp_path / "absent")})}
+    )
     assert "1 file, 1 document, 5 characters." in describe(dropped(("a.txt", "amber")), absent, FORGET)
 
 
+# Fmt: skip.
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ([("page.html", "<p>so</p>")], "page.html is a formatted document, which is not read here.\nSave its text as .txt, in UTF-8."),
-        ([("image.png", PNG)], "image.png is a .png file, which is not read here.\nGive a .txt, .md, .jsonl file."),
-        ([("none", "no ending")], "none is a file without a suffix, which is not read here.\nGive a .txt, .md, .jsonl file."),
-        ([("good.txt", "so"), ("image.txt", PNG)], "image.txt is not UTF-8 text (byte 0).\nSave it as UTF-8."),
-        ([("good.txt", "so"), ("wide.md", "so".encode("utf-16"))], "wide.md is not UTF-8 text (byte 0).\nSave it as UTF-8."),
+        (
+            [("page.html", "<p>so</p>")],
+            "page.html is a formatted document, which is not read here.\nSave its text as .txt, in UTF-8.",
+        ),
+        (
+            [("image.png", PNG)],
+            "image.png is a .png file, which is not read here.\nGive a .txt, .md, .jsonl file.",
+        ),
+        (
+            [("none", "no ending")],
+            "none is a file without a suffix, which is not read here.\nGive a .txt, .md, .jsonl file.",
+        ),
+        (
+            [("good.txt", "so"), ("image.txt", PNG)],
+            "image.txt is not UTF-8 text (byte 0).\nSave it as UTF-8.",
+        ),
+        (
+            [("good.txt", "so"), ("wide.md", "so".encode("utf-16"))],
+            "wide.md is not UTF-8 text (byte 0).\nSave it as UTF-8.",
+        ),
         (
             [("wide.txt", "so".encode("utf-16-le"))],
             "wide.txt is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8.",
         ),
-        ([("zeros.txt", bytes(99))], "zeros.txt is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8."),
+        (
+            [("zeros.txt", bytes(99))],
+            "zeros.txt is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8.",
+        ),
         ([("old.txt", "schön".encode("latin-1"))], "old.txt is not UTF-8 text (byte 3).\nSave it as UTF-8."),
-        ([("rows.jsonl", '{"text": "so"}\n{"body": "so"}')], 'rows.jsonl, line 2: expected a JSON object with the key "text".'),
+        (
+            [("rows.jsonl", '{"text": "so"}\n{"body": "so"}')],
+            'rows.jsonl, line 2: expected a JSON object with the key "text".',
+        ),
         ([("rows.jsonl", '{"text": 3}')], 'rows.jsonl, line 1: "text" is no text.'),
         ([("rows.JSONL", "so")], 'rows.JSONL, line 1: expected a JSON object with the key "text".'),
-        ([("empty.txt", ""), ("blank.md", " \n\t\n"), ("empty.jsonl", "")],
-         "There is no text in what you gave as the forget set.\nGive files that are not empty."),
+        (
+            [("empty.txt", ""), ("blank.md", " \n\t\n"), ("empty.jsonl", "")],
+            "There is no text in what you gave as the forget set.\nGive files that are not empty.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_told_by_the_name_it_came_with(
     dropped: Dropped, preset: Preset, folder: RunFolder, files: list[tuple[str, str | bytes]], said: str
 ) -> None:
@@ -151,19 +187,30 @@ def test_without_own_text_the_preset_stays(preset: Preset, folder: RunFolder) ->
 
 
 def test_own_text_takes_the_place_of_both_sets(dropped: Dropped, preset: Preset, folder: RunFolder) -> None:
-    forget, retain = dropped(("a.txt", "storm"), ("b.txt", "wind")), dropped(("c.jsonl", '{"text": "cheese"}'))
+    forget, retain = (
+        dropped(("a.txt", "storm"), ("b.txt", "wind")),
+        dropped(("c.jsonl", '{"text": "cheese"}')),
+    )
     changed = with_own_text(preset, Own(forget, retain, " Tropical Cyclones! "), folder)
     [(name, topic)] = changed.topics.items()
-    assert (name, topic.about, topic.alpha) == ("tropical_cyclones", "Tropical Cyclones!", preset.topics["compounds"].alpha)
+    assert (name, topic.about, topic.alpha) == (
+        "tropical_cyclones",
+        "Tropical Cyclones!",
+        preset.topics["compounds"].alpha,
+    )
     assert read_documents(topic.corpus) == ["storm", "wind"]
     assert read_documents(changed.retain.corpora[0]) == ["cheese"]
     assert changed.retain.max_tokens == preset.retain.max_tokens
-    assert {Path(each.source).parent for each in (topic.corpus, changed.retain.corpora[0])} == {(folder.path / "texts").resolve()}
+    assert {Path(each.source).parent for each in (topic.corpus, changed.retain.corpora[0])} == {
+        (folder.path / "texts").resolve()
+    }
     assert changed.rmu == preset.rmu
     assert changed.model == preset.model
 
 
-def test_what_was_dropped_may_go_once_the_run_has_its_copy(dropped: Dropped, preset: Preset, folder: RunFolder) -> None:
+def test_what_was_dropped_may_go_once_the_run_has_its_copy(
+    dropped: Dropped, preset: Preset, folder: RunFolder
+) -> None:
     files = dropped(("a.txt", "storm"))
     changed = with_own_text(preset, Own(files, [], "storms"), folder)
     Path(files[0]).unlink()
@@ -177,11 +224,19 @@ def test_only_the_sets_that_were_given_change(dropped: Dropped, preset: Preset, 
     assert kept.retain != preset.retain
 
 
-def test_nobody_expects_the_preset_s_own_topics_to_be_forgotten_then(dropped: Dropped, preset: Preset, folder: RunFolder) -> None:
+def test_nobody_expects_the_preset_s_own_topics_to_be_forgotten_then(
+    dropped: Dropped, preset: Preset, folder: RunFolder
+) -> None:
     changed = with_own_text(preset, Own(dropped(("a.txt", "storm")), [], "storms"), folder)
     roles = {name: (task.role, task.adjacent) for name, task in changed.evaluation.tasks.items()}
     measured, kept = ("measured", []), ("kept", [])
-    assert roles == {"compounds": measured, "locks": measured, "crystals": measured, "subjects": kept, "held_out": kept}
+    assert roles == {
+        "compounds": measured,
+        "locks": measured,
+        "crystals": measured,
+        "subjects": kept,
+        "held_out": kept,
+    }
     assert {name: task.source for name, task in changed.evaluation.tasks.items()} == {
         name: task.source for name, task in preset.evaluation.tasks.items()
     }
@@ -219,7 +274,9 @@ def test_a_topic_is_called_by_what_was_typed(words: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("words", ["null", "123", "yes", "a: b", "Öl & Gas", "..", "Retain"])
-def test_an_odd_topic_survives_the_preset_file(dropped: Dropped, preset: Preset, folder: RunFolder, words: str) -> None:
+def test_an_odd_topic_survives_the_preset_file(
+    dropped: Dropped, preset: Preset, folder: RunFolder, words: str
+) -> None:
     changed = with_own_text(preset, Own(dropped(("a.txt", "storm")), [], words), folder)
     path = folder.path / "tiny.yaml"
     path.write_text(yaml.safe_dump(changed.model_dump(), allow_unicode=True), encoding="utf-8")
@@ -237,8 +294,14 @@ def test_of_a_folder_only_the_data_is_taken(dropped: Dropped) -> None:
         ("LICENSE.txt", "so"),
     )
     assert [Path(file).name for file in texts_among(files)] == ["a.txt", "B.JSONL"]
+    # Fmt: skip.
     assert left_out_of(files) == {
-        "README.md": "about the data", ".hidden.txt": "hidden", "c.parquet": "a Parquet file", "LICENSE.txt": "about the data",
-    }  # fmt: skip
-    with pytest.raises(UserError, match=r"There is no text in this folder\. It holds README\.md, \.hidden\.txt, c\.parquet\."):
+        "README.md": "about the data",
+        ".hidden.txt": "hidden",
+        "c.parquet": "a Parquet file",
+        "LICENSE.txt": "about the data",
+    }
+    with pytest.raises(
+        UserError, match=r"There is no text in this folder\. It holds README\.md, \.hidden\.txt, c\.parquet\."
+    ):
         texts_among(files[2:])

@@ -39,14 +39,19 @@ def tab(built: UnlearnTab, tmp_path: Path) -> UnlearnTab:
 
 def make_run(runs_dir: Path, name: str, state: str = "done") -> RunFolder:
     run = RunFolder.create(runs_dir, name)
-    write_json(run.path / "config.json", {"preset": "tiny", "device": "cpu", "settings": load_preset("tiny").model_dump()})
+    write_json(
+        run.path / "config.json",
+        {"preset": "tiny", "device": "cpu", "settings": load_preset("tiny").model_dump()},
+    )
     run.write_status("unlearn", 3, 9, state)
     return run
 
 
 def values(**changed: Any) -> list[Any]:
     """What the fields hold where a person has changed some; a dot in a path is written as two underscores."""
-    found = dict(zip(MATTER, values_of(load_preset("tiny")), strict=True)) | {path.replace("__", "."): new for path, new in changed.items()}
+    found = dict(zip(MATTER, values_of(load_preset("tiny")), strict=True)) | {
+        path.replace("__", "."): new for path, new in changed.items()
+    }
     assert len(found) == len(MATTER)
     return list(found.values())
 
@@ -59,13 +64,20 @@ def test_the_fields_show_the_preset_and_change_nothing(name: str) -> None:
     preset = load_preset(name)
     shown = dict(zip(MATTER, values_of(preset), strict=True))
     assert (shown["rmu.steps"], shown["rmu.learning_rate"]) == (preset.rmu.steps, preset.rmu.learning_rate)
-    assert shown["evaluation.limit"] == ("" if preset.evaluation.limit is None else str(preset.evaluation.limit))
+    assert shown["evaluation.limit"] == (
+        "" if preset.evaluation.limit is None else str(preset.evaluation.limit)
+    )
     assert changes_of(name, values_of(preset)) == {}
 
 
 def test_only_what_was_changed_is_a_change() -> None:
-    assert changes_of("tiny", values(rmu__steps=4.0, rmu__learning_rate=0.01)) == {"rmu.steps": 4, "rmu.learning_rate": 0.01}
-    assert isinstance(changes_of("tiny", values(rmu__steps=4.0))["rmu.steps"], int), "the browser sends whole numbers as 4.0 too"
+    assert changes_of("tiny", values(rmu__steps=4.0, rmu__learning_rate=0.01)) == {
+        "rmu.steps": 4,
+        "rmu.learning_rate": 0.01,
+    }
+    assert isinstance(changes_of("tiny", values(rmu__steps=4.0))["rmu.steps"], int), (
+        "the browser sends whole numbers as 4.0 too"
+    )
     assert changes_of("tiny", values(evaluation__limit=" ")) == {}
     assert changes_of("tiny", values(rmu__steps=4.5, rmu__rank=None)) == {"rmu.steps": 4.5, "rmu.rank": None}
 
@@ -83,8 +95,12 @@ def test_where_topics_differ_no_protection_is_shown() -> None:
 # What is refused
 
 
-def begin(runs_dir: Path, preset_name: str, changes: dict[str, Any], lines: str, own: Own, name: str) -> RunFolder:
-    return Unlearning(runs_dir, CPU, LoadedModel()).start(preset_name, offers.chosen(preset_name, changes, lines), own, name)
+def begin(
+    runs_dir: Path, preset_name: str, changes: dict[str, Any], lines: str, own: Own, name: str
+) -> RunFolder:
+    return Unlearning(runs_dir, CPU, LoadedModel()).start(
+        preset_name, offers.chosen(preset_name, changes, lines), own, name
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,13 +109,18 @@ def begin(runs_dir: Path, preset_name: str, changes: dict[str, Any], lines: str,
         ({"preset_name": None}, "Choose one of the presets first."),
         ({"preset_name": "tyni"}, "Choose one of the presets first."),
         ({"changes": {"rmu.steps": 0}}, "rmu.steps: should be greater than or equal to 1 (it is 0)"),
-        ({"lines": "model.name=/etc"}, "A setting names another model, text or questions: that cannot be done from the page."),
+        (
+            {"lines": "model.name=/etc"},
+            "A setting names another model, text or questions: that cannot be done from the page.",
+        ),
         ({"lines": "nonsense"}, '"nonsense" is not of the form key.path=value, for example rmu.steps=50.'),
         ({"name": "../x"}, '"../x" cannot be the name of a run'),
         ({"name": "taken"}, "Run taken exists already.\nChoose another name."),
     ],
 )
-def test_a_mistake_starts_nothing_and_leaves_nothing(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+def test_a_mistake_starts_nothing_and_leaves_nothing(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
     make_run(tmp_path, "taken")
     given = {"preset_name": "tiny", "changes": {}, "lines": "", "name": "mine"} | changed
     with pytest.raises(UserError) as caught:
@@ -110,9 +131,13 @@ def test_a_mistake_starts_nothing_and_leaves_nothing(tmp_path: Path, changed: di
     assert tickets(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.txt", b"\x89PNG"), ("a.html", b"<p>so"), ("a.txt", b" \n"), ("a.jsonl", b"{")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b"\x89PNG"), ("a.html", b"<p>so"), ("a.txt", b" \n"), ("a.jsonl", b"{")]
+)
 @pytest.mark.parametrize("kind", ["forget", "retain"])
-def test_text_that_cannot_be_read_leaves_no_run_behind(tmp_path: Path, name: str, content: bytes, kind: str) -> None:
+def test_text_that_cannot_be_read_leaves_no_run_behind(
+    tmp_path: Path, name: str, content: bytes, kind: str
+) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     own = Own([str(file)], [], "storms") if kind == "forget" else Own([], [str(file)], "")
@@ -161,13 +186,19 @@ def test_the_run_under_way_or_the_newest_is_shown_at_first(tab: UnlearnTab) -> N
     assert tab.refresh(None)["value"] == "mine"
     make_run(tab.runs_dir, "other")
     for chosen in ("mine", "gone"):
-        assert "value" not in tab.refresh(chosen), "a choice stays, and by the time it arrives another may have been made"
+        assert "value" not in tab.refresh(chosen), (
+            "a choice stays, and by the time it arrives another may have been made"
+        )
         assert "value" not in tab.show(chosen)[-2]
         assert "value" not in tab.tick(chosen, ("", []))[-2]
 
 
 def test_a_run_that_is_gone_is_said_to_be(tab: UnlearnTab) -> None:
-    for name, said in ((None, "<p>No run yet.</p>"), ("gone", "<p>This run is no longer there.</p>"), ("<b>", "<p>This run is no longer there.</p>")):
+    for name, said in (
+        (None, "<p>No run yet.</p>"),
+        ("gone", "<p>This run is no longer there.</p>"),
+        ("<b>", "<p>This run is no longer there.</p>"),
+    ):
         html, *curves, _, seen = tab.show(name)
         assert (html, seen) == (said, (said, []))
         assert curves == [None] * 4
@@ -176,8 +207,17 @@ def test_a_run_that_is_gone_is_said_to_be(tab: UnlearnTab) -> None:
 def test_buttons_are_there_for_what_they_can_do(tab: UnlearnTab) -> None:
     for name, state in (("over", "done"), ("halved", "stopped"), ("broken", "failed")):
         make_run(tab.runs_dir, name, state)
-    shown = {name: tuple(button["interactive"] for button in tab.buttons(name)) for name in ("over", "halved", "broken", "gone", None)}
-    assert shown == {"over": (False, False), "halved": (False, True), "broken": (False, True), "gone": (False, False), None: (False, False)}
+    shown = {
+        name: tuple(button["interactive"] for button in tab.buttons(name))
+        for name in ("over", "halved", "broken", "gone", None)
+    }
+    assert shown == {
+        "over": (False, False),
+        "halved": (False, True),
+        "broken": (False, True),
+        "gone": (False, False),
+        None: (False, False),
+    }
 
 
 def test_nothing_is_sent_where_nothing_has_changed(tab: UnlearnTab) -> None:
@@ -195,10 +235,17 @@ def test_nothing_is_sent_where_nothing_has_changed(tab: UnlearnTab) -> None:
 # A run
 
 
-def test_a_run_on_own_text_goes_on_after_a_stop_and_under_another_name(tab: UnlearnTab, tmp_path: Path) -> None:
+def test_a_run_on_own_text_goes_on_after_a_stop_and_under_another_name(
+    tab: UnlearnTab, tmp_path: Path
+) -> None:
     """Real processes: the one is stopped while it trains, the other goes on."""
     forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.txt"
-    forget.write_text("".join(json.dumps({"text": f"The storm {number} blew over the bay of <b>Halong</b>."}) + "\n" for number in range(20)))
+    forget.write_text(
+        "".join(
+            json.dumps({"text": f"The storm {number} blew over the bay of <b>Halong</b>."}) + "\n"
+            for number in range(20)
+        )
+    )
     retain.write_text("Cheese melts in a warm pan. " * 200)
     lines = "rmu.batch_size=2\nrmu.retain_batch_size=2\nevaluation.max_new_tokens=4"
     changed = values(rmu__steps=3000.0, evaluation__limit="4")

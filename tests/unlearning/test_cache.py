@@ -30,7 +30,9 @@ def test_what_goes_in_comes_out(folder: Path | None) -> None:
     for key, seed in (("retain-0", 1), ("0-3", 2)):
         found = cache.get(key, CPU)
         assert found is not None
-        assert {name: tensor.tolist() for name, tensor in found.items()} == {name: tensor.tolist() for name, tensor in entry(seed).items()}
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {
+            name: tensor.tolist() for name, tensor in entry(seed).items()
+        }
     assert cache.keys() == ["0-3", "retain-0"]
 
 

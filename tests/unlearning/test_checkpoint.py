@@ -27,7 +27,11 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}
 
 @pytest.fixture
 def model(small_settings: ModelSettings) -> PeftModel:
-    return add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), Rmu(target_layer=2, adapter_layers=[1, 2], rank=4), small_settings)
+    return add_adapter(
+        load_model(small_settings, torch.device("cpu"), layers=3),
+        Rmu(target_layer=2, adapter_layers=[1, 2], rank=4),
+        small_settings,
+    )
 
 
 def optimizer_of(model: PeftModel, name: str = "adamw") -> torch.optim.Optimizer:
@@ -56,12 +60,17 @@ def test_it_is_one_safetensors_file_without_the_base_model(model: PeftModel, tmp
     assert about["settings"] == SETTINGS
     with safe_open(tmp_path / "checkpoint/state.safetensors", framework="pt") as tensors:
         kinds = [name.partition(".")[0] for name in tensors.keys()]  # noqa: SIM118
-    assert (kinds.count("weight"), kinds.count("optimizer")) == (len(trainable(model)), 3 * len(trainable(model)))
+    assert (kinds.count("weight"), kinds.count("optimizer")) == (
+        len(trainable(model)),
+        3 * len(trainable(model)),
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["lora", "weights"])
-def test_weights_and_optimiser_come_back_bit_for_bit(small_settings: ModelSettings, tmp_path: Path, name: str, kind: str) -> None:
+def test_weights_and_optimiser_come_back_bit_for_bit(
+    small_settings: ModelSettings, tmp_path: Path, name: str, kind: str
+) -> None:
     rmu = Rmu(target_layer=2, adapter_layers=[1, 2], rank=64, trainable=kind)
     model = add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), rmu, small_settings)
     optimizer = optimizer_of(model, name)
@@ -84,7 +93,12 @@ def test_eight_bit_moments_take_a_quarter(small_settings: ModelSettings, tmp_pat
         model = add_adapter(load_model(small_settings, torch.device("cpu"), layers=3), rmu, small_settings)
         optimizer = optimizer_of(model, name)
         train(model, optimizer, 1)
-        states = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key.startswith(("exp_avg", "state"))]
+        states = [
+            tensor
+            for state in optimizer.state.values()
+            for key, tensor in state.items()
+            if key.startswith(("exp_avg", "state"))
+        ]
         sizes[name] = sum(tensor.nbytes for tensor in states)
     assert sizes["adamw8bit"] * 4 == sizes["adamw"]
 
@@ -97,7 +111,9 @@ def test_where_there_is_no_checkpoint_nothing_changes(model: PeftModel, tmp_path
     assert not optimizer.state
 
 
-def test_a_checkpoint_of_other_settings_is_refused_and_changes_nothing(model: PeftModel, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_is_refused_and_changes_nothing(
+    model: PeftModel, tmp_path: Path
+) -> None:
     optimizer = optimizer_of(model)
     train(model, optimizer, 1)
     save_checkpoint(tmp_path / "checkpoint", model, optimizer, Progress(1), SETTINGS)
@@ -114,7 +130,9 @@ def test_a_checkpoint_of_other_settings_is_refused_and_changes_nothing(model: Pe
 
 
 @pytest.mark.parametrize("fails", ["save_file", "os.fsync"])
-def test_a_failed_write_keeps_the_old_checkpoint(model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+def test_a_failed_write_keeps_the_old_checkpoint(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     optimizer, folder = optimizer_of(model), tmp_path / "checkpoint"
     train(model, optimizer, 1)
     save_checkpoint(folder, model, optimizer, Progress(1), SETTINGS)
@@ -130,7 +148,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(model: PeftModel, tmp_path: Pat
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
 
 
-def test_a_checkpoint_of_an_earlier_contrastive_run_belongs_to_the_raw_direction(model: PeftModel, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_contrastive_run_belongs_to_the_raw_direction(
+    model: PeftModel, tmp_path: Path
+) -> None:
     def settings(**more: Any) -> dict[str, Any]:
         return {"rmu": SETTINGS["rmu"], "topics": {"bio": {"alpha": 3.0, "steering": "contrastive"} | more}}
 
@@ -141,7 +161,9 @@ def test_a_checkpoint_of_an_earlier_contrastive_run_belongs_to_the_raw_direction
         load_checkpoint(tmp_path, model, optimizer, settings(contrastive_direction="unit"))
 
 
-def test_a_checkpoint_of_a_version_without_later_settings_is_gone_on_with(model: PeftModel, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_version_without_later_settings_is_gone_on_with(
+    model: PeftModel, tmp_path: Path
+) -> None:
     """Every setting that has come since is missing from it, and means what that version did."""
     rmu = Rmu(target_layer=3, adapter_layers=[1, 3], sinks="counted", guard_every=0).model_dump()
     topic = Topic(corpus=Corpus(source="./bio.txt", detokenize=False), alpha=3.0, questions=0).model_dump()
@@ -151,7 +173,9 @@ def test_a_checkpoint_of_a_version_without_later_settings_is_gone_on_with(model:
         "rmu": {key: value for key, value in rmu.items() if key not in later},
         "topics": {"bio": {key: value for key, value in topic.items() if key != "questions"}},
     }
-    former["topics"]["bio"]["corpus"] = {key: value for key, value in topic["corpus"].items() if key != "detokenize"}
+    former["topics"]["bio"]["corpus"] = {
+        key: value for key, value in topic["corpus"].items() if key != "detokenize"
+    }
     optimizer = optimizer_of(model)
     save_checkpoint(tmp_path, model, optimizer, Progress(2), former)
     assert load_checkpoint(tmp_path, model, optimizer, current) == Progress(2)
@@ -170,11 +194,13 @@ def test_a_checkpoint_of_a_version_without_later_settings_is_gone_on_with(model:
         lambda content: b"{}",
         lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
         lambda content: content.replace(b"progress", b"progrens", 1),
-        lambda content: content.replace(b'lora_A', b'lora_C', 1),
+        lambda content: content.replace(b"lora_A", b"lora_C", 1),
         lambda content: content.replace(b'\\"step\\": 2', b'\\"step\\": x', 1),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_trained_on_it(model: PeftModel, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_trained_on_it(
+    model: PeftModel, tmp_path: Path, spoil: Callable[[bytes], bytes]
+) -> None:
     optimizer, folder = optimizer_of(model), tmp_path / "checkpoint"
     train(model, optimizer, 2)
     save_checkpoint(folder, model, optimizer, Progress(2), SETTINGS)
@@ -187,7 +213,9 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_trained_on_it(model: Pef
         load_checkpoint(folder, model, optimizer, SETTINGS)
 
 
-def test_a_checkpoint_of_an_older_version_has_no_checksums_and_is_read(model: PeftModel, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_has_no_checksums_and_is_read(
+    model: PeftModel, tmp_path: Path
+) -> None:
     optimizer = optimizer_of(model)
     train(model, optimizer, 2)
     save_checkpoint(tmp_path, model, optimizer, Progress(2), SETTINGS)

@@ -17,7 +17,17 @@ from lowmem_rmu.model.layers import run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import BestWeights, trainable
-from lowmem_rmu.unlearning.guard import Check, Guard, GuardData, Kind, best_of, collapse, has_collapsed, is_too_far, letter_share
+from lowmem_rmu.unlearning.guard import (
+    Check,
+    Guard,
+    GuardData,
+    Kind,
+    best_of,
+    collapse,
+    has_collapsed,
+    is_too_far,
+    letter_share,
+)
 from lowmem_rmu.unlearning.losses import SINK_RATIO
 from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
@@ -26,7 +36,9 @@ TEXTS = [[1, *range(start, start + 12 + start % 3)] for start in range(20, 60, 8
 QUESTIONS = [[1, *range(start, start + 7 + start % 4)] for start in range(100, 130, 6)]
 OTHERS = [[1, *range(start, start + 10)] for start in range(200, 260, 12)]
 LETTERS = [40, 41, 42, 43]
-RMU = Rmu(target_layer=2, adapter_layers=[1, 2], rank=4, batch_size=2, steps=12, learning_rate=0.02, guard_every=3)
+RMU = Rmu(
+    target_layer=2, adapter_layers=[1, 2], rank=4, batch_size=2, steps=12, learning_rate=0.02, guard_every=3
+)
 
 
 def check(step: int, damage: float, distance: float, **more: Any) -> Check:
@@ -39,13 +51,22 @@ def data(**changes: Any) -> GuardData:
 
 
 def unlearning_of(
-    settings: ModelSettings, guard: GuardData | None, alpha: float = 3.0, layers: int | None = None, **changes: Any
+    settings: ModelSettings,
+    guard: GuardData | None,
+    alpha: float = 3.0,
+    layers: int | None = None,
+    **changes: Any,
 ) -> Trainer:
     """With `layers`, only the first ones are loaded."""
     rmu = RMU.model_copy(update=changes)
     topic = Topic(corpus=Corpus(source="./nowhere"), alpha=alpha, adaptive_scale=3.0)
     model = add_adapter(load_model(settings, CPU, layers), rmu, settings)
-    return Trainer(model, rmu, {"bio": topic}, TrainingData({"bio": OTHERS}, TEXTS, 2, guard=guard, is_whole=layers is None))
+    return Trainer(
+        model,
+        rmu,
+        {"bio": topic},
+        TrainingData({"bio": OTHERS}, TEXTS, 2, guard=guard, is_whole=layers is None),
+    )
 
 
 def run(unlearning: Trainer, folder: Path, stop_at: int | None = None) -> list[dict[str, Any]]:
@@ -70,7 +91,9 @@ def test_it_measures_what_two_whole_models_give(small_settings: ModelSettings, t
 
     def divergences(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
-            before, after = (model(torch.tensor([ids])).logits[0].log_softmax(-1) for model in (base, unlearning.model))
+            before, after = (
+                model(torch.tensor([ids])).logits[0].log_softmax(-1) for model in (base, unlearning.model)
+            )
         return kl_div(after, before, reduction="none", log_target=True).sum(-1)
 
     texts = torch.cat([divergences(ids)[:-1] for ids in TEXTS])
@@ -80,11 +103,15 @@ def test_it_measures_what_two_whole_models_give(small_settings: ModelSettings, t
     assert found.topic_question_kl == pytest.approx(found.question_kl)  # the same questions
     assert found.topic_kl > 0
     with torch.no_grad():
-        answers = [unlearning.model(torch.tensor([ids])).logits[0, -1, LETTERS].argmax().item() for ids in QUESTIONS]
+        answers = [
+            unlearning.model(torch.tensor([ids])).logits[0, -1, LETTERS].argmax().item() for ids in QUESTIONS
+        ]
     assert found.letters == "".join("ABCD"[int(index)] for index in answers)
     for model, share in ((unlearning.model, found.top_share), (base, found.base_top_share)):
         with torch.no_grad():
-            predicted = [int(token) for ids in TEXTS for token in model(torch.tensor([ids])).logits[0, :-1].argmax(-1)]
+            predicted = [
+                int(token) for ids in TEXTS for token in model(torch.tensor([ids])).logits[0, :-1].argmax(-1)
+            ]
         assert share == pytest.approx(Counter(predicted).most_common(1)[0][1] / len(predicted))
 
 
@@ -108,11 +135,17 @@ def test_shifts_are_measured_without_the_upper_layers(small_settings: ModelSetti
 
     assert found.retain_kl == pytest.approx(torch.cat([shifts(ids) for ids in TEXTS]).mean().item(), rel=1e-3)
     assert found.topic_kl == pytest.approx(torch.cat([shifts(ids) for ids in OTHERS]).mean().item(), rel=1e-3)
-    assert found.question_kl == pytest.approx(torch.cat([shifts(ids) for ids in QUESTIONS]).mean().item(), rel=1e-3)
+    assert found.question_kl == pytest.approx(
+        torch.cat([shifts(ids) for ids in QUESTIONS]).mean().item(), rel=1e-3
+    )
 
 
 def test_a_shift_has_bounds_and_a_limit_of_its_own(small_settings: ModelSettings, tmp_path: Path) -> None:
-    checks = [check(10, 0.1, 0.9, unit="shift"), check(20, 0.2, 1.3, unit="shift"), check(30, 0.1, 2.4, unit="shift")]
+    checks = [
+        check(10, 0.1, 0.9, unit="shift"),
+        check(20, 0.2, 1.3, unit="shift"),
+        check(30, 0.1, 2.4, unit="shift"),
+    ]
     assert best_of(checks, 0.25) == checks[2], "both are far enough: the one with less damage"
     assert best_of(checks[:2], 0.15) == checks[0]
     assert has_collapsed([check(10, 1.1, 2.0, unit="shift")] * 2, 0.25)
@@ -123,10 +156,15 @@ def test_a_shift_has_bounds_and_a_limit_of_its_own(small_settings: ModelSettings
     assert "of the activations' own size" in str(unlearning.outcome)
 
 
-def test_of_several_topics_the_one_that_moved_least_counts(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_of_several_topics_the_one_that_moved_least_counts(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, None)
     run(unlearning, tmp_path)
-    alone = [Guard(unlearning.model, data(topics={"one": Kind(texts)}), 2).check(12).topic_kl for texts in (TEXTS, OTHERS)]
+    alone = [
+        Guard(unlearning.model, data(topics={"one": Kind(texts)}), 2).check(12).topic_kl
+        for texts in (TEXTS, OTHERS)
+    ]
     both = Guard(unlearning.model, data(topics={"one": Kind(TEXTS), "other": Kind(OTHERS)}), 2).check(12)
     assert both.topic_kl == pytest.approx(min(alone), rel=1e-5)
     assert both.topic_question_kl is None
@@ -178,20 +216,29 @@ def test_letters_are_counted() -> None:
     assert letter_share("ABAC") == "A 2, B 1, C 1"
 
 
-def test_checks_come_as_often_as_asked_and_after_the_last_step(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_checks_come_as_often_as_asked_and_after_the_last_step(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     rows = run(unlearning_of(small_settings, data(), steps=8, guard_limit=100.0), tmp_path)
     assert [row["step"] for row in rows if "retain_kl" in row] == [3, 6, 8]
     assert all(row["topic_kl"] > 0 for row in rows if "topic_kl" in row)
     assert json.loads(json.dumps(rows)) == rows
-    assert not any("retain_kl" in row for row in run(unlearning_of(small_settings, None, steps=4), tmp_path / "none"))
-    assert not any("retain_kl" in row for row in run(unlearning_of(small_settings, data(), steps=4, guard_every=0), tmp_path / "off"))
+    assert not any(
+        "retain_kl" in row for row in run(unlearning_of(small_settings, None, steps=4), tmp_path / "none")
+    )
+    assert not any(
+        "retain_kl" in row
+        for row in run(unlearning_of(small_settings, data(), steps=4, guard_every=0), tmp_path / "off")
+    )
 
 
 def weights(unlearning: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trainable(unlearning.model).items()}
 
 
-def scripted(unlearning: Trainer, found: dict[int, tuple[float, float]]) -> dict[int, dict[str, torch.Tensor]]:
+def scripted(
+    unlearning: Trainer, found: dict[int, tuple[float, float]]
+) -> dict[int, dict[str, torch.Tensor]]:
     """Let the guard find `(damage, distance)` by step; return what the weights were at each check, filled in as they come."""
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -204,7 +251,9 @@ def scripted(unlearning: Trainer, found: dict[int, tuple[float, float]]) -> dict
     return seen
 
 
-def test_training_ends_beyond_the_limit_and_the_best_weights_come_back(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_training_ends_beyond_the_limit_and_the_best_weights_come_back(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
     seen = scripted(unlearning, {3: (0.1, 1.5), 6: (0.5, 9.0), 9: (0.6, 9.0)})
     rows = run(unlearning, tmp_path)
@@ -223,41 +272,58 @@ def test_training_ends_once_the_topic_is_far(small_settings: ModelSettings, tmp_
     seen = scripted(unlearning, {3: (0.1, 1.9), 6: (0.2, 2.1)})
     assert len(run(unlearning, tmp_path)) == 6  # of 12
     assert all(torch.equal(tensor, seen[6][name]) for name, tensor in trainable(unlearning.model).items())
-    assert str(unlearning.outcome).startswith("Training ended 6 steps early: the topic is far from base. The weights after step 6 of 6 are kept")
+    assert str(unlearning.outcome).startswith(
+        "Training ended 6 steps early: the topic is far from base. The weights after step 6 of 6 are kept"
+    )
 
 
-def test_a_far_topic_ends_nothing_while_the_rest_is_too_far(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_a_far_topic_ends_nothing_while_the_rest_is_too_far(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
     scripted(unlearning, {3: (0.1, 1.0), 6: (0.4, 2.1), 9: (0.1, 1.2), 12: (0.1, 1.1)})
     assert len(run(unlearning, tmp_path)) == 12
 
 
-def test_a_better_point_before_the_last_step_comes_back(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_a_better_point_before_the_last_step_comes_back(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
     seen = scripted(unlearning, {3: (0.1, 1.2), 6: (0.2, 1.9), 9: (0.1, 1.0), 12: (0.4, 9.0)})
     assert len(run(unlearning, tmp_path)) == 12
     assert all(torch.equal(tensor, seen[6][name]) for name, tensor in trainable(unlearning.model).items())
 
 
-def test_without_a_good_point_the_last_weights_stay_and_it_is_said(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_without_a_good_point_the_last_weights_stay_and_it_is_said(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3)
     seen = scripted(unlearning, {3: (0.4, 2.0), 6: (0.5, 4.0), 9: (0.4, 4.0), 12: (0.4, 9.0)})
     assert len(run(unlearning, tmp_path)) == 12
     assert all(torch.equal(tensor, seen[12][name]) for name, tensor in trainable(unlearning.model).items())
-    assert str(unlearning.outcome).startswith("The guard found no point with the topic far from base and the rest within 0.3 nats")
+    assert str(unlearning.outcome).startswith(
+        "The guard found no point with the topic far from base and the rest within 0.3 nats"
+    )
 
 
 def test_a_collapse_ends_the_run_with_a_sentence(small_settings: ModelSettings, tmp_path: Path) -> None:
     """For real: no retain loss, and a target far away."""
-    unlearning = unlearning_of(small_settings, data(), alpha=0.0, guard_limit=0.001, steps=60, learning_rate=0.05)
-    with pytest.raises(UserError, match=r"The model has collapsed by step \d+: .*found no better point before\.\nLower rmu\.learning_rate"):
+    unlearning = unlearning_of(
+        small_settings, data(), alpha=0.0, guard_limit=0.001, steps=60, learning_rate=0.05
+    )
+    with pytest.raises(
+        UserError,
+        match=r"The model has collapsed by step \d+: .*found no better point before\.\nLower rmu\.learning_rate",
+    ):
         run(unlearning, tmp_path)
     assert unlearning.progress.step < 60
 
 
 def test_one_letter_is_named() -> None:
     said = collapse(check(20, 0.1, 1.0, base_letters="ABCDA", letters="BBBBB"))
-    assert said.startswith("The model has collapsed by step 20: it answers B to every question about text that is to stay (base: A 2, B 1, C 1, D 1)")
+    assert said.startswith(
+        "The model has collapsed by step 20: it answers B to every question about text that is to stay (base: A 2, B 1, C 1, D 1)"
+    )
 
 
 def test_one_token_over_and_over_is_named() -> None:
@@ -266,7 +332,9 @@ def test_one_token_over_and_over_is_named() -> None:
 
 
 @pytest.mark.parametrize("stop_at", [4, 7, 10])
-def test_a_resumed_run_ends_like_one_that_was_not_interrupted(small_settings: ModelSettings, tmp_path: Path, stop_at: int) -> None:
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(
+    small_settings: ModelSettings, tmp_path: Path, stop_at: int
+) -> None:
     whole = unlearning_of(small_settings, data(), guard_limit=0.5)
     rows = run(whole, tmp_path / "whole")
     first = unlearning_of(small_settings, data(), guard_limit=0.5)
@@ -279,7 +347,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(small_settings: Mo
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(second).items())
 
 
-def test_only_the_best_weights_are_kept_with_a_checkpoint(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_only_the_best_weights_are_kept_with_a_checkpoint(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, data(), guard_limit=0.3, checkpoint_every=7)
     scripted(unlearning, {3: (0.1, 1.2), 6: (0.1, 1.4), 9: (0.1, 1.5), 12: (0.1, 1.0)})
     run(unlearning, tmp_path, stop_at=8)

@@ -60,7 +60,9 @@ def test_a_preset_runs_from_loading_to_the_reloaded_adapter(
     assert counted["in_4bit"] > 0.95 * (counted["weights"] - embeddings)
 
     base = target_activations(cut, rmu)
-    data = TrainingData({topic: sequences(seed) for seed, topic in enumerate(preset.topics)}, sequences(99), pad_id=2)
+    data = TrainingData(
+        {topic: sequences(seed) for seed, topic in enumerate(preset.topics)}, sequences(99), pad_id=2
+    )
     unlearning = Trainer(add_adapter(cut, rmu, settings), rmu, preset.topics, data)
     rows: list[dict[str, Any]] = []
     assert unlearning.run(tmp_path / "checkpoint", rows.append, lambda: False)

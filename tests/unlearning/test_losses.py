@@ -21,22 +21,33 @@ def test_it_is_mse_loss_where_every_position_counts() -> None:
     everywhere = torch.ones(3, 5, dtype=torch.bool)
     torch.testing.assert_close(masked_mse(UPDATED, TARGET, everywhere), mse_loss(UPDATED, TARGET))
     vector = TARGET[0, 0]
-    torch.testing.assert_close(masked_mse(UPDATED, vector, everywhere), mse_loss(UPDATED, vector.expand_as(UPDATED)))
+    torch.testing.assert_close(
+        masked_mse(UPDATED, vector, everywhere), mse_loss(UPDATED, vector.expand_as(UPDATED))
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_adding_padding_changes_nothing(side: str) -> None:
     """Trap 8: a mean over `[batch]` divided by `[batch, 1]` would mix examples."""
     places = (3, 0) if side == "left" else (0, 3)
-    longer = [pad(tensor, (0, 0, *places), value=1e3 * (index + 1)) for index, tensor in enumerate((UPDATED, TARGET))]
+    longer = [
+        pad(tensor, (0, 0, *places), value=1e3 * (index + 1))
+        for index, tensor in enumerate((UPDATED, TARGET))
+    ]
     counted = pad(COUNTED, places, value=False)
     for figure in (masked_mse, mean_cosine):
-        torch.testing.assert_close(figure(*longer, counted), figure(UPDATED, TARGET, COUNTED), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            figure(*longer, counted), figure(UPDATED, TARGET, COUNTED), rtol=1e-6, atol=1e-6
+        )
     assert mean_norm(longer[0], counted) == pytest.approx(mean_norm(UPDATED, COUNTED), rel=1e-6)
 
 
 def test_every_counted_token_weighs_the_same() -> None:
-    tokens = [(UPDATED[row, column] - TARGET[row, column]).square().mean() for row in range(3) for column in range(int(LENGTHS[row]))]
+    tokens = [
+        (UPDATED[row, column] - TARGET[row, column]).square().mean()
+        for row in range(3)
+        for column in range(int(LENGTHS[row]))
+    ]
     assert len(tokens) == 11
     torch.testing.assert_close(masked_mse(UPDATED, TARGET, COUNTED), torch.stack(tokens).mean())
 

@@ -32,7 +32,13 @@ def test_the_same_seed_gives_the_same_vector_whatever_the_global_seed() -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("0 bio", "0 cyber"), ("0 bio", "1 bio"), ("0 compounds", "0 cooking"), ("0 chemistry_a", "0 chemistry_b"), ("20240 bio", "20240 cyber")],
+    [
+        ("0 bio", "0 cyber"),
+        ("0 bio", "1 bio"),
+        ("0 compounds", "0 cooking"),
+        ("0 chemistry_a", "0 chemistry_b"),
+        ("20240 bio", "20240 cyber"),
+    ],
 )
 def test_other_topics_and_other_seeds_give_other_vectors(one: str, other: str) -> None:
     """However late in the name the difference comes."""
@@ -88,7 +94,9 @@ def contrastive(**changes: Any) -> Topic:
 def test_contrastive_moves_every_token_from_expert_to_novice(direction: str, move: list[float]) -> None:
     """By the coefficient times a vector of length 1, as the authors do, or times the difference itself, as old runs did."""
     novice, expert = torch.tensor([1.0, 5.0]), torch.tensor([4.0, 1.0])
-    target = make_target("bio", contrastive(contrastive_direction=direction), AS_THE_PAPER, 2, [novice, expert])
+    target = make_target(
+        "bio", contrastive(contrastive_direction=direction), AS_THE_PAPER, 2, [novice, expert]
+    )
     torch.testing.assert_close(target.of(FROZEN, COUNTED), FROZEN + torch.tensor(move))
     assert target.length() == pytest.approx(math.hypot(*move))
 
@@ -101,11 +109,17 @@ def test_a_novice_who_is_an_expert_gives_no_direction() -> None:
 
 
 def test_cues_name_the_topic() -> None:
-    novice, expert = "You are a novice in bio who often makes mistakes.", "You are a world-class expert in bio."
+    novice, expert = (
+        "You are a novice in bio who often makes mistakes.",
+        "You are a world-class expert in bio.",
+    )
     assert cues("bio", contrastive()) == [novice, expert]
     about = contrastive(about="building bombs")
     assert cues("bio", about) == [sentence.replace("bio", "building bombs") for sentence in (novice, expert)]
-    assert cues("bio", contrastive(contrastive_direction="raw")) == ["You are a novice at bio", "You are an expert at bio"]
+    assert cues("bio", contrastive(contrastive_direction="raw")) == [
+        "You are a novice at bio",
+        "You are an expert at bio",
+    ]
     assert cues("bio", topic()) == []
 
 
@@ -114,8 +128,14 @@ def test_a_vector_of_another_scale_than_the_activations_is_refused(length: float
     with pytest.raises(UserError) as raised:
         check_scale("bio", 20 * length, 20.0 if length > 1 else 2.0)
     text = str(raised.value)
-    assert re.search(r"The control vector of bio is \S+ long, but activations at the target layer have a norm of (20|2)", text)
-    assert "Set topics.bio.steering_coefficient to a few times that norm, or topics.bio.steering to adaptive." in text
+    assert re.search(
+        r"The control vector of bio is \S+ long, but activations at the target layer have a norm of (20|2)",
+        text,
+    )
+    assert (
+        "Set topics.bio.steering_coefficient to a few times that norm, or topics.bio.steering to adaptive."
+        in text
+    )
 
 
 @pytest.mark.parametrize("length", [6.5, 300.0])

@@ -41,12 +41,27 @@ def sequences(seed: int, count: int = 6) -> list[list[int]]:
 
 
 def rmu_of(**changes: Any) -> Rmu:
-    settings = {"target_layer": TARGET, "adapter_layers": [1, 3], "rank": 4, "batch_size": 2, "steps": 6, "learning_rate": 0.02}
+    settings = {
+        "target_layer": TARGET,
+        "adapter_layers": [1, 3],
+        "rank": 4,
+        "batch_size": 2,
+        "steps": 6,
+        "learning_rate": 0.02,
+    }
     return Rmu(**settings | changes)
 
 
 def topic(**changes: Any) -> Topic:
-    return Topic(**{"corpus": Corpus(source="./nowhere"), "alpha": 3.0, "steering": "random", "steering_coefficient": 6.5} | changes)
+    return Topic(
+        **{
+            "corpus": Corpus(source="./nowhere"),
+            "alpha": 3.0,
+            "steering": "random",
+            "steering_coefficient": 6.5,
+        }
+        | changes
+    )
 
 
 def adaptive(**changes: Any) -> Topic:
@@ -54,11 +69,21 @@ def adaptive(**changes: Any) -> Topic:
 
 
 def unlearning_of(
-    settings: ModelSettings, rmu: Rmu, topics: dict[str, Topic] | None = None, layers: int | None = TARGET + 1, cache_folder: Path | None = None
+    settings: ModelSettings,
+    rmu: Rmu,
+    topics: dict[str, Topic] | None = None,
+    layers: int | None = TARGET + 1,
+    cache_folder: Path | None = None,
 ) -> Trainer:
     topics = topics or {"bio": topic(), "cyber": topic(alpha=7.0, steering_coefficient=11.0)}
-    data = TrainingData({name: sequences(number) for number, name in enumerate(topics)}, sequences(99, 7), PAD)
-    trained = [f"model.layers.{index}.mlp.down_proj" for index in rmu.adapter_layers] if rmu.trainable == "weights" else []
+    data = TrainingData(
+        {name: sequences(number) for number, name in enumerate(topics)}, sequences(99, 7), PAD
+    )
+    trained = (
+        [f"model.layers.{index}.mlp.down_proj" for index in rmu.adapter_layers]
+        if rmu.trainable == "weights"
+        else []
+    )
     model = add_adapter(load_model(settings, CPU, layers=layers, unquantised=trained), rmu, settings)
     return Trainer(model, rmu, topics, data, cache_folder)
 
@@ -78,7 +103,10 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in ("seconds", "peak_memory_bytes")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "peak_memory_bytes")}
+        for row in rows
+    ]
 
 
 def updated_copy(frozen: PreTrainedModel, model: PeftModel) -> PreTrainedModel:
@@ -88,7 +116,9 @@ def updated_copy(frozen: PreTrainedModel, model: PeftModel) -> PreTrainedModel:
     for name in weights:
         if "lora_A" in name:
             layer = int(name.split(".layers.")[1].split(".")[0])
-            copied.model.layers[layer].mlp.down_proj.weight.data += weights[name.replace("lora_A", "lora_B")].detach() @ weights[name].detach()
+            copied.model.layers[layer].mlp.down_proj.weight.data += (
+                weights[name.replace("lora_A", "lora_B")].detach() @ weights[name].detach()
+            )
     return copied
 
 
@@ -99,7 +129,10 @@ def adapter_gradient_norm(loss: Tensor, updated: PreTrainedModel, model: PeftMod
         if "lora_A" in name:
             weight = updated.model.layers[int(name.split(".layers.")[1].split(".")[0])].mlp.down_proj.weight
             (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
-            parts += [gradient @ weights[name].detach().T, weights[name.replace("lora_A", "lora_B")].detach().T @ gradient]
+            parts += [
+                gradient @ weights[name].detach().T,
+                weights[name.replace("lora_A", "lora_B")].detach().T @ gradient,
+            ]
     return torch.cat([part.flatten() for part in parts]).norm().item()
 
 
@@ -129,7 +162,10 @@ def test_a_step_computes_what_two_plain_models_give(small_settings: ModelSetting
         name, turn = ("bio", "cyber")[step % 2], step // 2
         updated, losses, tokens = updated_copy(frozen, unlearning.model), [], 0
         for rows, is_forget in ((unlearning.data.forget[name], True), (unlearning.data.retain, False)):
-            ids, mask = plain_batch([rows[(2 * turn + index) % len(rows)] for index in range(2)], "left" if padding == "paper" else "right")
+            ids, mask = plain_batch(
+                [rows[(2 * turn + index) % len(rows)] for index in range(2)],
+                "left" if padding == "paper" else "right",
+            )
             moved = target_output(updated, ids, mask)
             control_vector = (6.5, 11.0)[step % 2] * unit_vector(64, f"0 {name}")
             goal = control_vector.expand_as(moved) if is_forget else target_output(frozen, ids, mask)
@@ -170,13 +206,17 @@ def test_topics_take_turns(small_settings: ModelSettings, tmp_path: Path) -> Non
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_the_loss_falls(small_settings: ModelSettings, tmp_path: Path, quantisation: str) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
-    rows, _ = run(unlearning_of(settings, rmu_of(steps=30), {"bio": adaptive(alpha=1.0)}), tmp_path / "checkpoint")
+    rows, _ = run(
+        unlearning_of(settings, rmu_of(steps=30), {"bio": adaptive(alpha=1.0)}), tmp_path / "checkpoint"
+    )
     first, last = (sum(row["loss"] for row in part) for part in (rows[:3], rows[-3:]))
     assert last < 0.9 * first
     assert rows[-1]["forget_cosine"] < rows[-1]["retain_cosine"]
 
 
-def test_an_adaptive_coefficient_is_fixed_by_the_first_batch_of_its_topic(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_an_adaptive_coefficient_is_fixed_by_the_first_batch_of_its_topic(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     rmu = rmu_of(shuffle=False)
     unlearning = unlearning_of(small_settings, rmu, {"bio": adaptive(adaptive_scale=4.0)})
     ids, mask = plain_batch(unlearning.data.forget["bio"][:2], "right")
@@ -192,7 +232,11 @@ def test_gradients_are_clipped(small_settings: ModelSettings, monkeypatch: pytes
     own = unlearning.optimizer.step
 
     def step() -> None:
-        norms.append(torch.stack([parameter.grad.norm() for parameter in trainable(unlearning.model).values()]).norm().item())
+        norms.append(
+            torch.stack([parameter.grad.norm() for parameter in trainable(unlearning.model).values()])
+            .norm()
+            .item()
+        )
         own()
 
     monkeypatch.setattr(unlearning.optimizer, "step", step)
@@ -200,7 +244,9 @@ def test_gradients_are_clipped(small_settings: ModelSettings, monkeypatch: pytes
     assert norms == [pytest.approx(0.001, rel=1e-3)]
 
 
-def test_a_linear_schedule_falls_to_zero_and_a_resumed_run_follows_it(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_a_linear_schedule_falls_to_zero_and_a_resumed_run_follows_it(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     def rates(unlearning: Trainer, stop_at: int | None = None) -> list[float]:
         found: list[float] = []
         unlearning.run(
@@ -231,7 +277,9 @@ def test_two_runs_with_one_seed_are_identical(small_settings: ModelSettings, tmp
     assert made[0][0] != made[2][0]
 
 
-def test_padding_that_is_added_moves_no_masked_loss(small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_is_added_moves_no_masked_loss(
+    small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trap 8, through the whole step."""
     plain, _ = run(unlearning_of(small_settings, rmu_of()), tmp_path / "plain")
 
@@ -248,11 +296,17 @@ def test_padding_that_is_added_moves_no_masked_loss(small_settings: ModelSetting
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_the_frozen_base_is_unchanged_by_training(small_settings: ModelSettings, tmp_path: Path, quantisation: str) -> None:
+def test_the_frozen_base_is_unchanged_by_training(
+    small_settings: ModelSettings, tmp_path: Path, quantisation: str
+) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
     unlearning = unlearning_of(settings, rmu_of(), layers=None)
     learning = trainable(unlearning.model).keys()
-    before = {name: parameter.detach().clone() for name, parameter in unlearning.model.named_parameters() if name not in learning}
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in unlearning.model.named_parameters()
+        if name not in learning
+    }
     base = load_model(settings, CPU)(IDS).logits
     run(unlearning, tmp_path / "checkpoint")
     after = dict(unlearning.model.named_parameters())
@@ -264,7 +318,12 @@ def test_the_frozen_base_is_unchanged_by_training(small_settings: ModelSettings,
 
 def test_activation_checkpointing_changes_no_figure(small_settings: ModelSettings, tmp_path: Path) -> None:
     plain, recomputed = (
-        timeless(run(unlearning_of(small_settings, rmu_of(activation_checkpointing=recompute)), tmp_path / str(recompute))[0])
+        timeless(
+            run(
+                unlearning_of(small_settings, rmu_of(activation_checkpointing=recompute)),
+                tmp_path / str(recompute),
+            )[0]
+        )
         for recompute in (False, True)
     )
     assert plain == recomputed
@@ -304,16 +363,24 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_taken_for_an_adapter(
     with pytest.raises(UserError) as raised:
         unlearning.run(tmp_path, spoil, lambda: False)
     found_at = step + step % 2
-    assert str(raised.value).startswith(f"The trained weights are no longer finite after step {found_at}.\nLower rmu.learning_rate")
+    assert str(raised.value).startswith(
+        f"The trained weights are no longer finite after step {found_at}.\nLower rmu.learning_rate"
+    )
     with safe_open(tmp_path / "state.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["progress"])["step"] == found_at - 2
         assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
 
 
-def test_weights_are_looked_at_after_a_last_step_without_a_checkpoint(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_weights_are_looked_at_after_a_last_step_without_a_checkpoint(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, rmu_of(steps=1))
     with pytest.raises(UserError, match="The trained weights are no longer finite after step 1"):
-        unlearning.run(tmp_path, lambda row: next(iter(trainable(unlearning.model).values())).data.fill_(math.inf), lambda: False)
+        unlearning.run(
+            tmp_path,
+            lambda row: next(iter(trainable(unlearning.model).values())).data.fill_(math.inf),
+            lambda: False,
+        )
     assert not any(tmp_path.iterdir())
 
 
@@ -330,10 +397,15 @@ def test_activations_that_explode_end_the_run(small_settings: ModelSettings, tmp
     assert resumed.progress.step == unlearning.progress.step
 
 
-def test_a_control_vector_of_another_scale_is_refused_in_the_first_step(small_settings: ModelSettings) -> None:
+def test_a_control_vector_of_another_scale_is_refused_in_the_first_step(
+    small_settings: ModelSettings,
+) -> None:
     unlearning = unlearning_of(small_settings, rmu_of(), {"bio": topic(steering_coefficient=1e7)})
     before = adapter(unlearning)
-    with pytest.raises(UserError, match=r"The control vector of bio is 1e\+07 long, but activations at the target layer have a norm of"):
+    with pytest.raises(
+        UserError,
+        match=r"The control vector of bio is 1e\+07 long, but activations at the target layer have a norm of",
+    ):
         unlearning.step()
     assert same(adapter(unlearning), before)
 
@@ -345,10 +417,15 @@ def test_contrastive_steering_aims_from_expert_to_novice(small_settings: ModelSe
     model = add_adapter(load_model(small_settings, CPU, layers=TARGET + 1), rmu_of(), small_settings)
     row = Trainer(model, rmu_of(shuffle=False), {"bio": contrastive}, data).step()
     frozen = AutoModelForCausalLM.from_pretrained(small_settings.name, dtype=torch.float32)
-    ends = [target_output(frozen, torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1].detach() for ids in (novice, expert)]
+    ends = [
+        target_output(frozen, torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1].detach()
+        for ids in (novice, expert)
+    ]
     # At the first step updated is frozen, so the loss is the size of the move alone: 0.7 times a vector of length 1.
     difference = ends[0] - ends[1]
-    assert row["forget_loss"] == pytest.approx((0.7 * difference / difference.norm()).square().mean().item(), rel=1e-4)
+    assert row["forget_loss"] == pytest.approx(
+        (0.7 * difference / difference.norm()).square().mean().item(), rel=1e-4
+    )
 
 
 CACHES = [{"cache_gib": 0.0}, {"cache_gib": 1.0}, {"cache_gib": 1.0, "cache_in": "disk"}, {"cache_gib": 2e-5}]
@@ -356,12 +433,22 @@ CACHES = [{"cache_gib": 0.0}, {"cache_gib": 1.0}, {"cache_gib": 1.0, "cache_in":
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_the_cache_changes_no_bit(small_settings: ModelSettings, tmp_path: Path, quantisation: str, shuffle: bool) -> None:
+def test_the_cache_changes_no_bit(
+    small_settings: ModelSettings, tmp_path: Path, quantisation: str, shuffle: bool
+) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
     made = []
     for number, cache in enumerate(CACHES):
-        unlearning = unlearning_of(settings, rmu_of(steps=16, shuffle=shuffle, **cache), cache_folder=tmp_path / str(number))
-        made.append((timeless(run(unlearning, tmp_path / "checkpoint")[0]), adapter(unlearning), len(unlearning.cache.keys())))
+        unlearning = unlearning_of(
+            settings, rmu_of(steps=16, shuffle=shuffle, **cache), cache_folder=tmp_path / str(number)
+        )
+        made.append(
+            (
+                timeless(run(unlearning, tmp_path / "checkpoint")[0]),
+                adapter(unlearning),
+                len(unlearning.cache.keys()),
+            )
+        )
     assert all(rows == made[0][0] and same(weights, made[0][1]) for rows, weights, _ in made)
     kept = [count for *_, count in made]
     assert kept[0] == 0
@@ -380,7 +467,13 @@ def test_with_a_warm_cache_no_lower_layer_runs_and_no_frozen_path(small_settings
         calls.clear()
         unlearning.step()
         counts.append([calls[index] for index in range(TARGET + 1)])
-    assert counts[0] == [2, 4, 4, 4]  # a forget and a retain batch, each frozen (of the forget batch one sample) and updated
+    # A forget and a retain batch, each frozen (of the forget batch one sample) and updated.
+    assert counts[0] == [
+        2,
+        4,
+        4,
+        4,
+    ]
     assert counts[1] == [1, 3, 3, 3]  # in the paper's order this topic shares the retain batch
     assert counts[8] == [0, 2, 2, 2]  # the second epoch
 
@@ -394,7 +487,9 @@ def test_what_never_comes_again_is_not_kept(small_settings: ModelSettings) -> No
 
 @pytest.mark.parametrize("kind", ["lora", "weights"])
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_whole_matrices_are_trained_as_well(small_settings: ModelSettings, tmp_path: Path, quantisation: str, kind: str) -> None:
+def test_whole_matrices_are_trained_as_well(
+    small_settings: ModelSettings, tmp_path: Path, quantisation: str, kind: str
+) -> None:
     settings = small_settings.model_copy(update={"quantisation": quantisation})
     rmu = rmu_of(trainable=kind, steps=30, learning_rate={"lora": 0.02, "weights": 0.005}[kind])
     unlearning = unlearning_of(settings, rmu, {"bio": adaptive(alpha=1.0)})
@@ -404,7 +499,9 @@ def test_whole_matrices_are_trained_as_well(small_settings: ModelSettings, tmp_p
 
 
 def test_stop_ends_with_a_checkpoint(small_settings: ModelSettings, tmp_path: Path) -> None:
-    rows, finished = run(unlearning_of(small_settings, rmu_of(cache_gib=0.0)), tmp_path / "checkpoint", stop_at=2)
+    rows, finished = run(
+        unlearning_of(small_settings, rmu_of(cache_gib=0.0)), tmp_path / "checkpoint", stop_at=2
+    )
     assert not finished
     assert len(rows) == 2
     with safe_open(tmp_path / "checkpoint/state.safetensors", framework="pt") as file:
@@ -418,9 +515,15 @@ def test_a_stop_at_the_last_step_comes_too_late(small_settings: ModelSettings, t
     assert len(rows) == 6
 
 
-def test_checkpoints_are_made_as_often_as_asked(small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_made_as_often_as_asked(
+    small_settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[int] = []
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda folder, model, optimizer, progress, settings: made.append(progress.step))
+    monkeypatch.setattr(
+        trainer,
+        "save_checkpoint",
+        lambda folder, model, optimizer, progress, settings: made.append(progress.step),
+    )
     run(unlearning_of(small_settings, rmu_of(steps=7, checkpoint_every=3)), tmp_path / "checkpoint")
     assert made == [3, 6]
 
@@ -443,7 +546,9 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(
     assert same(adapter(resumed), adapter(whole))
 
 
-def test_a_restore_without_a_checkpoint_starts_at_the_beginning(small_settings: ModelSettings, tmp_path: Path) -> None:
+def test_a_restore_without_a_checkpoint_starts_at_the_beginning(
+    small_settings: ModelSettings, tmp_path: Path
+) -> None:
     unlearning = unlearning_of(small_settings, rmu_of())
     unlearning.restore(tmp_path / "nothing")
     assert unlearning.step()["step"] == 1
