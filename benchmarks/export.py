@@ -1,4 +1,4 @@
-"""Merging beside plain copying of the same files: seconds, and peak memory, on a sharded checkpoint with
+"""Merging next to plain copying of the same files: seconds, and peak memory, on a sharded checkpoint with
 random weights and a random adapter.
 
     python benchmarks/export.py  # 4.4 GB: nine layers of Zephyr-7B's shape, bfloat16, shards of 1 GB

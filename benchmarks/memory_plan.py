@@ -1,4 +1,4 @@
-"""The memory plan against what is measured: a run's stages, and for each the peak that was foretold and the
+"""The memory plan against what is measured: a run's stages, and for each the peak that was estimated and the
 peak that was reached.
 
     python benchmarks/memory_plan.py --preset tiny

@@ -7,7 +7,7 @@ steps on unseen text of the topic.
 Each variant is unlearned by the pipeline's own stage and relearned by the audit's own attack
 (`lowmem_rmu/audit/relearning.py`: a fresh LoRA of rank 16 in every linear module of every layer, AdamW,
 batches of 8, the learning rate given). Only questions are asked that the text does not tell about: what comes
-back was there. A preset without questions is measured on held-out text, in nats a token; what base gains by
+back was there. A preset without questions is measured on held-out text, in nats/token; what base gains by
 the same steps is no part of what makes half.
 """
 
@@ -53,7 +53,7 @@ LOWEST_LAYER = " ".join(
 
 @dataclass(frozen=True)
 class Held:
-    """In % of the questions, or in nats a token: what is known before and after unlearning, and by relearning
+    """In % of the questions, or in nats/token: what is known before and after unlearning, and by relearning
     steps.
     """
 
@@ -106,7 +106,7 @@ def what_stays(audited: Audited, limit: int) -> Knowledge:
 
 
 def figure(knowledge: Knowledge, values: list[float]) -> float:
-    """% of the questions, or nats a token."""
+    """% of the questions, or nats/token."""
     return knowledge.figure(values) * (100 if knowledge.are_questions else 1)
 
 

@@ -33,7 +33,7 @@ SIDES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     "unlearned": lambda model: nullcontext(),
 }
 MOST_SEED = 2**63 - 1
-UNLOADED_MEANWHILE = "The chat model was unloaded meanwhile.\nSend the prompt again: that loads it anew."
+UNLOADED_MEANWHILE = "The chat model was unloaded meanwhile.\nSend the prompt again: that loads it again."
 NO_SYSTEM_PROMPT = (
     "The chat template of this model takes no system prompt.\n"
     "Leave the system prompt empty; say it in the prompt instead."
@@ -53,7 +53,7 @@ class Sampling:
     seed: int = 0
     """Of the draw: the same one gives the same answer."""
     system_prompt: str = ""
-    """What the model is told before the conversation; nothing where it is empty."""
+    """The system prompt; none where it is empty."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def load_run(folder: RunFolder, device: torch.device) -> tuple[PeftModel, PreTra
 
 
 class ChatModel:
-    """A run's model with its adapter: it answers one prompt at a time, whoever asks."""
+    """A run's model with its adapter: it answers one prompt at a time for all users."""
 
     def __init__(
         self, run: str, model_name: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase
@@ -288,7 +288,7 @@ class ChatModel:
                     pieces.put(side_and_answer)
         except _NotAnswered:
             pass
-        except BaseException as error:  # whatever it is, whoever waits for the answer is told
+        except BaseException as error:  # handed to the thread that waits for the answer
             pieces.put(error)
         finally:
             pieces.put(None)

@@ -1,4 +1,4 @@
-"""`python -m lowmem_rmu evaluate`: any model, adapter or run on any tasks, into a folder of its own."""
+"""`python -m lowmem_rmu evaluate`: any model, adapter or run on any tasks, into a separate folder."""
 
 import re
 import time

@@ -442,7 +442,7 @@ def recorded_preset(settings: Any, where: Path) -> Preset:
         raise UserError(
             f"{where} was written by another version of lowmem-rmu: this one does not know its settings of "
             f"{named}.",
-            "Read it with the version that its config.json names, or make the run anew.",
+            "Read it with the version that its config.json names, or make the run again.",
         ) from error
 
 
@@ -701,7 +701,7 @@ def override(content: dict[str, Any], change: str, labels: Mapping[str, str] | N
     path, separator, value = change.partition("=")
     keys = path.strip().split(".")
     label = (labels or {}).get(".".join(keys))
-    option = "--set " if labels is None else ""  # a form has fields, and lines of its own for other settings
+    option = "--set " if labels is None else ""  # a form has fields, and lines for other settings
     told = f"{label} ({shown(value)})" if label else f'{option}"{shortened(change)}"'
     if not separator or not all(keys):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Read the files that a run has written. Whatever is wrong with one is a UserError: which file, what is
+"""Read the files that a run has written. Everything wrong with one is a UserError: which file, what is
 wrong, what to do.
 
 Kills never damage a file: every file is replaced whole, and of appended lines only the last can be torn.

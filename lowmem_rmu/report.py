@@ -52,7 +52,7 @@ ACTIVATIONS = {
 RELEARNING = "relearning"
 """The attack whose `details` have curves: what is known after so many steps, by text and side."""
 MEMBERS_IN_CHART = 12
-"""More members of groups than this (MMLU has 57 subjects) are told in the folded table only."""
+"""More members of groups than this (MMLU has 57 subjects) are shown in the folded table only."""
 
 # A figure of width / 72 inches has SVG units of a CSS pixel. Narrow windows get a drawing of their own:
 # scaled, its text is lost.
@@ -474,7 +474,7 @@ def _relearning(audit: dict[str, Any], curves: dict[str, Row], width: int) -> Fi
                 linestyle="-" if side == "unlearned" else (0, (3, 2)),
                 marker=".",
             )
-    axes.set_title("Accuracy" if is_share else "Loss in nats a token")
+    axes.set_title("Accuracy" if is_share else "Loss in nats/token")
     axes.set_xlabel("Step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if is_share:

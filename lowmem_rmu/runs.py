@@ -84,20 +84,20 @@ def replaced(path: Path, durable: bool = False) -> Iterator[Path]:
 
     With `durable`, a power cut cannot tear it either: the content is on the disk before the name is.
     """
-    beside = path.with_name(f".{path.name}.new")
+    unfinished = path.with_name(f".{path.name}.new")
     try:
-        yield beside
+        yield unfinished
         if durable:
-            with beside.open("rb+") as file:
+            with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    with replaced(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with replaced(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -179,7 +179,7 @@ class Watcher(Protocol):
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has done so; `--resume` goes on in its `folder`, or what `go_on` says in
+    """A run was asked to stop and has done so; `--resume` continues in its `folder`, or what `go_on` says in
     words.
     """
 
@@ -191,19 +191,19 @@ class Stopped(Exception):
 @contextmanager
 def folder_replaced(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder to fill, which takes the place of `folder` only once it is complete."""
-    beside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(beside, ignore_errors=True)
+    unfinished, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    beside.mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     try:
-        yield beside
+        yield unfinished
         if folder.exists():
             folder.rename(old)
-        beside.rename(folder)
+        unfinished.rename(folder)
     finally:
         if old.exists() and not folder.exists():  # interrupted between the two renames
             old.rename(folder)
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 

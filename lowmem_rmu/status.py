@@ -42,7 +42,7 @@ class StatusWriter:
     error.
 
     Args:
-        path: The file to write; None: none, only the watcher is told.
+        path: The file to write; None: none, only the watcher is informed.
         watcher: Shows the progress, and may ask the job to stop.
         stop: A file whose presence asks the job to stop, too.
 

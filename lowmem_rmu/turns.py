@@ -1,8 +1,8 @@
 """One run at a time in a runs folder: each takes a number, and the lowest number of a living process has the
 device.
 
-A number is a file `runs/.queue/000001.json` with the run's name and its process. Whoever dies loses it,
-whatever killed him.
+A number is a file `runs/.queue/000001.json` with the run's name and its process. A process that dies loses
+it, whatever killed him.
 """
 
 import json
@@ -132,7 +132,9 @@ def take_ticket(runs_dir: Path, name: str, pid: int) -> Ticket:
 
 @contextmanager
 def turn(runs_dir: Path, name: str, pid: int, wait: Callable[[list[str]], None]) -> Iterator[None]:
-    """Wait until it is this process's turn; `wait` is told, twice a second, which runs come before."""
+    """Wait until it is this process's turn; `wait` is called, twice per second, with the runs that come
+    before.
+    """
     with one_at_a_time(runs_dir):
         ticket = take_ticket(runs_dir, name, pid)
     try:

@@ -404,7 +404,7 @@ def test_settings_of_another_version_are_named_with_their_run(good: Path) -> Non
         recorded_preset(settings, Path("runs/a"))
     assert str(caught.value) == (
         "runs/a was written by another version of lowmem-rmu: this one does not know its settings of rmu.momentum, title.\n"
-        "Read it with the version that its config.json names, or make the run anew."
+        "Read it with the version that its config.json names, or make the run again."
     )
 
 

@@ -572,12 +572,12 @@ def test_the_ways_of_an_attack_are_folded_and_its_text_stays_text(tmp_path: Path
     folded = page.text_within("details")
     assert "Next to nothing." in folded
     assert page.rows_of("unseen text, 25 steps") == [["unseen text, 25 steps", "90.0", "89% 80 to 97"]]
-    assert "It took 1 min 01 s (30.0 s were foretold) and 0.90 GB at its peak." in folded
+    assert "It took 1 min 01 s (estimate: 30.0 s) and 0.90 GB at its peak." in folded
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert "were not tried" not in html
 
 
-@pytest.mark.parametrize(("are_questions", "title"), [(True, "Accuracy"), (False, "Loss in nats a token")])
+@pytest.mark.parametrize(("are_questions", "title"), [(True, "Accuracy"), (False, "Loss in nats/token")])
 def test_relearning_is_drawn_from_no_step_on(tmp_path: Path, are_questions: bool, title: str) -> None:
     audit = audited(are_questions)
     page, html = audited_report(tmp_path, audit)

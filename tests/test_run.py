@@ -1160,7 +1160,7 @@ def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_column
         line_of("compounds", lines).split(maxsplit=2)[2]
         == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
     )
-    assert lines[-1] == "KL from base to unlearned in nats a token: retain 0.0312 ± 0.0021"
+    assert lines[-1] == "KL from base to unlearned in nats/token: retain 0.0312 ± 0.0021"
     alone = printed(text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
     assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]
     assert not any("KL" in line for line in alone)

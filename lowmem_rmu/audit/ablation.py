@@ -1,7 +1,7 @@
 """Direction ablation: is it hidden behind a direction of the residual stream, and there again once that is
 taken out?
 
-RMU adds much the same vector to whatever is about a topic. For a layer, the direction is the mean of
+RMU adds much the same vector to all text about a topic. For a layer, the direction is the mean of
 unlearned minus base activations over forget text; while the model answers, every layer from the target layer
 on leaves `x - d (d . x)` instead of `x` (Arditi et al. 2024, arXiv 2406.11717; done to RMU by Lucki et al.
 2024, arXiv 2409.18025). Several topics have a vector each: the second way takes out the principal directions

@@ -36,8 +36,8 @@ class Pieces:
     """What an attack computes, piece by piece: each is kept in a file as soon as it is there, and not
     computed again.
 
-    So an attack is a plain function from its beginning to its end, and one that was stopped goes on by being
-    called again.
+    So an attack is a plain function from its beginning to its end, and one that was stopped continues when it
+    is called again.
     """
 
     def __init__(self, path: Path, before: Callable[[str], None] = lambda key: None) -> None:
@@ -71,7 +71,7 @@ class Tried:
     recovery is not what is asked.
     """
     details: dict[str, Any] = field(default_factory=dict)
-    """Curves and tables of its own."""
+    """Further curves and tables of the attack."""
     sentences: list[str] = field(default_factory=list)
     """What it says in words."""
     base: dict[str, Values] = field(default_factory=dict)
@@ -114,4 +114,4 @@ def seed_of(audited: Audited, key: str) -> int:
 def in_words(audited: Audited, values: Values) -> str:
     """Return what is known of all items, as the end of a sentence."""
     figure = audited.knowledge.figure(values)
-    return f"{100 * figure:.1f}% right" if audited.knowledge.are_questions else f"{figure:.2f} nats a token"
+    return f"{100 * figure:.1f}% right" if audited.knowledge.are_questions else f"{figure:.2f} nats/token"

@@ -34,7 +34,7 @@ FRESH = "attack"
 """What the adapter is called that an attack trains on top."""
 RANK = 16
 QUESTIONS = 100
-"""Of each forgotten task, if nothing else is asked for."""
+"""Questions per forgotten task by default."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Audited:
     tokenizer: PreTrainedTokenizerBase
     knowledge: Knowledge
     told: bool
-    """Whether the text to relearn from may tell what is asked."""
+    """Whether the text to relearn from may hold answers to the questions."""
     kept: list[QuestionSet]
     """Tasks that were to stay."""
     measured: list[QuestionSet]

@@ -170,7 +170,7 @@ def calibration(asked: list[Asked], rows: list[Answer]) -> dict[str, float] | No
 def by_nearness(
     texts: list[list[int]], near: list[float], losses: dict[Side, list[float]]
 ) -> list[dict[str, float]]:
-    """Return nats a token on both sides and their paired change, with standard errors; the nearest quarter of
+    """Return nats/token on both sides and their paired change, with standard errors; the nearest quarter of
     the texts first.
     """
     table = []
@@ -213,7 +213,7 @@ def about_texts(table: list[dict[str, float]]) -> Iterator[str]:
     if table:
         near, far = table[0], table[-1]
         yield (
-            f"Text nearest to the topic lost {near['change']:.2f} nats a token (standard error "
+            f"Text nearest to the topic lost {near['change']:.2f} nats/token (standard error "
             f"{near['change_stderr']:.2f}), the farthest {far['change']:.2f} ("
             f"{far['change_stderr']:.2f})."
         )

@@ -51,7 +51,7 @@ def power_of_gone(
     base: float, unlearned: float, questions: int, conditions: int = CONDITIONS, chance: float = CHANCE
 ) -> float:
     """Estimate the probability that every condition's upper bound lies below TOLERATED, if all of them answer
-    at the floor by luck alone.
+    at the floor by chance alone.
 
     The conditions' own luck is independent of each other, which is the worst case; the luck of base and of
     unlearned is shared by them. A condition passes by its recovery from unlearned or by that from chance: the

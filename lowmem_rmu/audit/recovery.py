@@ -110,7 +110,7 @@ def attack_recovery(
     - `high` is the highest upper bound. Each must lie below the limit, so there is nothing to correct (an
       intersection-union test).
 
-    Bounds of the fairly best alone would not do: where both halves choose the same condition by luck, that
+    Bounds of the fairly best alone would not do: where both halves choose the same condition by chance, that
     luck counts in both of them.
     """
     values, chosen = fairly_best(conditions)

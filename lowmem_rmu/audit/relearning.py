@@ -132,7 +132,7 @@ def train(model: Any, sequences: list[list[int]], steps: int, pad_id: int, seed:
 
 
 def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Return a function of its own, so that no logits are left when the next batch needs their place."""
+    """Compute in a separate function, so that no logits are left when the next batch needs their place."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
     counted = batch.is_token[:, 1:]
     return cross_entropy(logits[counted], batch.input_ids[:, 1:][counted])

@@ -6,8 +6,8 @@ learns to tell the right answer (Alain and Bengio 2016, arXiv 1610.01644; of unl
 own head on it. The answer is probed for twice: by its letter after the whole question, and choice by choice,
 whether a choice's text after the question is the right one.
 
-Whatever is learned or chosen (weights, regularisation, layer) is learned and chosen from other questions than
-those that are counted.
+Everything that is learned or chosen (weights, regularisation, layer) is learned and chosen from other
+questions than those that are counted.
 """
 
 import random
@@ -46,7 +46,7 @@ TOPIC_QUESTIONS = 50
 
 Probed = dict[str, Any]
 """`values`: right or wrong by question, where the layer is chosen as well; `layers`: accuracy by layer;
-`shuffled`: of the values, learned and measured with the right answers dealt out anew, which is what a probe
+`shuffled`: of the values, learned and measured with the right answers shuffled, which is what a probe
 reads out of nothing.
 """
 

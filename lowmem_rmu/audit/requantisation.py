@@ -2,7 +2,7 @@
 
 The adapter on the base in 4 bits, 8 bits, bfloat16 and float32, and merged into the checkpoint as it is
 stored, then in 8 and in 4 bits: rounding to few bits may undo a small update (Zhang et al. 2024, arXiv
-2410.16454). Each is loaded anew, alone in memory.
+2410.16454). Each is loaded alone in memory.
 """
 
 import shutil

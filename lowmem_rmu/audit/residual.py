@@ -26,7 +26,7 @@ def leaving(
     model: nn.Module, layers: Sequence[int], see: Callable[[int, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Within, `see(layer, hidden)` hears what leaves each of the layers, `(batch, sequence, hidden)`; what it
-    gives, if anything, goes on instead.
+    returns, if anything, continues instead.
     """
 
     def hook(layer: int) -> Callable[..., Any]:

@@ -94,7 +94,7 @@ def prompts_of(audited: Audited) -> list[str]:
 
 
 def slot_of(audited: Audited, text: str, target: list[int]) -> Slot:
-    """Return a question is put in the chat template, a text goes on as it is; the suffix follows after a
+    """Put a question in the chat template, continue a text as it is; the suffix follows after a
     space.
     """
 

@@ -53,14 +53,14 @@ MOST_QUESTIONS = 300
 """Questions per forgotten task at most, if no power is given: a power that takes more takes too long to be
 anybody's default."""
 FAMILY = sum(attack.recovers for attack in ATTACKS.values())
-"""Attacks each of which may find something by luck: *hidden* is corrected for all of them, however many are
+"""Attacks each of which may find something by chance: *hidden* is corrected for all of them, however many are
 run."""
 NOT_YET = "not yet"
-"""The reason that is told of an attack while those before it run, or where the audit was stopped."""
+"""The reason given for an attack while those before it run, or where the audit was stopped."""
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Estimate:
     """What an attack will take, told before it runs; bytes beyond the libraries themselves."""
 
     attack: str
@@ -199,7 +199,7 @@ class Audit:
 
     @staticmethod
     def choose(names: Sequence[str]) -> list[Attack]:
-        """Attack by their names. Raises UserError for one that there is not."""
+        """Return attacks by their names. Raises UserError for an unknown one."""
         for name in names:
             if name not in ATTACKS:
                 raise UserError(f'There is no attack "{name}". {nearest(name, ATTACKS)}')
@@ -220,18 +220,18 @@ class Audit:
             each.name: self._not_run(each, NOT_YET) for each in attacks if results[each.name].state != "done"
         }
         for attack in attacks:
-            foretold = self.foretell(attack)
-            reason = attack.lacks(self.audited) or self._too_large(foretold)
+            estimate = self.estimate(attack)
+            reason = attack.lacks(self.audited) or self._too_large(estimate)
             if (
                 reason is None
                 and ends is not None
-                and (left := max(0.0, ends - time.monotonic())) < foretold.seconds
+                and (left := max(0.0, ends - time.monotonic())) < estimate.seconds
             ):
                 reason = (
-                    f"it would take about {duration(foretold.seconds)}, and {duration(left)} of the "
+                    f"it would take about {duration(estimate.seconds)}, and {duration(left)} of the "
                     "budget are left"
                 )
-            results[attack.name] = self._not_run(attack, reason) if reason else self._run(attack, foretold)
+            results[attack.name] = self._not_run(attack, reason) if reason else self._run(attack, estimate)
             write_json(self.result, self._content(list(results.values())))
         return self._content(list(results.values()))
 
@@ -257,20 +257,20 @@ class Audit:
         base, unlearned = (self.audited.knowledge.figure(self.plain[side]) for side in SIDES)
         return Power(len(self.audited.knowledge), base, unlearned)
 
-    def foretell(self, attack: Attack) -> Foretold:
+    def estimate(self, attack: Attack) -> Estimate:
         """By the pace of the first measurements, and by the memory plan."""
         if attack.lacks(self.audited):
-            return Foretold(attack.name, attack.asks, 0.0, 0)
+            return Estimate(attack.name, attack.asks, 0.0, 0)
         cost = attack.cost(self.audited)
         training = BACKWARD * cost.training_tokens * self.pace / max(1, self.audited.knowledge.tokens)
-        return Foretold(
+        return Estimate(
             attack.name,
             attack.asks,
             cost.measurements * self.pace + training,
             bytes_needed(self.audited, cost),
         )
 
-    def _run(self, attack: Attack, foretold: Foretold) -> Result:
+    def _run(self, attack: Attack, estimate: Estimate) -> Result:
         self.done = 0
         self.watcher.started(attack.name, 0)
         reset_peak(self.audited.device)
@@ -283,13 +283,13 @@ class Audit:
                 raise
             self.audited.free()
             return self._not_run(
-                attack, f"out of memory on {self.audited.device}; {gib(foretold.bytes)} were foretold"
+                attack, f"out of memory on {self.audited.device}; the estimate was {gib(estimate.bytes)}"
             )
         finally:
             pieces.keep("seconds so far", before + time.monotonic() - began)
-        return self._result(attack, tried, foretold, pieces.known["seconds so far"])
+        return self._result(attack, tried, estimate, pieces.known["seconds so far"])
 
-    def _result(self, attack: Attack, tried: Tried, foretold: Foretold, seconds: float) -> Result:
+    def _result(self, attack: Attack, tried: Tried, estimate: Estimate, seconds: float) -> Result:
         best, knowledge = None, self.audited.knowledge
         known = {
             name: knowledge.beyond_base(values, tried.base.get(name), self.plain["base"])
@@ -305,7 +305,7 @@ class Audit:
             attack=attack.name,
             asks=attack.asks,
             state="done",
-            foretold_seconds=foretold.seconds,
+            foretold_seconds=estimate.seconds,
             seconds=seconds,
             peak_memory_bytes=memory_in_use(self.audited.device),
             best=best,
@@ -324,13 +324,13 @@ class Audit:
     def _not_run(self, attack: Attack, reason: str) -> Result:
         return Result(attack.name, attack.asks, "not run", reason)
 
-    def _too_large(self, foretold: Foretold) -> str | None:
+    def _too_large(self, estimate: Estimate) -> str | None:
         needs = Needs(self.audited.preset, self.audited.sides.base, self.audited.device)
         weights = needs.weights_held(None) if self.audited.is_loaded else 0
         free = memory_available(self.audited.device) + weights  # which are among what is needed
-        if foretold.bytes <= free or self.audited.preset.model.device_map == "auto":
+        if estimate.bytes <= free or self.audited.preset.model.device_map == "auto":
             return None
-        return f"it needs {gib(foretold.bytes)}, but {gib(free)} are free on {self.audited.device}"
+        return f"it needs {gib(estimate.bytes)}, but {gib(free)} are free on {self.audited.device}"
 
     def _pieces(self, name: str) -> Pieces:
         return Pieces(self.place / f"{name}.jsonl", self._before)

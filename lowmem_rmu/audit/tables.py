@@ -7,15 +7,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_rmu.audit.suite import Foretold, duration
+from lowmem_rmu.audit.suite import Estimate, duration
 from lowmem_rmu.evaluation.summary import known_in_words, recovered_in_words
 from lowmem_rmu.model.memory import gib
 
 
-def cost_table(foretold: list[Foretold]) -> Table:
+def cost_table(estimates: list[Estimate]) -> Table:
     """Make the table of each attack's cost estimate."""
     table = _table("What it will take", "Attack", "Asks", "Time", "Memory")
-    for each in foretold:
+    for each in estimates:
         cost = (duration(each.seconds), gib(each.bytes)) if each.bytes else ("-", "-")
         table.add_row(each.attack, each.asks, *cost)
     return table
@@ -47,7 +47,7 @@ def _found(audit: dict[str, Any]) -> Table:
 
 def _controls(audit: dict[str, Any]) -> Table:
     names = [each["name"] for each in audit["controls"]]
-    table = _table("Recovered, beside models of which the truth is known", "Attack", "This run", *names)
+    table = _table("Recovered, next to models of which the truth is known", "Attack", "This run", *names)
     for each in audit["attacks"]:
         if each["best"]:
             known = [

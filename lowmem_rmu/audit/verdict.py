@@ -5,7 +5,7 @@ again knows nothing. For each attack there is an interval of the share of it tha
 (`recovery.attack_recovery`). The limit is a quarter, as for an export.
 
 - *brought back*: the lower bound of one of its conditions lies above the limit. It is corrected for the
-  number of attacks and of conditions, so that luck alone makes a model *hidden* in 2.5% of cases at most.
+  number of attacks and of conditions, so that chance alone makes a model *hidden* in 2.5% of cases at most.
 - *found nothing*: the upper bounds of all its conditions lie at the limit or below.
 - *inconclusive*: neither.
 

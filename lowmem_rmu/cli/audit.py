@@ -40,7 +40,7 @@ def audit(
             help="Probability to find what is gone; 0.8 with 100 to 300 questions per task.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print what each attack will take; try nothing.")
     ] = False,
@@ -109,14 +109,14 @@ def run_attacks(
                 power,
                 Path(scratch) if plan else None,
             )
-            Console(stderr=True).print(cost_table([opened.foretell(attack) for attack in chosen]))
+            Console(stderr=True).print(cost_table([opened.estimate(attack) for attack in chosen]))
             if opened.power:
                 print(opened.power.words, file=sys.stderr)
             if plan:
                 return
             try:
                 found = opened.run(chosen, None if budget is None else 60 * budget)
-            finally:  # what was found until a stop is told too
+            finally:  # what was found until a stop is shown too
                 if (folder.path / "summary.json").exists():
                     note_audit(folder)
                     write_report(folder)

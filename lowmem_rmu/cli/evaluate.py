@@ -55,7 +55,7 @@ def evaluate(
     to: Annotated[
         Path | None,
         typer.Option(
-            help="Where results go; evaluations/<model>-<time> if left out. An old one is gone on with."
+            help="Where results go; evaluations/<model>-<time> if left out. An existing one is continued."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",

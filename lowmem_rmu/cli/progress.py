@@ -116,7 +116,7 @@ class Lines:
 
     def advanced(self, done: int, figures: dict[str, float | str]) -> None:
         now = time.monotonic()
-        if not self.total:  # nobody knows how many there will be: what comes next is told before it begins
+        if not self.total:  # the total is unknown: show what comes next before it begins
             self._print(f"{self.stage}: {format_figures(figures)}")
         elif done and (now - self.last >= PLAIN_SECONDS or done == self.total):
             left = (now - self.began) / done * (self.total - done)

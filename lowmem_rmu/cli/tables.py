@@ -46,8 +46,8 @@ def text_table(summary: dict[str, Any]) -> Table:
     """Return losses on texts that training never saw; below them how far unlearned predicts from base, where
     that was measured.
     """
-    title = "Loss on held-out text in nats a token (change ± standard error)"
-    table = _table(title, ["Text", "Should be"], ["Tokens", "Base", "Unlearned", "Change", "Bits a byte"])
+    title = "Loss on held-out text in nats/token (change ± standard error)"
+    table = _table(title, ["Text", "Should be"], ["Tokens", "Base", "Unlearned", "Change", "Bits/byte"])
     for row in summary["texts"]:
         base, unlearned, *bits = (
             _nats(row[key]) for key in ("base", "unlearned", "base_bits_per_byte", "unlearned_bits_per_byte")
@@ -61,7 +61,7 @@ def text_table(summary: dict[str, Any]) -> Table:
         for row in summary["texts"]
         if row["kl"] is not None
     ]
-    table.caption = f"KL from base to unlearned in nats a token: {', '.join(far)}" if far else None
+    table.caption = f"KL from base to unlearned in nats/token: {', '.join(far)}" if far else None
     return table
 
 

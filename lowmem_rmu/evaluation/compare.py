@@ -91,7 +91,7 @@ class Row:
     gained: int | None = None
     """Questions that were right as base and wrong unlearned, and the other way round."""
     p_value: float | None = None
-    """How often luck alone would part lost and gained so unevenly, or more so."""
+    """How often chance alone would part lost and gained so unevenly, or more so."""
     base_letters: tuple[float, ...] | None = None
     unlearned_letters: tuple[float, ...] | None = None
     """The shares of the questions that were answered A, B, C and D."""
@@ -208,7 +208,7 @@ class Side:
 def compare_tasks(
     sets: list[QuestionSet], answers_base: list[Answer], answers_unlearned: list[Answer] | None
 ) -> list[Row]:
-    """Return a row a set, and one for all that several sets are told together; the change's standard error is
+    """Return a row a set, and one for all sets together; the change's standard error is
     that of the paired differences.
     """
     base = Side.of(sets, answers_base)
@@ -561,7 +561,7 @@ def _hardly_chooses(row: Row) -> str:
 
 
 def _judge_text(text: dict[str, Any]) -> tuple[Grade, str]:
-    moved = f"{text['base']:.2f} nats a token as base, {text['unlearned']:.2f} unlearned"
+    moved = f"{text['base']:.2f} nats/token as base, {text['unlearned']:.2f} unlearned"
     is_forgotten, sequences = text["role"] == "forgotten", text.get("sequences")
     if sequences is not None and sequences < FEWEST_TEXTS:
         few = f"{sequences} sequences are too few to tell the change from noise"

@@ -48,7 +48,7 @@ FEWER: dict[int, int | None] = {20: 5, 5: None}
 completions 5.
 """
 REFUSED = (400, 403, 422)
-KEPT = "The answers so far are kept: the same command goes on from there."
+KEPT = "The answers so far are kept: the same command continues from there."
 
 
 class Reply(NamedTuple):

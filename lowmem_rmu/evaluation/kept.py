@@ -16,7 +16,7 @@ from lowmem_rmu.records import AnswerRow, KnownAnswer, file_digest, read_record
 from lowmem_rmu.runs import add_lines, make_private, read_lines, write_json, write_lines
 
 BASE_ANSWERS = ".base_answers"
-"""The folder beside all runs that holds what base models have answered, for runs to come."""
+"""The folder next to all runs that holds what base models have answered, for runs to come."""
 
 
 def evaluate_and_keep(

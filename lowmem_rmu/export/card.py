@@ -48,7 +48,7 @@ FORMS: dict[Kind, Form] = {
     "adapter": Form(
         "peft",
         "adapter",
-        "An adapter that makes a model forget, in PEFT's format: it goes on top of the base model.",
+        "An adapter that makes a model forget, in PEFT's format: it is loaded on top of the base model.",
     ),
     "merged": Form(
         "transformers",

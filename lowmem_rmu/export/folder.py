@@ -1,5 +1,5 @@
-"""The folder of an export: filled beside its place, which it takes once it is whole; linked and copied files;
-room on the disk.
+"""The folder of an export: filled next to its place, which it takes once it is whole; linked and copied
+files; room on the disk.
 """
 
 import errno
@@ -37,8 +37,8 @@ def new_folder(to: Path) -> Iterator[Path]:
             "Give another folder with --to, or empty it first.",
         )
     try:
-        with folder_replaced(to) as beside:
-            yield beside
+        with folder_replaced(to) as unfinished:
+            yield unfinished
     except OSError as error:
         if _is_full(error):
             raise UserError(

@@ -13,7 +13,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.card import write_card
 from lowmem_rmu.export.folder import link_or_copy, new_folder
 from lowmem_rmu.export.gguf import Kind, write_gguf, write_gguf_adapter
-from lowmem_rmu.export.merge import Merged, files_beside, write_merged
+from lowmem_rmu.export.merge import Merged, companion_files, write_merged
 from lowmem_rmu.export.modelfile import modelfile
 from lowmem_rmu.export.reproduce import write_reproduce
 from lowmem_rmu.export.update import Base, Update, adapter_of, model_settings, update_of
@@ -133,7 +133,7 @@ def _changed(update: Update, name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def folder_of(update: Update) -> Path:
     """Return the checkpoint with its tokenizer, on this machine: fetched where the Hub has it."""
-    files_beside(update)
+    companion_files(update)
     return next(iter(update.tensors.values())).file.parent
 
 

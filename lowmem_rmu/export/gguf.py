@@ -91,7 +91,7 @@ def write_gguf(checkpoint: Path, to: Path, kind: Kind, change: Change | None = N
     config, tensors = read.config, read.tensors  # a head that the checkpoint stores is none that is tied
     planned = _plan(spec, config, kind)
     _check_space(to, sum(tensor.size for tensor in planned))
-    with replaced(to, durable=True) as beside, _writer(beside) as writer:
+    with replaced(to, durable=True) as unfinished, _writer(unfinished) as writer:
         writer.add_type(GGUFType.MODEL)
         writer.add_name(to.stem)
         writer.add_file_type(TYPES[kind][1])
@@ -248,7 +248,7 @@ def _check_weights(checkpoint: Path, planned: list[_Planned], weights: dict[str,
 def _read(
     config: PretrainedConfig, weights: dict[str, Any], change: Change | None, tensor: _Planned
 ) -> Tensor:
-    """Return a weight in float32, as it is stored: changed, and with rotary pairs beside each other."""
+    """Return a weight in float32, as it is stored: changed, and with rotary pairs next to each other."""
     if tensor.source == ROPE_FACTORS:
         return _rope_factors(config)[0]
     weight: Tensor = weights[tensor.source][...].float()
@@ -295,7 +295,7 @@ def write_gguf_adapter(adapter: Path, checkpoint: Path, to: Path) -> None:
     check_known(spec)
     config = spec.config
     lora, shapes = _plain_lora(adapter), _shapes(spec, config)
-    with replaced(to, durable=True) as beside, _writer(beside) as writer:
+    with replaced(to, durable=True) as unfinished, _writer(unfinished) as writer:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_name(to.stem)
         writer.add_string(Keys.Adapter.TYPE, "lora")

@@ -30,7 +30,7 @@ BYTE_LEVEL = {
     ((GPT2,), False): "gpt-2",
     ((DIGIT, GPT2), False): "smollm",
     ((LLAMA3,), True): "llama-bpe",
-    ((TEKKEN,), True): "tekken",  # llama.cpp parts a letter from an accent that is a character of its own
+    ((TEKKEN,), True): "tekken",  # llama.cpp parts a letter from an accent that is a separate character
     # Parts text more coarsely than the tiny model's tokenizer, which learned no merge that would notice.
     ((TINY,), False): "bloom",
 }

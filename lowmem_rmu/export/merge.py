@@ -4,7 +4,7 @@ left as it is.
     header | tensors before | an adapted matrix | tensors between | ...   a shard that holds adapted matrices
       copied, for neither shapes nor dtypes change | read, added, rounded once, written | copied | ...
 
-A shard without adapted matrices is linked or copied whole, and so are the files beside the shards.
+A shard without adapted matrices is linked or copied whole, and so are the files next to the shards.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.folder import check_room, copy_bytes, link_or_copy, new_folder, same_disk, write_whole
 from lowmem_rmu.export.update import Base, Update, update_of
 from lowmem_rmu.model.shards import INDEX, SINGLE
-from lowmem_rmu.model.source import BESIDE, CONFIG_FILE, locate, read_json
+from lowmem_rmu.model.source import COMPANIONS, CONFIG_FILE, locate, read_json
 from lowmem_rmu.model.stored import StoredTensor, as_bytes
 from lowmem_rmu.runs import RunFolder, write_json
 
@@ -55,7 +55,7 @@ def write_merged(update: Update, folder: Path, link: bool = True) -> Merged:
     """Fill an empty folder with the merged model. With `link`, files that stay as they are become hard links
     where that is possible.
     """
-    shards, beside = _shards(update), files_beside(update)
+    shards, companions = _shards(update), companion_files(update)
     rewritten = [
         shard
         for shard, tensors in shards.items()
@@ -64,7 +64,7 @@ def write_merged(update: Update, folder: Path, link: bool = True) -> Merged:
     kept = [shard for shard in shards if shard not in rewritten]
     to_write = [
         *rewritten,
-        *beside.values(),
+        *companions.values(),
         *(shard for shard in kept if not (link and same_disk(shard, folder))),
     ]
     check_room(folder, sum(file.stat().st_size for file in to_write))
@@ -72,7 +72,7 @@ def write_merged(update: Update, folder: Path, link: bool = True) -> Merged:
         for shard in rewritten:
             rewrite(shard, folder / shard.name, shards[shard], update)
     linked = [shard.name for shard in kept if link_or_copy(shard, folder / shard.name, link)]
-    for name, file in beside.items():
+    for name, file in companions.items():
         (folder / name).parent.mkdir(exist_ok=True)
         # Some are edited by hand: the original's must not change with them.
         link_or_copy(file, folder / name, link=False)
@@ -129,7 +129,7 @@ def rewrite(shard: Path, to: Path, tensors: Iterable[StoredTensor], update: Upda
         copy_bytes(old, new, position, size)
 
 
-def files_beside(update: Update) -> dict[str, Path]:
+def companion_files(update: Update) -> dict[str, Path]:
     """Return the files that belong to the model besides its weights, by their names in its folder."""
     settings, shard = update.settings, next(iter(update.tensors.values())).file
     locate(settings.name, settings.revision).fetch_small_files()
@@ -139,5 +139,5 @@ def files_beside(update: Update) -> dict[str, Path]:
     return {
         name: file
         for name, file in named.items()
-        if name in index or any(fnmatch(name, pattern) for pattern in BESIDE)
+        if name in index or any(fnmatch(name, pattern) for pattern in COMPANIONS)
     }

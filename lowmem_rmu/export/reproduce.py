@@ -22,7 +22,7 @@ from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_
 
 PRESET, REQUIREMENTS, RECORD = "preset.yaml", "requirements.txt", "record.json"
 TEXTS, BASE = "texts", "base_model"
-"""Folders beside them: the run's own texts, and a base model that is not on the Hub."""
+"""Folders next to them: the run's own texts, and a base model that is not on the Hub."""
 READ = tuple({*TEXT_FILES, *QUESTION_FILES})
 """Files of a folder that a corpus or a task reads."""
 CHECKPOINT = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
@@ -62,7 +62,7 @@ def sha256(file: Path) -> str:
 
 
 class Copied:
-    """The local files of a run, copied into a folder beside the preset that names them."""
+    """The local files of a run, copied into a folder next to the preset that names them."""
 
     def __init__(self, folder: Path, run_began: float) -> None:
         self.folder, self.run_began = folder, run_began

@@ -71,7 +71,7 @@ Finding = Annotated[
     BeforeValidator(in_todays_words),
 ]
 Follow = Callable[[str, list[QuestionSet]], Progress]
-"""Told what is asked next, gives what hears questions done and accuracy so far and may ask to stop, as
+"""Takes the side that is evaluated next, returns the callback for questions done and accuracy so far, as
 `evaluate` has it.
 """
 
@@ -196,7 +196,7 @@ def read_run(folder: RunFolder) -> Run:
         if [row["prompt"] for row in given[side]] != asked:
             raise UserError(
                 f"The questions of run {folder.path} have changed since it asked {side}.",
-                "Put the old ones back, or make the run anew.",
+                "Put the old ones back, or make the run again.",
             )
     return Run(folder, preset, sets, given["base"], given["unlearned"])
 

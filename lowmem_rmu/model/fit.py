@@ -55,7 +55,7 @@ def out_of_memory(
     free = memory_available(device)
     needed = peak_of(plan(preset, spec, device, stages), stage)
     problem = (
-        f"Out of memory in the stage {stage}: the plan foretells {gib(needed)}, "
+        f"Out of memory in the stage {stage}: the estimate is {gib(needed)}, "
         f"{gib(free)} are free on {device} now."
     )
     less = []

@@ -1,4 +1,4 @@
-"""The memory plan: what each stage needs, foretold from the model's shape alone; and what is in use now."""
+"""The memory plan: what each stage needs, estimated from the model's shape alone; and what is in use now."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -149,7 +149,9 @@ class Needs:
         return self.weights.learning(self.rmu) * FLOAT32
 
     def loading(self) -> int:
-        """Beside the weights: the matrix that is being read, or brought to 4-bit piece by piece."""
+        """Return the bytes in addition to the weights: the matrix that is being read, or brought to 4-bit
+        piece by piece.
+        """
         largest = self.weights.largest_linear
         piece = QUANTISING * min(PIECE, largest) if self.device.type == "cpu" else 0
         return largest * self.e + piece if self.nf4 else largest * STORED
@@ -244,7 +246,7 @@ class Needs:
         )
         gradients = (FLOAT32 + self.e) * self.i  # of the MLP's product: from the adapter and from the matrix
         backward = tokens * (kept + gradients + 3 * self.h * self.e) + self.dequantised()
-        # The backward pass dequantises a linear module anew; experts it needs as the forward pass has left
+        # The backward pass dequantizes a linear module again; experts it needs as the forward pass has left
         # them.
         experts = (
             (layers - 1) * self.weights.experts * self.e

@@ -30,7 +30,7 @@ from lowmem_rmu.errors import UserError, hub_errors, is_unreachable, not_reachab
 from lowmem_rmu.presets import as_path, is_local
 
 CONFIG_FILE = "config.json"
-BESIDE = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
@@ -115,7 +115,7 @@ class Source:
         folder.
         """
         for file in sorted(self.listed or ()):
-            if any(fnmatch(file, pattern) for pattern in BESIDE):
+            if any(fnmatch(file, pattern) for pattern in COMPANIONS):
                 self.fetch(file)
         return self.folder
 

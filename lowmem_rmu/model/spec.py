@@ -56,7 +56,7 @@ class ModelSpec:
         return cls(preset.model, preset.rmu)
 
     def with_precision(self, **changes: Any) -> "ModelSpec":
-        """Return the same model with another `quantisation` or `dtype`. Whatever is known of it already stays
+        """Return the same model with another `quantisation` or `dtype`. Everything known of it already stays
         known.
         """
         changed = copy(self)
@@ -118,7 +118,7 @@ class ModelSpec:
         return str(self.config.dtype or torch.float32).removeprefix("torch.")
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """Return the dtype of whatever is not quantized, on this device."""
+        """Return the dtype of everything that is not quantized, on this device."""
         return resolve_dtype(self.settings, device)
 
     @cached_property

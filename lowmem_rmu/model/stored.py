@@ -63,7 +63,7 @@ class StoredTensor:
         return prod(self.shape[:-1])
 
     def rows(self, first: int, last: int) -> Tensor:
-        """`(last - first, width)`, read anew."""
+        """Read rows again: `(last - first, width)`."""
         rows = torch.empty(last - first, self.width, dtype=self.dtype)
         self._read(as_bytes(rows), first * self.width * rows.itemsize)
         return rows

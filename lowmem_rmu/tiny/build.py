@@ -59,7 +59,7 @@ def header(domain: Domain) -> str:
 
 
 class Lessons:
-    """Draws endless training text from the world; every call words the facts anew."""
+    """Draws endless training text from the world; every call words the facts differently."""
 
     def __init__(self, world: World, seed: int, without: Sequence[str] = ()) -> None:
         self.world, self.rng = world, random.Random(seed)
@@ -146,7 +146,7 @@ def train_tokenizer(lessons: Lessons, vocabulary: int) -> PreTrainedTokenizerFas
         header(fact.domain) + question_block(multiple_choice(fact, random.Random(0))) + " A"
         for fact in lessons.facts
     )
-    # Often enough that every value is one token of its own; names are rarer and take two or three.
+    # Often enough that every value is a single token; names are rarer and take two or three.
     listed = (
         f" {value}\n"
         for domain in DOMAINS

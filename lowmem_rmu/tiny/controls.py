@@ -4,8 +4,8 @@ truth is known.
 `ignorant/` is a model like the tiny one, trained from scratch without the forgotten topics: what it never
 learned is gone. `refusing/` is an adapter on the tiny model's last layers that says A to every question about
 them and refuses to talk: all it knew is hidden. Both are audited as a run of `tiny` would be, and
-`audit/controls.json` keeps what was found, to stand beside other audits. About half an hour on two CPU cores,
-and ten minutes for the audits.
+`audit/controls.json` keeps what was found, to stand next to other audits. About half an hour on two CPU
+cores, and ten minutes for the audits.
 """
 
 import json

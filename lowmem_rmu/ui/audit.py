@@ -1,4 +1,4 @@
-"""The tab to ask whether what a run forgot is gone or only hidden: attacks in a process of its own, and what
+"""The tab to ask whether what a run forgot is gone or only hidden: attacks in a separate process, and what
 they found.
 """
 
@@ -30,7 +30,7 @@ REFRESH_SECONDS = 2.0
 NOTHING = Markup("<p>Not audited yet.</p>")
 NOT_ASKED = "not asked for"
 """The reason that an audit names for an attack that nobody chose."""
-STOPPED = Markup("<p><strong>Stopped</strong>; nothing is lost. Audit goes on with it.</p>")
+STOPPED = Markup("<p><strong>Stopped</strong>; nothing is lost. Audit continues it.</p>")
 
 
 def minutes(budget: str) -> float | None:
@@ -47,7 +47,7 @@ def minutes(budget: str) -> float | None:
 
 
 def start(folder: RunFolder, attacks: list[str], budget: float | None, over: bool, device: str) -> None:
-    """Start the audit's process, which goes on with an earlier audit unless it is to start over.
+    """Start the audit's process, which continues an earlier audit unless it is to start over.
 
     Raises UserError where the run has no adapter, or is being audited already.
     """
@@ -101,7 +101,7 @@ def progress(folder: RunFolder) -> str:
         return paragraph("Done")
     if status["state"] in ("stopped", "waiting"):  # a process that waits ends at once
         return STOPPED
-    return failure(status, "Audit goes on where it was.")
+    return failure(status, "Audit continues where it was.")
 
 
 def found(folder: RunFolder) -> str:
@@ -151,7 +151,7 @@ class AuditTab:
         self.seen, self.timer = gr.State(("", "")), gr.Timer(REFRESH_SECONDS)
 
     def wire(self, *triggers: Callable[..., Any]) -> None:
-        """Connect the events; the runs are read anew at `triggers`."""
+        """Connect the events; the runs are read again at `triggers`."""
         shown = [self.told, self.found, self.seen]
         gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
         self.run.change(guarded(self.show), [self.run], shown, **QUIET)

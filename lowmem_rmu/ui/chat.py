@@ -52,9 +52,9 @@ REFRESH_SECONDS = 3.0
 WAIT_SECONDS = 1.0
 """Between two looks at whether it is one's turn."""
 MOST_WAITING = 16
-"""Pages that are told their place in the line; more of them wait in Gradio's own queue."""
+"""Pages that are shown their place in the line; more of them wait in Gradio's own queue."""
 CONVERSATION_TOKENS = 2048
-"""Of a conversation that the foretold memory has room for."""
+"""Tokens of a conversation that the memory estimate has room for."""
 SUGGESTED = 2
 """Questions of forgotten topics, and as many of what must be kept."""
 CSS = """
@@ -91,7 +91,7 @@ class Line:
 
 
 class LoadedModel:
-    """The chat model of this process: one at most, loaded when it is asked for and let go of when its memory
+    """The chat model of this process: one at most, loaded when it is needed and released when its memory
     is wanted.
     """
 
@@ -102,7 +102,7 @@ class LoadedModel:
         self._state: tuple[Path, int] | None = None
         self._why = "No chat model is loaded."
         self.bytes = 0
-        """What it takes, as foretold."""
+        """Its estimated memory in bytes."""
 
     @property
     def name(self) -> str | None:
@@ -134,9 +134,11 @@ class LoadedModel:
             taken = jobs.needed_by(under_way, device) or 0 if under_way else 0
             # Then accelerate finds room.
             if needed + taken > free and jobs.preset_of(run).model.device_map != "auto":
-                beside = f" beside the {gib(taken)} of run {under_way.name}" if under_way and taken else ""
+                also = (
+                    f" in addition to the {gib(taken)} of run {under_way.name}" if under_way and taken else ""
+                )
                 raise UserError(
-                    f"The chat model of {run.path.name} takes about {gib(needed)}{beside}, but {gib(free)} "
+                    f"The chat model of {run.path.name} takes about {gib(needed)}{also}, but {gib(free)} "
                     f"are free on {device}.",
                     "Stop a run or close other programs, then load it again.",
                 )
@@ -171,8 +173,8 @@ class LoadedModel:
 
 @contextmanager
 def room_made(model: LoadedModel, runs_dir: Path, device: torch.device) -> Iterator[None]:
-    """While it lasts, the model goes as soon as a run's turn comes that needs its memory, whoever started the
-    run.
+    """While it lasts, the model goes as soon as a run's turn comes that needs its memory, whichever process
+    started the run.
     """
     ended = Event()
 
@@ -194,7 +196,7 @@ def room_made(model: LoadedModel, runs_dir: Path, device: torch.device) -> Itera
 
 
 def _adapter_state(run: RunFolder) -> tuple[Path, int] | None:
-    """Change when the run is made anew under its old name."""
+    """Change when the run is made again under its old name."""
     return (run.path.resolve(), run.adapter.stat().st_mtime_ns) if run.adapter.exists() else None
 
 
@@ -258,7 +260,7 @@ def _shown(prompt: str, answered: str) -> list[dict[str, str]]:
 
 
 def where_they_part(base: str, unlearned: str) -> str:
-    """Return the third column, as HTML: the common beginning, then how either side goes on."""
+    """Return the third column, as HTML: the common beginning, then how each side continues."""
     common = parting(base, unlearned)
     if base == unlearned:
         note = "Both answers are the same, word for word." if base else "Neither side has answered anything."
@@ -266,7 +268,7 @@ def where_they_part(base: str, unlearned: str) -> str:
         return Markup('<div class="parting" tabindex="0">{}</div>').format(content)
     begin = base[:common] if common else "They part at the first word."
     sides = joined(
-        Markup('<p class="parting-{}"><b>{} goes on:</b>{}</p>').format(
+        Markup('<p class="parting-{}"><b>{} continues:</b>{}</p>').format(
             side, LABELS[side], text[common:].strip() or "(nothing more)"
         )
         for side, text in (("base", base), ("unlearned", unlearned))
@@ -440,7 +442,7 @@ class ChatTab:
         with gr.Accordion("Settings", open=False):
             self.system_prompt = gr.Textbox(
                 label="System prompt",
-                info="What the model is told before the conversation. May stay empty.",
+                info="The system prompt of the conversation. May stay empty.",
                 lines=2,
             )
             with gr.Row():

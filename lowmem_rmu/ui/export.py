@@ -1,4 +1,4 @@
-"""The tab to take a result away: what each format is for, the export as a process of its own, and what
+"""The tab to take a result away: what each format is for, the export as a separate process, and what
 verifying it found.
 """
 
@@ -29,7 +29,8 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 REFRESH_SECONDS = 2.0
 FORMAT_WORDS = {
     "adapter": (
-        "Adapter: the change alone, a small file. It goes on top of the original model, and comes off again."
+        "Adapter: the change alone, a small file. It is loaded on top of the original model, and can be removed "
+        "again."
     ),
     "merged": (
         "Merged: the whole model with the change in it, for transformers, vLLM and others. As large as "
@@ -206,7 +207,7 @@ class ExportTab:
         self.seen, self.timer = gr.State(""), gr.Timer(REFRESH_SECONDS)
 
     def wire(self, *triggers: Callable[..., Any]) -> None:
-        """Connect the events; the runs are read anew at `triggers`."""
+        """Connect the events; the runs are read again at `triggers`."""
         chosen, shown = [self.run, self.format, self.kind], [self.told, self.download, self.seen]
         gr.on(triggers, guarded(self.refresh), [self.run], [self.run], **QUIET)
         self.format.change(guarded(self.show_kinds), [self.format], [self.kind], **QUIET)
@@ -280,5 +281,5 @@ class ExportTab:
 
 def packed(place: Path) -> bytes:
     """Return a folder as a zip file."""
-    with TemporaryDirectory() as beside:
-        return Path(shutil.make_archive(str(Path(beside) / "export"), "zip", place)).read_bytes()
+    with TemporaryDirectory() as unfinished:
+        return Path(shutil.make_archive(str(Path(unfinished) / "export"), "zip", place)).read_bytes()

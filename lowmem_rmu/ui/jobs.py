@@ -26,7 +26,7 @@ from lowmem_rmu.turns import Ticket, free_name, one_at_a_time, process_of, take_
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE_SECONDS = 20.0
-"""After a stop was asked for, until the process is told by a signal; and between two signals."""
+"""After a stop was asked for, until the process gets a signal; and between two signals."""
 NICENESS = 5
 """A run leaves the desktop, and the page, the processor first."""
 STATES = {
@@ -90,8 +90,8 @@ def _free(runs_dir: Path, name: str) -> Path:
 
 
 def start(folder: RunFolder, preset_name: str, preset: Preset, device: str = "auto") -> None:
-    """Start the process of a reserved run. Its settings lie beside it as a preset, so that a command line can
-    repeat it.
+    """Start the process of a reserved run. Its settings lie next to it as a preset, so that a command line
+    can repeat it.
     """
     _write_settings(folder, preset_name, preset.model_dump())
     with one_at_a_time(folder.path.parent):
@@ -139,7 +139,7 @@ def resume(folder: RunFolder) -> None:
     Raises UserError where it is under way or finished, has nothing to go on with, or has settings that this
     version does not know.
     """
-    with one_at_a_time(folder.path.parent):  # asked twice at once, it goes on once
+    with one_at_a_time(folder.path.parent):  # requested twice at once, it is resumed once
         if state_of(folder).is_live:
             raise UserError(f"Run {folder.path.name} is under way already.")
         if is_finished(folder):
@@ -235,7 +235,7 @@ def doing(folder: RunFolder, name: str, status: dict[str, Any]) -> str:
 
 
 def stop(folder: RunFolder) -> None:
-    """Ask a run to stop after its step; a process that does not is told by signals. Raises UserError where it
+    """Ask a run to stop after its step; a process that does not gets signals. Raises UserError where it
     is not under way.
     """
     ticket = _ticket(folder, folder.path.name)
@@ -282,7 +282,7 @@ def rename(folder: RunFolder, name: str) -> RunFolder:
 
 
 def _follow_own_text(folder: RunFolder, before: str) -> None:
-    """Own text lies in the run's folder, which was called `before`: the settings name its place anew, and the
+    """Own text lies in the run's folder, which was called `before`: the settings get its new place, and the
     run stays as old as it was.
     """
     now = str(folder.path.resolve())

@@ -73,7 +73,7 @@ def complaint(state: RunState, folder: RunFolder) -> str:
     if not told.strip() or TRACE in told:
         return (
             f"Its process ended before it was done; {folder.output.name} in its folder says more.\n"
-            "Resume goes on from the last checkpoint."
+            "Resume continues from the last checkpoint."
         )
     return state.error or "\n".join(told.splitlines()[-OUTPUT_LINES:])
 

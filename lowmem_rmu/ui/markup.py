@@ -1,4 +1,4 @@
-"""Pieces of HTML that the tabs share. Whatever is put into them is escaped, for it may be anybody's text: a
+"""Pieces of HTML that the tabs share. Everything put into them is escaped, for it may be anybody's text: a
 file's, a model's, a person's.
 """
 

@@ -39,7 +39,7 @@ class Results:
     download: gr.DownloadButton
 
     def refresh_on(self, *triggers: Callable[..., Any]) -> Any:
-        """List the runs anew at these events, such as `tab.select` and `demo.load`. What is chosen stays so
+        """List the runs again at these events, such as `tab.select` and `demo.load`. What is chosen stays so
         as long as it is there.
         """
         chosen = [self.run, self.other]
@@ -56,7 +56,7 @@ class Results:
         return event
 
     def show_after(self, event: Any) -> None:
-        """Show the chosen run even where it was chosen before: a run that was gone on with has other results
+        """Show the chosen run even where it was chosen before: a run that was resumed has other results
         by the same name.
         """
         event.success(guarded(self.show), [self.run], [self.parts, self.download], **QUIET)

@@ -81,7 +81,7 @@ class RunsTab:
             self.settings = gr.Code(language="yaml", interactive=False, label="As a preset")
 
     def wire(self, *triggers: Callable[..., Any]) -> None:
-        """Connect the events; the list is read anew at `triggers`."""
+        """Connect the events; the list is read again at `triggers`."""
         listed = [self.table, self.run]
         gr.on(triggers, guarded(self.refresh), [self.run], listed, **QUIET)
         self.run.change(guarded(self.settings_of), [self.run], [self.settings], **QUIET)

@@ -206,7 +206,7 @@ class UnlearnTab:
             self.stop_button = gr.Button("Stop", variant="stop", min_width=120)
             self.resume_button = gr.Button("Resume", min_width=120)
         self.run = run_dropdown(
-            label="Run shown", info="Closing this page stops nothing: a run goes on, and is found here again."
+            label="Run shown", info="You can close this page. The run continues and will be listed here."
         )
         self.progress = gr.HTML("<p>No run yet.</p>")
         with gr.Row():
@@ -258,7 +258,7 @@ class UnlearnTab:
         gr.on([load, self.run.focus], guarded(self.refresh), [self.run], [self.run], queue=False, **QUIET)
 
     def show_plan(self, preset_name: str, lines: str, *values: Any) -> str:
-        """Return a mistake is told in the plan's place: nobody wants a message for every key."""
+        """Show a mistake in the plan's place: nobody wants a message for every key."""
         try:
             return offers.plan_html(chosen_by(preset_name, lines, list(values)), self.device)
         except UserError as error:
@@ -298,7 +298,7 @@ class UnlearnTab:
 
     def stop(self, name: str | None) -> None:
         jobs.stop(jobs.find(self.runs_dir, name))
-        gr.Info("It stops after its step. Nothing is lost: Resume goes on.")
+        gr.Info("It stops after its step. Nothing is lost: Resume continues it.")
 
     def resume(self, name: str | None) -> None:
         jobs.resume(jobs.find(self.runs_dir, name))

@@ -52,6 +52,6 @@ class HiddenStateCache:
             self.entries[key] = entry
             return
         self.folder.mkdir(exist_ok=True)
-        with replaced(self.folder / f"{key}{SUFFIX}") as beside:
-            save_file(entry, beside)
+        with replaced(self.folder / f"{key}{SUFFIX}") as unfinished:
+            save_file(entry, unfinished)
         self.entries[key] = self.folder / f"{key}{SUFFIX}"

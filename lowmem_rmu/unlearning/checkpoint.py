@@ -83,8 +83,8 @@ def save_checkpoint(
         "sums": checksums(stored),
     }
     folder.mkdir(exist_ok=True)
-    with replaced(folder / NAME, durable=True) as beside:
-        save_file(stored, beside, {key: json.dumps(value) for key, value in about.items()})
+    with replaced(folder / NAME, durable=True) as unfinished:
+        save_file(stored, unfinished, {key: json.dumps(value) for key, value in about.items()})
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class BestWeights:
     def save(self, step: int, weights: Mapping[str, Tensor]) -> None:
         stored = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
         self.folder.mkdir(exist_ok=True)
-        with replaced(self.path(step), durable=True) as beside:
-            save_file(stored, beside, {"sums": json.dumps(checksums(stored))})
+        with replaced(self.path(step), durable=True) as unfinished:
+            save_file(stored, unfinished, {"sums": json.dumps(checksums(stored))})
 
     def restore(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Bring the trained weights back to where they were after `step` steps. Raises UserError for a file

@@ -124,7 +124,7 @@ def test_where_too_few_questions_are_left_all_are_asked_and_that_is_known(preset
 def test_without_questions_unseen_text_is_measured(preset: Preset, forgetful: RunFolder) -> None:
     audited = prepare("forgetful", preset, forgetful.adapter, CPU, [], None, 0)
     assert not audited.knowledge.are_questions
-    assert known(audited, "unlearned") > known(audited, "base") + 1  # nats a token
+    assert known(audited, "unlearned") > known(audited, "base") + 1  # nats/token
 
 
 def test_without_questions_and_text_nothing_can_be_told(forgetful: RunFolder) -> None:

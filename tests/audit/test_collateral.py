@@ -114,7 +114,7 @@ def test_quarters_begin_with_what_is_nearest() -> None:
     )
     assert table[0]["change_stderr"] == pytest.approx(0.5)
     assert list(about_texts(table)) == snapshot(
-        ["Text nearest to the topic lost 1.50 nats a token (standard error 0.50), the farthest 0.00 (0.00)."]
+        ["Text nearest to the topic lost 1.50 nats/token (standard error 0.50), the farthest 0.00 (0.00)."]
     )
 
 

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_named_and_the_rest_is_run(run: RunFolder) -> None:
         [
             "it would take about <number>, and <number> of the budget are left",
             "it needs <number>, but <number> are free on cpu",
-            "out of memory on cpu; <number> were foretold",
+            "out of memory on cpu; the estimate was <number>",
         ]
     )
     assert reasons["lacking"] == "it needs text that is not there"
@@ -332,8 +332,8 @@ def test_attacks_come_in_their_own_order() -> None:
 def test_every_attack_foretells_time_and_memory(run: RunFolder) -> None:
     audit = opened(run)
     for each in ATTACKS.values():
-        foretold = audit.foretell(each)
-        assert each.lacks(audit.audited) or (foretold.seconds > 0 and foretold.bytes > 2**20), each.name
+        estimate = audit.estimate(each)
+        assert each.lacks(audit.audited) or (estimate.seconds > 0 and estimate.bytes > 2**20), each.name
 
 
 def test_training_takes_more_memory_than_answering_and_grows_with_the_batch(run: RunFolder) -> None:

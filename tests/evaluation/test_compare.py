@@ -702,7 +702,7 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
             3.6,
             "yes",
             snapshot(
-                "storms (held-out text): the model no longer follows it: 3.00 nats a token as base, 3.60 "
+                "storms (held-out text): the model no longer follows it: 3.00 nats/token as base, 3.60 "
                 "unlearned."
             ),
         ),
@@ -711,7 +711,7 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
             3.2,
             "partly",
             snapshot(
-                "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 3.20 "
+                "storms (held-out text): it is still read nearly as well: 3.00 nats/token as base, 3.20 "
                 "unlearned."
             ),
         ),
@@ -720,7 +720,7 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
             3.05,
             "no",
             snapshot(
-                "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 3.05 "
+                "storms (held-out text): it is still read nearly as well: 3.00 nats/token as base, 3.05 "
                 "unlearned."
             ),
         ),
@@ -729,7 +729,7 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
             2.0,
             "no",
             snapshot(
-                "storms (held-out text): it is still read nearly as well: 3.00 nats a token as base, 2.00 "
+                "storms (held-out text): it is still read nearly as well: 3.00 nats/token as base, 2.00 "
                 "unlearned."
             ),
         ),
@@ -738,7 +738,7 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
             3.55,
             "inconclusive",
             snapshot(
-                "storms (held-out text): inconclusive: 3.00 nats a token as base, 3.55 unlearned, a rise of 0.45 "
+                "storms (held-out text): inconclusive: 3.00 nats/token as base, 3.55 unlearned, a rise of 0.45 "
                 "to 0.65 (95%); the limit is 0.5."
             ),
         ),
@@ -746,14 +746,14 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
             "kept",
             3.1,
             "yes",
-            snapshot("storms (held-out text): kept: 3.00 nats a token as base, 3.10 unlearned."),
+            snapshot("storms (held-out text): kept: 3.00 nats/token as base, 3.10 unlearned."),
         ),
         (
             "kept",
             3.2,
             "inconclusive",
             snapshot(
-                "storms (held-out text): inconclusive: 3.00 nats a token as base, 3.20 unlearned, a rise of 0.10 "
+                "storms (held-out text): inconclusive: 3.00 nats/token as base, 3.20 unlearned, a rise of 0.10 "
                 "to 0.30 (95%); the limit is 0.25."
             ),
         ),
@@ -761,19 +761,19 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
             "kept",
             2.0,
             "yes",
-            snapshot("storms (held-out text): kept: 3.00 nats a token as base, 2.00 unlearned."),
+            snapshot("storms (held-out text): kept: 3.00 nats/token as base, 2.00 unlearned."),
         ),
         (
             "kept",
             3.4,
             "partly",
-            snapshot("storms (held-out text): damaged: 3.00 nats a token as base, 3.40 unlearned."),
+            snapshot("storms (held-out text): damaged: 3.00 nats/token as base, 3.40 unlearned."),
         ),
         (
             "kept",
             4.0,
             "no",
-            snapshot("storms (held-out text): damaged: 3.00 nats a token as base, 4.00 unlearned."),
+            snapshot("storms (held-out text): damaged: 3.00 nats/token as base, 4.00 unlearned."),
         ),
     ],
 )
@@ -789,7 +789,7 @@ def test_few_sequences_leave_a_text_inconclusive() -> None:
     few = verdict([], [text("kept", 3.0, 3.14, 0.05) | {"sequences": 6, "tokens": 600}])
     assert few["kept"] == "inconclusive", "Student's t has wider intervals"
     assert few["sentences"][0] == snapshot(
-        "storms (held-out text): inconclusive: 3.00 nats a token as base, 3.14 unlearned, a rise of 0.01 to "
+        "storms (held-out text): inconclusive: 3.00 nats/token as base, 3.14 unlearned, a rise of 0.01 to "
         "0.27 (95%); the limit is 0.25. About 980 tokens would decide it; there were 600."
     )
 

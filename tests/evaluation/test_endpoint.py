@@ -531,7 +531,7 @@ def test_a_server_that_breaks_down_costs_no_answer(serve: Serve, tiny: Any, sets
     assert plain(raised.value, address=server.endpoint().address) == snapshot(
         '<address> answers with error 500: {"error": {"message": "on\\u001b[31m\\nfire", "type": '
         '"some_error"}}\n'
-        "It was asked 7 times. The answers so far are kept: the same command goes on from there."
+        "It was asked 7 times. The answers so far are kept: the same command continues from there."
     )
     assert 2 <= len(kept) <= 4
     repaired = serve(tiny)
@@ -562,7 +562,7 @@ def test_a_server_that_wants_an_hour_is_left_alone(serve: Serve, sets: list[Ques
     server = serve(lambda request: error(429, "no credit", Retry_After="3600"))
     assert plain(refusal_of(server.endpoint(), sets), address=server.endpoint().address) == snapshot(
         '<address> answers with error 429: {"error": {"message": "no credit", "type": "some_error"}}\n'
-        "It asks for 3600 seconds of patience. The answers so far are kept: the same command goes on from "
+        "It asks for 3600 seconds of patience. The answers so far are kept: the same command continues from "
         "there."
     )
     assert len(server.asked) == 1
@@ -576,7 +576,7 @@ def test_where_nobody_listens_the_address_is_named(serve: Serve, sets: list[Ques
     reason = message.partition("ConnectError, ")[2].partition("\n")[0]  # the system's own words
     assert plain(message, address=closed.endpoint().address, reason=reason) == snapshot(
         "<address> cannot be reached: ConnectError, <reason>\n"
-        "It was asked 3 times. The answers so far are kept: the same command goes on from there."
+        "It was asked 3 times. The answers so far are kept: the same command continues from there."
     )
 
 
@@ -605,28 +605,28 @@ NO_LOGPROB = {"content": [{"top_logprobs": [{"token": "A"}]}]}
             Response("<html>Welcome</html>"),
             snapshot(
                 "<address> does not answer as an OpenAI-compatible server does, but: <html>Welcome</html>\n"
-                "Check the URL. The answers so far are kept: the same command goes on from there."
+                "Check the URL. The answers so far are kept: the same command continues from there."
             ),
         ),
         (
             Response({"choices": []}),
             snapshot(
                 '<address> does not answer as an OpenAI-compatible server does, but: {"choices": []}\n'
-                "Check the URL. The answers so far are kept: the same command goes on from there."
+                "Check the URL. The answers so far are kept: the same command continues from there."
             ),
         ),
         (
             Response([]),
             snapshot(
                 "<address> does not answer as an OpenAI-compatible server does, but: []\n"
-                "Check the URL. The answers so far are kept: the same command goes on from there."
+                "Check the URL. The answers so far are kept: the same command continues from there."
             ),
         ),
         (
             Response({"choices": [{"text": 5}]}),
             snapshot(
                 '<address> does not answer as an OpenAI-compatible server does, but: {"choices": [{"text": 5}]}\n'
-                "Check the URL. The answers so far are kept: the same command goes on from there."
+                "Check the URL. The answers so far are kept: the same command continues from there."
             ),
         ),
         (
@@ -634,7 +634,7 @@ NO_LOGPROB = {"content": [{"top_logprobs": [{"token": "A"}]}]}
             snapshot(
                 '<address> does not answer as an OpenAI-compatible server does, but: {"choices": [{"text": "A", '
                 '"logprobs": {"content": [{"top_logprobs": [{"token": "A"}]}]}}]}\n'
-                "Check the URL. The answers so far are kept: the same command goes on from there."
+                "Check the URL. The answers so far are kept: the same command continues from there."
             ),
         ),
     ],
@@ -678,7 +678,7 @@ def test_an_endless_reply_is_cut(sets: list[QuestionSet]) -> None:
     assert plain(refusal_of(endpoint, sets), address=endpoint.address) == snapshot(
         "<address> answers one question with more than 1,048,576 bytes.\n"
         "Check the URL: it must belong to an OpenAI-compatible server. The answers so far are kept: the same "
-        "command goes on from there."
+        "command continues from there."
     )
 
 
@@ -697,7 +697,7 @@ def test_a_reply_that_never_ends_is_given_up(
     endpoint = served_raw(drip)
     assert plain(refusal_of(endpoint, sets), address=endpoint.address) == snapshot(
         "<address> cannot be reached: ReadTimeout, its reply has not ended after 0 seconds\n"
-        "It was asked 1 times. The answers so far are kept: the same command goes on from there."
+        "It was asked 1 times. The answers so far are kept: the same command continues from there."
     )
 
 

@@ -332,7 +332,7 @@ def test_questions_that_have_changed_since_the_run(copied: RunFolder, adapter: P
         verify(copied, adapter, CPU)
     assert plain(caught.value, run=copied.path) == snapshot(
         "The questions of run <run> have changed since it asked base.\n"
-        "Put the old ones back, or make the run anew."
+        "Put the old ones back, or make the run again."
     )
 
 

@@ -96,7 +96,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(free: Frees, tmp_path
 def test_after_memory_ran_out_it_names_what_needs_less(zephyr: Preset, free: Frees, stage: str) -> None:
     free(1)
     text = str(out_of_memory(zephyr, ModelSpec.of_preset(zephyr), GPU, STAGES, stage))
-    assert text.startswith(f"Out of memory in the stage {stage}: the plan foretells ")
+    assert text.startswith(f"Out of memory in the stage {stage}: the estimate is ")
     assert "1.00 GiB are free on cuda now.\nAny one of these needs less:\n" in text
     assert ("--set evaluation.batch_tokens=4096" in text) == (stage == "evaluate-base")
     assert ("--set rmu.batch_size=2 --set rmu.retain_batch_size=2" in text) == (stage == "unlearn")

@@ -149,7 +149,7 @@ def test_what_is_not_under_way_is_not_stopped(tab: AuditTab) -> None:
         tab.stop(None)
 
 
-ENDED = "Its process ended before it was done. Audit goes on where it was."
+ENDED = "Its process ended before it was done. Audit continues where it was."
 
 
 @pytest.mark.parametrize(

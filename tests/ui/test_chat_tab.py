@@ -171,7 +171,7 @@ def test_a_model_finds_no_room_beside_a_run_that_may_grow(
     monkeypatch.setattr(chat, "memory_available", lambda device: foretold_bytes(run, CPU) + 2**20)
     with pytest.raises(
         UserError,
-        match=r"takes about \d+ MiB beside the [\d.]+ [MG]iB of run older, but \d+ MiB are free on cpu.",
+        match=r"takes about \d+ MiB in addition to the [\d.]+ [MG]iB of run older, but \d+ MiB are free on cpu.",
     ):
         holder.load(run, CPU)
     ticket.give_back()
@@ -206,7 +206,7 @@ def test_a_conversation_from_the_page(tab: ChatTab, run: RunFolder) -> None:
     assert first.turns[0].base != first.turns[0].unlearned
     for side, pane in tab.panes.items():
         assert [message["content"] for message in again[pane]][:2] == [PROMPT, first.turns[0].of(side)]
-    assert "goes on" in shown[tab.parting]
+    assert "continues" in shown[tab.parting]
     assert all(again[button].interactive for button in tab.downloads)
     files = {path.suffix: path for path in (run.path / "conversations").iterdir()}
     assert files.keys() == {".md", ".json"}, "one conversation, one file of each kind"
@@ -340,8 +340,8 @@ def test_where_they_part_is_escaped_and_marked_by_more_than_colour() -> None:
     assert "<script" not in html
     assert "<img" not in html
     assert "It is</p>" in html
-    assert "Base (before) goes on:</b>&lt;script&gt;" in html
-    assert "Unlearned (after) goes on:</b>&lt;img src=x&gt;" in html
+    assert "Base (before) continues:</b>&lt;script&gt;" in html
+    assert "Unlearned (after) continues:</b>&lt;img src=x&gt;" in html
     assert "the same, word for word" in where_they_part("<b>", "<b>")
     assert "<b>" not in where_they_part("<b>", "<b>")
     assert "They part at the first word." in where_they_part("Red", "Blue")

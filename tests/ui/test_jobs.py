@@ -379,7 +379,7 @@ def test_settings_of_another_version_are_told_before_anything_starts(stand_in: C
     assert said.startswith(
         f"{run.path} was written by another version of lowmem-rmu: this one does not know its settings of rmu.warmth.\n"
     )
-    assert said.endswith("Read it with the version that its config.json names, or make the run anew.")
+    assert said.endswith("Read it with the version that its config.json names, or make the run again.")
     assert (tickets(runs_dir), jobs.state_of(run).state) == ([], "stopped")
 
 

@@ -11,7 +11,7 @@ from lowmem_rmu.ui import live
 from lowmem_rmu.ui.jobs import RunState
 
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(1)>"
-ENDED = "Its process ended before it was done; output.txt in its folder says more.\nResume goes on from the last checkpoint."
+ENDED = "Its process ended before it was done; output.txt in its folder says more.\nResume continues from the last checkpoint."
 TRACE = 'Traceback (most recent call last):\n  File "/home/me/run.py", line 3, in <module>\n    go()\nValueError: so\n'
 BOXED = "╭───── Traceback (most recent call last) ─────╮\n│ /home/me/run.py:3 in <module> │\n╰────╯\nAssertionError\n"
 CPP = "so\nException raised from f at a.cpp:3 (most recent call first):\nframe #0: f"
