@@ -29,8 +29,8 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 REFRESH_SECONDS = 2.0
 FORMAT_WORDS = {
     "adapter": (
-        "Adapter: the change alone, a small file. It is loaded on top of the original model, and can be removed "
-        "again."
+        "Adapter: the change alone, a small file. It is loaded on top of the original model, and can be "
+        "removed again."
     ),
     "merged": (
         "Merged: the whole model with the change in it, for transformers, vLLM and others. As large as "

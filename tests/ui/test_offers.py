@@ -12,6 +12,7 @@ import yaml
 from lowmem_rmu import presets
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.memory import StageNeed, peak_of
+from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import load_preset, preset_names
 from lowmem_rmu.runs import STAGES
 from lowmem_rmu.ui import offers
@@ -115,7 +116,7 @@ def test_a_preset_of_ones_own_is_shown_to_the_letter(own_presets: Path) -> None:
 
 def test_the_plan_has_a_row_a_stage_and_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     preset = load_preset("tiny")
-    needs = offers.plan(preset, CPU)
+    needs = offers.plan(preset, ModelSpec.of_preset(preset), CPU)
     html = offers.plan_html(preset, CPU)
     rows = re.findall(r"<tr><th scope='row'>(.*?)</th>", html)
     assert rows == [need.stage for need in needs]
