@@ -113,7 +113,7 @@ class Ours:
     def score(self, sets: list[QuestionSet], setup: Setup, batch: int) -> Found:
         evaluated = evaluate(self.model, self.tokenizer, sets, batch)
         tasks = {
-            each.name: [row["logprobs"] for row in evaluated.answers if row["task"] == each.name]
+            each.name: [row.logprobs or [] for row in evaluated.answers if row.task == each.name]
             for each in sets
         }
         prompts = {

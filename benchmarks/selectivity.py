@@ -40,6 +40,7 @@ from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.neighbors import save_passages, write_passages
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
 from lowmem_rmu.presets import ModelSettings, Preset, load_preset
+from lowmem_rmu.records import Answer, StepRow
 from lowmem_rmu.runs import STAGES, RunFolder, write_json
 from lowmem_rmu.status import Silent, StatusWriter
 from lowmem_rmu.unlearning.guard import Check, best_of
@@ -211,43 +212,45 @@ def read_measured(folder: RunFolder) -> Measured:
     before, after = folder.read_answers("base"), folder.read_answers("unlearned")
     groups = {}
     for group in ("forgotten", "adjacent", "kept"):
-        sides = [
-            [row for row in answers if str(row["task"]).startswith(group)] for answers in (before, after)
-        ]
-        groups[group] = group_result(*sides)
+        groups[group] = group_result(
+            [row for row in before if row.task.startswith(group)],
+            [row for row in after if row.task.startswith(group)],
+        )
     metrics = folder.read_metrics()
-    checks = [row for row in metrics if row.get("retain_kl") is not None]
+    checks = [row for row in metrics if row.retain_kl is not None]
     kept = kept_check(checks, folder.config["settings"]["rmu"]["guard_limit"])
     return Measured(
         groups=groups,
-        step=kept.get("step", len(metrics)),
+        step=kept.step if kept else len(metrics),
         steps=len(metrics),
-        retain_kl=kept.get("retain_kl"),
-        topic_kl=kept.get("topic_kl"),
-        seconds=sum(stage["seconds"] for stage in folder.read_stages() if stage["stage"] == "unlearn"),
+        retain_kl=kept.retain_kl if kept else None,
+        topic_kl=kept.topic_kl if kept else None,
+        seconds=sum(cost.seconds for cost in folder.read_stages() if cost.stage == "unlearn"),
     )
 
 
-def group_result(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> GroupResult:
+def group_result(before: list[Answer], after: list[Answer]) -> GroupResult:
     """Compare the answers of base and unlearned to the same questions, in the same order."""
-    marks = [(base["correct"], unlearned["correct"]) for base, unlearned in zip(before, after, strict=True)]
+    marks = [(base.correct, unlearned.correct) for base, unlearned in zip(before, after, strict=True)]
     known = sum(base for base, _ in marks)
     pairs = Pairs(len(marks), known, lost=marks.count((True, False)), gained=marks.count((False, True)))
-    answered = Counter(LETTERS[row["answer"]] for row in after)
+    answered = Counter(LETTERS[row.answer] for row in after if row.answer is not None)
     letters = " ".join(f"{letter}{count}" for letter, count in answered.most_common())
     return GroupResult(pairs, 100 * balanced_accuracy(after), letters)
 
 
-def kept_check(rows: list[dict[str, Any]], limit: float) -> dict[str, Any]:
-    """Return the row of the check whose weights are kept: the guard's best, else the last one; empty without
-    a guard.
+def kept_check(rows: list[StepRow], limit: float) -> StepRow | None:
+    """Return the row of the check whose weights are kept: the guard's best, else the last one; None
+    without a guard.
     """
-    checks = [
-        Check(row["step"], row["retain_kl"], row["question_kl"], row["topic_kl"], row["topic_question_kl"])
-        for row in rows
-    ]
+    checks = []
+    for row in rows:
+        distances = row.retain_kl or 0.0, row.question_kl, row.topic_kl or 0.0, row.topic_question_kl
+        checks.append(Check(row.step, *distances))
     best = best_of(checks, limit)
-    return rows[checks.index(best)] if best else rows[-1] if rows else {}
+    if best:
+        return rows[checks.index(best)]
+    return rows[-1] if rows else None
 
 
 COLUMNS = (

@@ -233,8 +233,8 @@ class ChatModel:
     def stream(
         self, prompt: str, sampling: Sampling, stop: Event, turns: Sequence[Turn] = ()
     ) -> Generator[tuple[str, str]]:
-        """`(side, its answer so far)`, base first, while it is being made. `stop` ends it; so does whoever
-        closes this generator.
+        """`(side, its answer so far)`, base first, while it is being made. `stop` ends it, and so does
+        closing this generator.
         """
         self.check(prompt, sampling, turns)
         pieces: SimpleQueue[tuple[str, str] | BaseException | None] = SimpleQueue()

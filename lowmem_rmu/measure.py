@@ -39,7 +39,7 @@ from lowmem_rmu.presets import (
     resolve_paths,
     short_name,
 )
-from lowmem_rmu.records import AnswerRow, Object, intact_record, read_record
+from lowmem_rmu.records import Answer, Object, intact_record, read_json
 from lowmem_rmu.runs import (
     RunFolder,
     Stopped,
@@ -263,10 +263,10 @@ def measure_endpoint(
         f"{endpoint.model} at {endpoint.address}",
     )
     claim(to, name, name, evaluation)
-    before = read_lines(path, AnswerRow)
+    before = read_lines(path, Answer)
     # Without the line that a kill may have torn, and without damaged ones: they are asked again.
     write_lines(path, before)
-    known = {row["prompt"]: row for row in before}
+    known = {row.prompt: row for row in before}
     with stopped_in(to):
         evaluated = evaluate_endpoint(
             endpoint, questions, known, partial(add_lines, path), followed(watcher, "base", questions)
@@ -301,7 +301,7 @@ def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
         data = sources_record(find_task_sources(evaluation))
         write_json(config, mine | {"data": data, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         return
-    there = read_record(config, Claimed, "Give a new folder with --to.")
+    there = read_json(config, Claimed, "Give a new folder with --to.")
     if there.get("digest") != digest:
         raise UserError(
             f"The folder {to} holds results of another model: {there.get('model', 'a run')}.",
@@ -348,8 +348,9 @@ def stopped_in(to: Path) -> Iterator[None]:
 
 def summary(to: Path, name: str, questions: list[QuestionSet], limit: int | None) -> dict[str, Any]:
     """Return the table of all sides, as a run's `summary.json` has it."""
-    base, unlearned = (read_lines(to / f"answers_{side}.jsonl") or None for side in ("base", "unlearned"))
-    rows = rows_as_json(compare_tasks(questions, base or [], unlearned))
+    base = read_lines(to / "answers_base.jsonl", Answer)
+    unlearned = read_lines(to / "answers_unlearned.jsonl", Answer) or None
+    rows = rows_as_json(compare_tasks(questions, base, unlearned))
     content = {"model": name, "rows": rows, "limit": limit, "unasked": unasked_subjects(questions)}
     write_json(to / "summary.json", content)
     return content

@@ -45,7 +45,7 @@ from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.model.source import commit_of
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import Preset, short_name
-from lowmem_rmu.records import DIGESTS
+from lowmem_rmu.records import DIGESTS, StageCost, as_json
 from lowmem_rmu.report import write_report
 from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, remove_leftovers, write_json, write_lines
 from lowmem_rmu.status import StatusWriter
@@ -253,7 +253,7 @@ def report(context: RunContext) -> None:
         "rows": rows_as_json(rows),
         "texts": texts,
         "samples": samples,
-        "stages": folder.read_stages(),
+        "stages": [as_json(cost) for cost in folder.read_stages()],
         "limit": preset.evaluation.limit,
         "notes": [sentence for sentences in folder.read_notes().values() for sentence in sentences],
         "unasked": unasked_subjects(context.inputs.questions),
@@ -404,16 +404,11 @@ def measured_cost(context: RunContext, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        costs = {cost["stage"]: cost for cost in context.folder.read_stages()}
-        before = costs.get(stage, {"seconds": 0.0, "peak_memory_bytes": 0})
-        costs[stage] = {
-            "stage": stage,
-            "seconds": before["seconds"] + time.monotonic() - started,
-            "peak_memory_bytes": max(
-                before["peak_memory_bytes"], context.stage_peak, memory_in_use(context.device)
-            ),
-        }
-        write_json(context.folder.path / "stages.json", list(costs.values()))
+        costs = {cost.stage: cost for cost in context.folder.read_stages()}
+        before = costs.get(stage, StageCost(stage, 0.0, 0))
+        peak = max(before.peak_memory_bytes or 0, context.stage_peak, memory_in_use(context.device))
+        costs[stage] = StageCost(stage, before.seconds + time.monotonic() - started, peak)
+        write_json(context.folder.path / "stages.json", [as_json(cost) for cost in costs.values()])
 
 
 @contextmanager

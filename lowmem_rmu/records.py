@@ -8,16 +8,19 @@ have, and gets content that has it or one sentence.
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field, is_dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from lowmem_rmu.errors import Fix, UserError
 
+T = TypeVar("T")
 DIGESTS = "digests.json"
 """In a run folder: sha256 of files that no other file describes, by their paths within the folder."""
 Object = dict[str, Any]
@@ -70,15 +73,20 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class AnswerRow:
-    """The shape of a line of `evaluation/answers_*.jsonl`."""
+class Answer:
+    """The answer to a question: a line of `evaluation/answers_*.jsonl`."""
 
     task: str
     index: int
+    """The question's place in its task."""
     prompt: str
+    """The digest of the prompt."""
     logprobs: list[float] | None
+    """Of the choices; None where a model gives none."""
     answer: int | None
+    """The choice; None where a model named none, which is a wrong answer."""
     gold: int
+    """The right choice."""
     correct: bool
 
 
@@ -156,6 +164,9 @@ class StepRow:
     question_shift: float | None = None
     topic_shift: float | None = None
     topic_question_shift: float | None = None
+    tokens: int = 0
+    sinks: int = 0
+    """Positions that are attention sinks; runs of earlier versions have neither."""
 
 
 @dataclass(frozen=True)
@@ -165,32 +176,41 @@ class StepTime:
     seconds: float
 
 
-def read_record(path: Path, shape: Any, what_next: str | Fix) -> Any:
-    """Read a JSON file whose content fits `shape`, a type that pydantic checks (strictly). Keys beyond the
-    shape are kept.
+def read_record(path: Path, kind: type[T], what_next: str | Fix) -> T:
+    """Read a JSON file as a record: a dataclass, or another type that pydantic checks (strictly).
 
     Raises UserError, which ends with `what_next`.
     """
-    return _parsed(_read_bytes(path, what_next), shape, str(path), what_next)
+    return _parsed(_read_bytes(path, what_next), kind, str(path), what_next)
 
 
-def read_rows(path: Path, shape: Any, what_next: str | Fix) -> list[Any]:
-    """Read every line of a JSONL file; each must fit `shape`. Only a last line without a line break may be
-    torn: it is left out.
+def read_json(path: Path, shape: Any, what_next: str | Fix) -> Any:
+    """Read a JSON file whose content fits `shape` as it is: keys beyond the shape are kept.
+
+    Raises UserError, which ends with `what_next`.
+    """
+    content = _read_bytes(path, what_next)
+    _parsed(content, shape, str(path), what_next)
+    return json.loads(content)
+
+
+def read_rows(path: Path, kind: type[T], what_next: str | Fix) -> list[T]:
+    """Read every line of a JSONL file as a record. Only a last line without a line break may be torn: it is
+    left out.
 
     Raises UserError, which ends with `what_next`.
     """
     *lines, last = _read_bytes(path, what_next).split(b"\n")
-    if _fits(last, shape):
-        lines.append(last)
-    return [
-        _parsed(line, shape, f"{path}, line {number},", what_next)
-        for number, line in enumerate(lines, start=1)
-    ]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        rows.append(_parsed(line, kind, f"{path}, line {number},", what_next))
+    with suppress(UserError):
+        rows.append(_parsed(last, kind, "", ""))
+    return rows
 
 
-def intact_rows(path: Path, shape: Any = Object) -> list[Any]:
-    """Read the lines of a JSONL file that fit `shape` and leave the others out; empty where there is no file.
+def intact_rows(path: Path, kind: type[T]) -> list[T]:
+    """Read the lines of a JSONL file that are such records, and leave the others out; empty without a file.
 
     For rows that are computed again where they are missing, and for a file that another process is writing.
     """
@@ -198,18 +218,30 @@ def intact_rows(path: Path, shape: Any = Object) -> list[Any]:
         lines = path.read_bytes().split(b"\n")
     except OSError:
         return []
-    return [json.loads(line) for line in lines if _fits(line, shape)]
+    rows = []
+    for line in lines:
+        with suppress(UserError):
+            rows.append(_parsed(line, kind, "", ""))
+    return rows
 
 
-def intact_record(path: Path, shape: Any) -> Any | None:
-    """Read a JSON file that may be missing, or be damaged: None then. For what is only shown, or written
-    again anyway.
+def intact_record(path: Path, kind: type[T]) -> T | None:
+    """Read a JSON file as a record; None where it is missing or damaged.
+
+    For what is only shown, or written again anyway.
     """
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return json.loads(content) if _fits(content, shape) else None
+    with suppress(UserError):
+        return _parsed(content, kind, "", "")
+    return None
+
+
+def as_json(record: Any) -> Any:
+    """Return what a file holds of a record: the fields of a dataclass in their order."""
+    return vars(record) if is_dataclass(record) else record
 
 
 def check_digest(path: Path, recorded: Any, what_next: str | Fix) -> None:
@@ -234,7 +266,7 @@ class Recorded(dict[str, Any]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            read_record(path, Config, f"Put the file back from a copy, or delete the folder {path.parent}.")
+            read_json(path, Config, f"Put the file back from a copy, or delete the folder {path.parent}.")
         )
         self.path = path
 
@@ -255,29 +287,18 @@ def _read_bytes(path: Path, what_next: str | Fix) -> bytes:
         ) from error
 
 
-def _parsed(content: bytes, shape: Any, place: str, what_next: str | Fix) -> Any:
-    """Return the content as JSON of the shape. Raises UserError, which begins with its place."""
+def _parsed(content: bytes, kind: type[T], place: str, what_next: str | Fix) -> T:
+    """Return the content as a record. Raises UserError, which begins with its place."""
     try:
-        _checker(shape).validate_json(content, strict=True)
-        return json.loads(content)
+        checker: TypeAdapter[T] = _checker(cast(Hashable, kind))
+        return checker.validate_json(content, strict=True)
     except ValueError as error:  # pydantic's own error is one
-        raise UserError(
-            f"{place} {_complaint(error, shape)}.",
-            what_next,
-        ) from error
-
-
-def _fits(line: bytes, shape: Any) -> bool:
-    try:
-        _parsed(line, shape, "", "")
-    except UserError:
-        return False
-    return True
+        raise UserError(f"{place} {_complaint(error, kind)}.", what_next) from error
 
 
 @cache
-def _checker(shape: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(shape)
+def _checker(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _complaint(error: ValueError, shape: Any) -> str:

@@ -5,6 +5,7 @@ prove.
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from lowmem_rmu.evaluation.compare import asked_how, counted
 from lowmem_rmu.evaluation.statistics import LUCK, NOISE
 from lowmem_rmu.evaluation.summary import Headline, bounds_in_words, known_in_words, read_audit, read_summary
 from lowmem_rmu.presets import differences, without_places
+from lowmem_rmu.records import StepRow
 from lowmem_rmu.runs import RunFolder, write_atomically
 
 Row = dict[str, Any]
@@ -164,10 +166,14 @@ def _content(run: RunFolder) -> dict[str, Any]:
         charts["activations"] = _charts(
             "activations", lambda width: _curves(metrics, ACTIVATIONS, width, same_scale=True)
         )
-    checks = [row | {"topic": ""} for row in metrics if any(row.get(key) is not None for key in DIVERGENCES)]
-    measured = {
-        key: words for key, words in DIVERGENCES.items() if any(row.get(key) is not None for row in checks)
-    }
+    checks = []
+    for row in metrics:
+        if any(getattr(row, key) is not None for key in DIVERGENCES):
+            checks.append(replace(row, topic=""))
+    measured = {}
+    for key, words in DIVERGENCES.items():
+        if any(getattr(row, key) is not None for row in checks):
+            measured[key] = words
     if checks:
         charts["divergence"] = _charts("divergence", lambda width: _curves(checks, measured, width))
     return {
@@ -416,7 +422,7 @@ def _pair_of_bars(axes: Axes, y: float, row: Row) -> None:
     axes.vlines(row["chance"], y - 0.5, y + 0.5, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1.2)
 
 
-def _curves(metrics: list[Row], panels: dict[str, str], width: int, same_scale: bool = False) -> Figure:
+def _curves(metrics: list[StepRow], panels: dict[str, str], width: int, same_scale: bool = False) -> Figure:
     """Return a panel a metric, a line a topic, two panels side by side where `width` allows.
 
     `panels` maps keys of `metrics` to titles; with `same_scale` each two of them share their vertical axis.
@@ -438,14 +444,17 @@ def _curves(metrics: list[Row], panels: dict[str, str], width: int, same_scale: 
     return figure
 
 
-def _curve(axes: Axes, metrics: list[Row], key: str) -> None:
+def _curve(axes: Axes, metrics: list[StepRow], key: str) -> None:
     """Draw one metric of every topic; a loss that spans more than a factor of 50 gets a logarithmic axis."""
     seen = []
     for number, topic in enumerate(_topics(metrics)):
-        found = [
-            (row["step"], row[key]) for row in metrics if row["topic"] == topic and row.get(key) is not None
-        ]
-        steps, values = [step for step, _ in found], [value for _, value in found]
+        steps: list[int] = []
+        values: list[float] = []
+        for row in metrics:
+            value = getattr(row, key)
+            if row.topic == topic and value is not None:
+                steps.append(row.step)
+                values.append(value)
         colour = COLOURS[TOPIC_COLOURS[number % len(TOPIC_COLOURS)]]
         axes.plot(steps, values, color=colour, linewidth=1.6, marker="." if len(steps) < 3 else None)
         seen += [value for value in values if math.isfinite(value) and value > 0]
@@ -483,15 +492,15 @@ def _relearning(audit: dict[str, Any], curves: dict[str, Row], width: int) -> Fi
     return figure
 
 
-def _sinks(metrics: list[Row], config: Row) -> Row:
+def _sinks(metrics: list[StepRow], config: Row) -> Row:
     """Return in words how many positions were attention sinks, and whether steering left them out."""
     return {
-        "count": sum(row.get("sinks", 0) for row in metrics),
-        "tokens": sum(row.get("tokens", 0) for row in metrics),
+        "count": sum(row.sinks for row in metrics),
+        "tokens": sum(row.tokens for row in metrics),
         "masked": config["settings"].get("rmu", {}).get("sinks") == "masked",
     }
 
 
-def _topics(metrics: list[Row]) -> list[str]:
+def _topics(metrics: list[StepRow]) -> list[str]:
     """Return the topics in the order of their first step."""
-    return list(dict.fromkeys(row["topic"] for row in metrics))
+    return list(dict.fromkeys(row.topic for row in metrics))

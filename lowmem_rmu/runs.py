@@ -19,15 +19,17 @@ import psutil
 
 from lowmem_rmu.errors import Fix, ResumeRun, UserError, error_record, nearest
 from lowmem_rmu.records import (
-    AnswerRow,
+    Answer,
     Recorded,
     Scores,
     StageCost,
     Status,
     StepRow,
+    as_json,
     check_digest,
     intact_record,
     intact_rows,
+    read_json,
     read_record,
     read_rows,
 )
@@ -104,13 +106,13 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    write_atomically(path, "".join(json.dumps(as_json(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def add_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def add_lines(path: Path, rows: Iterable[Any]) -> None:
     """Append rows in one write. A kill may tear the last line; the next row then begins on a new one."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(as_json(row), ensure_ascii=False) + "\n" for row in rows)
     with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -119,7 +121,7 @@ def add_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write(text.encode())
 
 
-def read_lines(path: Path, shape: Any = dict[str, Any]) -> list[dict[str, Any]]:
+def read_lines(path: Path, shape: Any = dict[str, Any]) -> list[Any]:
     """Return the rows of a file that may be missing, or be torn where a process was killed while it wrote:
     those that fit the shape.
     """
@@ -414,9 +416,9 @@ class RunFolder:
         """
         return self.path / "jobs" / f"{job}.json"
 
-    def read_job_status(self, job: str) -> dict[str, Any]:
-        """Return the status of another job on the run; empty where there is none, or it is damaged."""
-        return intact_record(self.job_status(job), Status) or {}
+    def read_job_status(self, job: str) -> Status | None:
+        """Return the status of another job on the run; None where there is none, or it is damaged."""
+        return intact_record(self.job_status(job), Status)
 
     @property
     def audit_name(self) -> str:
@@ -466,19 +468,19 @@ class RunFolder:
         path = self.evaluation(side)
         if not path.exists():
             return None
-        scores = read_record(
+        scores = read_json(
             path, Scores, Fix("Delete it, and have it written again from the answers: {action}", self._resume)
         )
         return dict(scores)
 
-    def read_answers(self, side: str) -> list[dict[str, Any]]:
+    def read_answers(self, side: str) -> list[Answer]:
         """Return the answers of a side that was measured, all of them. Raises UserError where the file is not
         what was scored.
         """
         path, scored = self.answers(side), self.read_evaluation(side)
         advice = f"Delete it and {self.evaluation(side)}, and have the questions asked again: {{action}}"
         again = Fix(advice, self._resume)
-        answers = read_rows(path, AnswerRow, again)
+        answers = read_rows(path, Answer, again)
         if scored is None:
             return answers
         wanted = sum(task["questions"] for task in scored["tasks"].values())
@@ -504,7 +506,7 @@ class RunFolder:
             or self.adapter.exists()
         )
 
-    def read_stages(self) -> list[dict[str, Any]]:
+    def read_stages(self) -> list[StageCost]:
         """Time and peak memory of the stages run so far."""
         path = self.path / "stages.json"
         return (
@@ -516,29 +518,28 @@ class RunFolder:
     def read_notes(self) -> dict[str, list[str]]:
         """Return the notes so far; older runs have none. Raises UserError where they are damaged."""
         what_next = "Delete it: only remarks on how the run went are lost."
-        return dict(read_record(self.notes, dict[str, list[str]], what_next)) if self.notes.exists() else {}
+        return read_record(self.notes, dict[str, list[str]], what_next) if self.notes.exists() else {}
 
     def note(self, part: str, sentences: list[str]) -> None:
         """Put sentences in place of what was noticed before about a part of the work."""
         write_json(self.notes, self.read_notes() | {part: sentences})
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[StepRow]:
         """Return the rows of all steps so far. Raises UserError where one is damaged."""
         what_next = "Take the line out: only its point in the charts is lost."
         return read_rows(self.metrics, StepRow, what_next) if self.metrics.exists() else []
 
-    def read_status(self) -> dict[str, Any]:
-        """Empty where there is none, or it is damaged."""
-        return intact_record(self.path / "status.json", Status) or {}
+    def read_status(self) -> Status | None:
+        """Return the run's status; None where there is none, or it is damaged."""
+        return intact_record(self.path / "status.json", Status)
 
     @property
     def writer(self) -> psutil.Process | None:
         """The living process that is going through the run, by `status.json`."""
         status = self.read_status()
-        pid = number_in(status, "pid")
-        if status.get("state") != "running" or pid is None:
+        if status is None or status.state != "running" or not status.pid:
             return None
-        return living_process(int(pid), number_in(status, "started"), number_in(status, "heartbeat") or 0.0)
+        return living_process(status.pid, status.started, status.heartbeat)
 
     def write_status(
         self,

@@ -45,6 +45,51 @@ QUICK = [
 """Settings that forget within seconds, if not for long."""
 
 
+MODEL_FIXTURES = {
+    "small_model_folder",
+    "small_mixtral_folder",
+    "family",
+    "forgetful",
+    "merged_by_peft",
+    "finished",
+    "tiny",
+}
+"""Fixtures that load or train a model."""
+MODEL_FOLDERS = {"audit", "benchmarks", "export", "model", "tiny", "unlearning"}
+"""Folders all of whose tests count as `model`, as most of them do."""
+MODEL_FILES = {
+    "test_chat.py",
+    "test_damage.py",
+    "test_every_change.py",
+    "test_families.py",
+    "test_harness_parity.py",
+    "test_kill.py",
+    "test_main.py",
+    "test_measure.py",
+    "test_neighbors.py",
+    "test_report.py",
+    "test_run.py",
+    "test_turns.py",
+}
+"""Files whose tests start processes or work with models."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its tier: `unit`, `model`, `app` or `browser`."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        folder = item.path.parent.name
+        if "browser" in fixtures:
+            tier = "browser"
+        elif folder == "ui" or item.path.name == "test_app.py":
+            tier = "app"
+        elif folder in MODEL_FOLDERS or item.path.name in MODEL_FILES or fixtures & MODEL_FIXTURES:
+            tier = "model"
+        else:
+            tier = "unit"
+        item.add_marker(tier)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(TINY / "model")

@@ -62,7 +62,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def test_the_whole_job(family: Family, tmp_path: Path) -> None:
     run = run_whole_job(family, tmp_path, "none" if family.name in NO_4_BIT else "nf4")
-    assert run.read_status()["state"] == "done"
+    assert run.read_status().state == "done"
     assert (run.path / "report.html").exists()
     summary = json.loads((run.path / "summary.json").read_text())
     assert {row["task"]: row["questions"] for row in summary["rows"]} == {"locks": 6, "compounds": 6}

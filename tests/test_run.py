@@ -43,10 +43,12 @@ from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import load_preset, preset_names
+from lowmem_rmu.records import Answer
 from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.unlearning.checkpoint import trainable
 from lowmem_rmu.unlearning.trainer import Trainer
+from tests.records import answer_row
 
 TINY_MODEL = Path(__file__).parent.parent / "lowmem_rmu/tiny/model"
 SHORT = (
@@ -198,8 +200,8 @@ def test_plain_peft_reloads_the_adapter_and_answers_every_question_as_the_run_di
         model, load_tokenizer(preset.model), load_questions(preset.evaluation), preset.evaluation.batch_tokens
     )
     recorded = read_lines(finished / "evaluation/answers_unlearned.jsonl")
-    assert [answer["answer"] for answer in evaluated.answers] == [answer["answer"] for answer in recorded]
-    differences = torch.tensor([answer["logprobs"] for answer in evaluated.answers]) - torch.tensor(
+    assert [answer.answer for answer in evaluated.answers] == [answer["answer"] for answer in recorded]
+    differences = torch.tensor([answer.logprobs for answer in evaluated.answers]) - torch.tensor(
         [answer["logprobs"] for answer in recorded]
     )
     assert differences.abs().max() < 1e-5
@@ -241,7 +243,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_stopped(
     assert result.exit_code == 130
     assert "go on with: python -m lowmem_rmu.run" in result.stderr
     assert "--resume" in result.stderr
-    assert RunFolder(tmp_path / "stopped").read_status()["state"] == "stopped"
+    assert RunFolder(tmp_path / "stopped").read_status().state == "stopped"
     assert len(read_lines(tmp_path / "stopped/metrics.jsonl")) == 1
     assert run_tiny(tmp_path, "stopped", "--resume").exit_code == 0
     assert losses(tmp_path / "stopped") == losses(finished)
@@ -415,7 +417,7 @@ def test_a_closed_terminal_stops_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
     finally:
         process.kill()  # or a run that does not stop would slow down all other tests
     assert code == 130
-    assert RunFolder(tmp_path / "long").read_status()["state"] == "stopped"
+    assert RunFolder(tmp_path / "long").read_status().state == "stopped"
     steps = len(read_lines(tmp_path / "long/metrics.jsonl"))
     with safe_open(tmp_path / "long/checkpoint/state.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["progress"])["step"] == steps
@@ -572,7 +574,7 @@ def test_a_stop_ends_the_waiting(tmp_path: Path, reserved: bool) -> None:
     first, last = result.stderr.splitlines()
     assert first == f"Waiting: other in {tmp_path} before this run.", "once, though it looks again and again"
     assert last.startswith("Stopped. Nothing is lost; go on with: python -m lowmem_rmu.run")
-    assert [folder.read_status()[key] for key in ("stage", "state")] == ["queue", "stopped"]
+    assert [getattr(folder.read_status(), key) for key in ("stage", "state")] == ["queue", "stopped"]
     assert [ticket.name for ticket in tickets(tmp_path)] == ["other"]
 
 
@@ -583,7 +585,7 @@ def test_a_stop_that_came_before_the_turn_begins_nothing(tmp_path: Path) -> None
     (folder.path / "stop").touch()
     with pytest.raises(Stopped):
         waiting.check_stop()
-    assert folder.read_status()["state"] == "stopped"
+    assert folder.read_status().state == "stopped"
 
 
 def test_a_waiting_run_says_so_whenever_the_others_change(
@@ -619,7 +621,7 @@ def test_why_a_run_of_the_app_could_not_begin_stays_in_its_folder(tmp_path: Path
     folder.write_status("queue", 0, 0, "waiting")
     result = run_tiny(tmp_path, "mine", "--set", TOO_LARGE)
     assert (result.exit_code, result.stderr) == (2, f"{REFUSED}\n")
-    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == [
+    assert [getattr(folder.read_status(), key) for key in ("stage", "state", "error")] == [
         "prepare",
         "failed",
         REFUSED,
@@ -641,7 +643,7 @@ def started_before(tmp_path: Path, state: str) -> RunFolder:
 def test_why_a_run_of_the_app_could_not_go_on_stays_there_too(tmp_path: Path) -> None:
     folder = started_before(tmp_path, "waiting")
     assert run_tiny(tmp_path, "mine", "--set", TOO_LARGE, "--resume").exit_code == 2
-    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == [
+    assert [getattr(folder.read_status(), key) for key in ("stage", "state", "error")] == [
         "prepare",
         "failed",
         REFUSED,
@@ -652,7 +654,7 @@ def test_why_a_run_of_the_app_could_not_go_on_stays_there_too(tmp_path: Path) ->
 def test_what_a_run_came_to_is_not_forgotten_over_a_refusal_in_a_terminal(tmp_path: Path, state: str) -> None:
     folder = started_before(tmp_path, state)
     assert run_tiny(tmp_path, "mine", "--set", TOO_LARGE, "--resume").exit_code == 2
-    assert folder.read_status()["state"] == state
+    assert folder.read_status().state == state
 
 
 def test_only_refusals_are_noted(tmp_path: Path) -> None:
@@ -660,7 +662,7 @@ def test_only_refusals_are_noted(tmp_path: Path) -> None:
     folder.write_status("queue", 0, 0, "waiting")
     with pytest.raises(RuntimeError, match="broke"), command_line.refusals_noted(folder.path):
         raise RuntimeError("broke")
-    assert folder.read_status()["state"] == "waiting"
+    assert folder.read_status().state == "waiting"
     with pytest.raises(UserError, match="So."), command_line.refusals_noted(tmp_path / "none"):
         raise UserError("So.")
     assert not (tmp_path / "none").exists()
@@ -738,7 +740,7 @@ def test_signals_that_come_while_a_run_is_stopping_lose_nothing(
     assert result.exit_code == 130, result.output
     assert said in result.stderr
     assert "Traceback" not in result.output
-    assert RunFolder(tmp_path / "both").read_status()["state"] == ("stopped" if signals == 1 else "running")
+    assert RunFolder(tmp_path / "both").read_status().state == ("stopped" if signals == 1 else "running")
     assert run_tiny(tmp_path, "both", "--stages", "unlearn", "--resume").exit_code == 0
     assert losses(tmp_path / "both") == losses(finished)
 
@@ -916,7 +918,7 @@ def test_weights_that_are_not_finite_after_the_last_step_get_no_verdict(
     assert result.exit_code == 2
     assert "The trained weights are no longer finite after step 6." in result.stderr
     folder = RunFolder(tmp_path / "broken")
-    assert [folder.read_status()[key] for key in ("stage", "state")] == ["unlearn", "failed"]
+    assert [getattr(folder.read_status(), key) for key in ("stage", "state")] == ["unlearn", "failed"]
     assert not folder.adapter.exists()
     assert folder.read_evaluation("unlearned") is None
     # The checkpoint of step 4 is from before, and the run can continue from it.
@@ -1014,7 +1016,7 @@ def test_out_of_memory_says_what_to_lower_and_by_how_much(
     assert "Out of memory in the stage unlearn" in result.stderr
     assert "rmu.retain_batch_size=4" in result.stderr
     assert "MiB" in result.stderr
-    assert RunFolder(tmp_path / "oom").read_status()["state"] == "failed"
+    assert RunFolder(tmp_path / "oom").read_status().state == "failed"
 
 
 @pytest.mark.parametrize(
@@ -1090,12 +1092,9 @@ def asked(name: str, count: int, group: str | None = None, **more: Any) -> Quest
 def rows_of(sets: list[QuestionSet], lost: int = 0) -> list[dict[str, Any]]:
     """Base is right everywhere; unlearned has lost the first questions of every set."""
 
-    def answers(wrong: int) -> list[dict[str, Any]]:
+    def answers(wrong: int) -> list[Answer]:
         marks = [(each.name, index >= wrong) for each in sets for index in range(len(each.questions))]
-        return [
-            {"task": task, "answer": int(not right), "gold": 0, "correct": right, "logprobs": None}
-            for task, right in marks
-        ]
+        return [answer_row(task=task, answer=int(not right), correct=right) for task, right in marks]
 
     return rows_as_json(compare_tasks(sets, answers(0), answers(lost)))
 

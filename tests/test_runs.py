@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.records import file_digest
+from lowmem_rmu.records import StageCost, file_digest
 from lowmem_rmu.runs import (
     CLOCK_SECONDS,
     STALE_SECONDS,
@@ -197,10 +197,10 @@ def test_metrics_are_appended_and_cut_to_the_steps_that_count(tmp_path: Path) ->
 
 def test_status_comes_back_with_process_and_heartbeat(tmp_path: Path) -> None:
     run = make_run(tmp_path, "mine")
-    assert run.read_status() == {}
+    assert run.read_status() is None
     before = time.time()
     run.write_status("unlearn", 3, 150, "failed", error="out of memory", began=before)
-    status = run.read_status()
+    status = vars(run.read_status())
     assert before <= status.pop("heartbeat") <= time.time()
     assert status.pop("stage_began") == before
     assert status.pop("started") == psutil.Process().create_time()
@@ -211,6 +211,9 @@ def test_status_comes_back_with_process_and_heartbeat(tmp_path: Path) -> None:
         "state": "failed",
         "pid": os.getpid(),
         "error": "out of memory",
+        "problem": None,
+        "fix": None,
+        "action": None,
     }
 
 
@@ -219,9 +222,7 @@ def test_evaluations_and_stages_are_none_until_they_are_written(tmp_path: Path) 
     assert run.read_evaluation("base") is None
     assert run.read_stages() == []
     write_json(run.evaluation("base"), {"tasks": {}})
-    (run.path / "stages.json").write_text(
-        json.dumps([cost := {"stage": "unlearn", "seconds": 1.5, "peak_memory_bytes": None}])
-    )
+    (run.path / "stages.json").write_text(json.dumps([vars(cost := StageCost("unlearn", 1.5, None))]))
     assert run.read_evaluation("base") == {"tasks": {}}
     assert run.read_stages() == [cost]
     assert run.answers("base").parent == run.evaluation("base").parent
@@ -307,7 +308,9 @@ def test_a_pid_that_belongs_to_another_process_by_now_is_not_the_run_s(tmp_path:
     """As after a kill, or in a container where every process gets the same few pids."""
     run = make_run(tmp_path, "mine")
     run.write_status("unlearn", 0, 0, "running")
-    write_json(run.path / "status.json", run.read_status() | {"started": psutil.Process().create_time() - 60})
+    write_json(
+        run.path / "status.json", vars(run.read_status()) | {"started": psutil.Process().create_time() - 60}
+    )
     assert run.writer is None
 
 
@@ -337,7 +340,7 @@ def test_only_finite_numbers_are_numbers(value: Any) -> None:
 def test_a_damaged_status_says_nothing(tmp_path: Path, content: str | bytes) -> None:
     run = make_run(tmp_path, "mine")
     (run.path / "status.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert run.read_status() == {}
+    assert run.read_status() is None
     assert run.writer is None
 
 

@@ -161,7 +161,7 @@ def test_the_process_of_a_job_is_found_by_ticket_or_status(tmp_path: Path) -> No
     run = RunFolder.create(tmp_path, "mine")
     run.write_status("unlearn", 1, 2, "running")
     assert process_of(tmp_path, "mine") == psutil.Process()
-    write_json(run.path / "status.json", run.read_status() | {"started": 1.0})
+    write_json(run.path / "status.json", vars(run.read_status()) | {"started": 1.0})
     assert process_of(tmp_path, "mine") is None
 
 

@@ -16,10 +16,11 @@ import torch
 from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.audited import SIDES, Audited, Side
 from lowmem_rmu.audit.knowledge import Questions, answers_of, evenly
-from lowmem_rmu.evaluation.multiple_choice import Answer, Asked, ask
+from lowmem_rmu.evaluation.multiple_choice import Asked, ask
 from lowmem_rmu.evaluation.perplexity import batches, mean_a_token, sequence_losses
 from lowmem_rmu.evaluation.statistics import change_interval
 from lowmem_rmu.model.layers import run_layers, run_trunk
+from lowmem_rmu.records import Answer, as_json
 
 QUESTIONS = 100
 """Of each task, and of its adjacent subjects, at most."""
@@ -68,9 +69,8 @@ def look_around(audited: Audited, pieces: Pieces) -> Tried:
     losses: dict[Side, list[float]] = {}
     for side in SIDES:
         for kind, asked in questions.items():
-            found[kind][side] = pieces.get(
-                f"{kind} questions, {side}", partial(answers, audited, side, asked)
-            )
+            rows = pieces.get(f"{kind} questions, {side}", partial(answers, audited, side, asked))
+            found[kind][side] = [Answer(**row) for row in rows]
         losses[side] = (
             pieces.get(f"texts, {side}", partial(text_losses, audited, side, texts)) if near else []
         )
@@ -83,9 +83,11 @@ def look_around(audited: Audited, pieces: Pieces) -> Tried:
     return Tried({}, details, [*about_tasks(table), *about_calibration(sure), *about_texts(quarters)])
 
 
-def answers(audited: Audited, side: Side, asked: list[Asked]) -> list[Answer]:
+def answers(audited: Audited, side: Side, asked: list[Asked]) -> list[dict[str, Any]]:
+    """Return the answers of a side as a piece of the audit keeps them."""
     with audited.side(side) as model:
-        return answers_of(model, audited.tokenizer, asked, audited.preset.evaluation.planned_batch_tokens)
+        rows = answers_of(model, audited.tokenizer, asked, audited.preset.evaluation.planned_batch_tokens)
+    return [as_json(row) for row in rows]
 
 
 @torch.inference_mode()
@@ -131,7 +133,7 @@ def compared(others: dict[str, list[Asked]], found: dict[Side, list[Answer]]) ->
     pairs = iter(zip(found["base"], found["unlearned"], strict=True))
     table = []
     for task, asked in others.items():
-        marks = [(base["correct"], unlearned["correct"]) for base, unlearned in islice(pairs, len(asked))]
+        marks = [(base.correct, unlearned.correct) for base, unlearned in islice(pairs, len(asked))]
         low, high = change_interval(marks.count((True, False)), marks.count((False, True)), len(marks))
         base, unlearned = (sum(side) / len(marks) for side in zip(*marks, strict=True))
         table.append(
@@ -158,10 +160,10 @@ def calibration(asked: list[Asked], rows: list[Answer]) -> dict[str, float] | No
     rows = [row for each, row in zip(asked, rows, strict=True) if each.asked.scoring == "letters"]
     if not rows:
         return None
-    logprobs = np.array([row["logprobs"] for row in rows])
+    logprobs = np.array([row.logprobs for row in rows])
     shares = np.exp(logprobs - logprobs.max(1, keepdims=True))
     sure = shares.max(1) / shares.sum(1)
-    off = sure - np.array([row["answer"] == row["gold"] for row in rows])
+    off = sure - np.array([row.answer == row.gold for row in rows])
     bins = np.minimum((sure * BINS).astype(int), BINS - 1)
     error = sum(abs(off[bins == number].sum()) for number in range(BINS)) / len(rows)
     return {"confidence": float(sure.mean()), "error": float(error), "questions": len(rows)}

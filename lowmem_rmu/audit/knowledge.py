@@ -15,9 +15,10 @@ from lowmem_rmu.audit.recovery import Values, less_what_base_gains
 from lowmem_rmu.data.corpora import read_documents, split_held_out
 from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.distributed import Distributed
-from lowmem_rmu.evaluation.multiple_choice import CHANCE, Answer, Asked, Work, answer, by_prompt
+from lowmem_rmu.evaluation.multiple_choice import CHANCE, Asked, Work, answer, by_prompt
 from lowmem_rmu.evaluation.perplexity import sequence_losses
 from lowmem_rmu.presets import Corpus
+from lowmem_rmu.records import Answer
 
 RARE = 0.05
 """A word of a question that so large a share of the questions at most has says what the question is about."""
@@ -81,7 +82,7 @@ class Questions:
 
     def of(self, model: Any) -> Values:
         return [
-            float(row["correct"]) for row in answers_of(model, self.tokenizer, self.asked, self.batch_tokens)
+            float(row.correct) for row in answers_of(model, self.tokenizer, self.asked, self.batch_tokens)
         ]
 
     def figure(self, values: Values) -> float:

@@ -126,7 +126,7 @@ def ask_otherwise(audited: Audited, pieces: Pieces) -> Tried:
 def measure(audited: Audited, side: Side, asked: list[Asked]) -> Values:
     with audited.side(side) as model:
         found = answers_of(model, audited.tokenizer, asked, audited.preset.evaluation.planned_batch_tokens)
-    return [float(row["correct"]) for row in found]
+    return [float(row.correct) for row in found]
 
 
 def say(audited: Audited, side: Side, put: dict[str, list[Ids]]) -> Said:

@@ -276,8 +276,9 @@ def folds_of(questions: list[str], seed: int) -> Tensor:
 def cross_fitted(
     states: Tensor, gold: Tensor, columns: int, folds: Tensor, device: torch.device
 ) -> tuple[Values, list[float]]:
-    """Return whether each item is told right by a probe of other folds, and the accuracy by layer; layer (of
-    the former) and regularisation are those that do best within the folds that the probe learns from.
+    """Return whether each item is classified correctly by a probe of other folds, and the accuracy by layer;
+    layer (of the former) and regularisation are those that do best within the folds that the probe learns
+    from.
     """
     tried = [try_layer(layer.to(device), gold.to(device), columns, folds.to(device)) for layer in states]
     counted, choosing = torch.stack([each[0] for each in tried]), torch.stack([each[1] for each in tried])
@@ -305,8 +306,8 @@ def try_layer(states: Tensor, gold: Tensor, columns: int, folds: Tensor) -> tupl
 
 
 def told(features: Tensor, gold: Tensor, columns: int, learn: Tensor, ask: Tensor) -> Tensor:
-    """Return whether each item of `ask` is told right by what is learned from those of `learn`: `(ridges,
-    asked)` of 1 and 0, in main memory.
+    """Return whether each item of `ask` is classified correctly by what is learned from those of `learn`:
+    `(ridges, asked)` of 1 and 0, in main memory.
     """
     rows = features.shape[1]
     wanted = one_hot(gold[learn], rows * columns).float().reshape(-1, columns)

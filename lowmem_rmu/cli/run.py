@@ -220,7 +220,8 @@ def refusals_noted(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if RunFolder(path).read_status().get("state") == "waiting":
+        status = RunFolder(path).read_status()
+        if status is not None and status.state == "waiting":
             RunFolder(path).write_status("prepare", 0, 0, "failed", error)
         raise
 

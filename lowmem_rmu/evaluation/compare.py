@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lowmem_rmu.data.questions import LETTERS, QuestionSet
-from lowmem_rmu.evaluation.multiple_choice import CHANCE, Answer, score
+from lowmem_rmu.evaluation.multiple_choice import CHANCE, score
 from lowmem_rmu.evaluation.statistics import (
     LUCK,
     by_luck,
@@ -38,6 +38,7 @@ from lowmem_rmu.evaluation.statistics import (
 from lowmem_rmu.evaluation.statistics import NOISE as NOISE  # both were defined here
 from lowmem_rmu.evaluation.statistics import change_interval as change_interval
 from lowmem_rmu.presets import Role
+from lowmem_rmu.records import Answer
 
 TOLERATED = 1 / 4
 """Of what a model knows above guessing: so much may be left of what it forgot, or come back in an export or
@@ -192,9 +193,7 @@ class Side:
 
     @classmethod
     def of(cls, sets: list[QuestionSet], answers: list[Answer]) -> "Side":
-        return cls(
-            score(sets, answers, seconds=1.0), _gathered((row["task"], row["correct"]) for row in answers)
-        )
+        return cls(score(sets, answers, seconds=1.0), _gathered((row.task, row.correct) for row in answers))
 
     def figures(self, part: Part) -> dict[str, Any]:
         """Accuracy, standard error, letters and confidence."""

@@ -22,7 +22,6 @@ import httpx
 from lowmem_rmu.data.questions import LETTERS, QuestionSet
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.multiple_choice import (
-    Answer,
     Evaluated,
     Interrupted,
     as_row,
@@ -30,6 +29,7 @@ from lowmem_rmu.evaluation.multiple_choice import (
     by_prompt,
     score,
 )
+from lowmem_rmu.records import Answer
 
 KEY = "OPENAI_API_KEY"
 AT_ONCE = 8  # requests
@@ -144,24 +144,22 @@ def evaluate_endpoint(
     started, everything = time.monotonic(), ask(sets)
     places = by_prompt(everything)
     replies = {
-        digest: Reply(row["logprobs"], row["answer"])
-        for digest, row in (known or {}).items()
-        if digest in places
+        digest: Reply(row.logprobs, row.answer) for digest, row in (known or {}).items() if digest in places
     }
     before = [as_row(each, *reply) for digest, reply in replies.items() for each in places[digest]]
-    done, correct = len(before), sum(row["correct"] for row in before)
+    done, correct = len(before), sum(row.correct for row in before)
     contexts = {digest: same[0].prompt.context for digest, same in places.items() if digest not in replies}
     with closing(_ask_all(endpoint, contexts)) as coming:
         for digest, reply in coming:
             replies[digest] = reply
             new = [as_row(each, *reply) for each in places[digest]]
             keep(new)
-            done, correct = done + len(new), correct + sum(row["correct"] for row in new)
+            done, correct = done + len(new), correct + sum(row.correct for row in new)
             if progress(done, correct / done):
                 raise Interrupted
     answers = [as_row(each, *replies[each.prompt.digest]) for each in everything]
     scores = score(sets, answers, time.monotonic() - started)
-    unanswered = sum(row["answer"] is None for row in answers)
+    unanswered = sum(row.answer is None for row in answers)
     return Evaluated(
         scores | {"known_before": len(before), "cut_prompts": 0, "unanswered": unanswered}, answers
     )

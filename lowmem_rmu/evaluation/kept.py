@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.distributed import Distributed
-from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, evaluate
+from lowmem_rmu.evaluation.multiple_choice import Evaluated, evaluate
 from lowmem_rmu.evaluation.scorer import find_batch_tokens
-from lowmem_rmu.records import AnswerRow, KnownAnswer, file_digest, read_record
+from lowmem_rmu.records import Answer, KnownAnswer, file_digest, read_record
 from lowmem_rmu.runs import add_lines, make_private, read_lines, write_json, write_lines
 
 BASE_ANSWERS = ".base_answers"
@@ -37,19 +37,18 @@ def evaluate_and_keep(
     """
     if not distributed.is_main_process:
         return evaluate(model, tokenizer, sets, batch_tokens, distributed=distributed)
-    before = read_lines(path, AnswerRow)
+    before: list[Answer] = read_lines(path, Answer)
     # Without the line that a kill may have torn, and without damaged ones: they are asked again.
     write_lines(path, before)
-    known = {
-        row["prompt"]: row["logprobs"]
-        for row in (read_lines(shared, KnownAnswer) if shared else []) + before
-        if row["logprobs"]
-    }
+    known: dict[str, list[float]] = {}
+    for row in [*(read_lines(shared, KnownAnswer) if shared else []), *before]:
+        if row.logprobs:
+            known[row.prompt] = row.logprobs
 
     def keep(answers: list[Answer]) -> None:
         # The shared file comes first: after a kill in between, the run finds there what it lacks itself.
         if shared:
-            add_lines(shared, [{"prompt": row["prompt"], "logprobs": row["logprobs"]} for row in answers])
+            add_lines(shared, [KnownAnswer(row.prompt, row.logprobs or []) for row in answers])
         add_lines(path, answers)
 
     evaluated = evaluate(model, tokenizer, sets, batch_tokens, known, keep, progress, distributed)
@@ -68,8 +67,7 @@ def fixed_batch_tokens(asked: int | str, model: nn.Module, pad_id: int, folder: 
     path = folder / "batch_tokens.json"
     if not path.exists():
         write_json(path, find_batch_tokens(model, pad_id))
-    tokens: int = read_record(path, int, "Delete it: it is measured again.")
-    return tokens
+    return read_record(path, int, "Delete it: it is measured again.")
 
 
 def shared_answers(folder: Path, digest: str) -> Path:

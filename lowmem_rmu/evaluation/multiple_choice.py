@@ -19,13 +19,10 @@ from lowmem_rmu.evaluation.prompts import Prompt, prompt
 from lowmem_rmu.evaluation.scorer import Request, Scorer, plan_batches
 from lowmem_rmu.model.layers import can_share_prefix
 from lowmem_rmu.model.logits import NOT_FINITE
+from lowmem_rmu.records import Answer
 
 CHANCE = 1 / len(LETTERS)
 ROUND = 4  # batches that each process takes before they tell each other
-
-Answer = dict[str, Any]
-"""A line of `answers_base.jsonl`: task, index, prompt (its digest), logprobs, answer, gold, correct."""
-
 
 Progress = Callable[[int, float], bool]
 """Hears questions done and accuracy so far, and says whether to stop."""
@@ -88,9 +85,7 @@ def evaluate(
         logprobs |= found
         done += new
         keep(new)
-        if distributed.broadcast(
-            progress(len(done), sum(each["correct"] for each in done) / max(1, len(done)))
-        ):
+        if distributed.broadcast(progress(len(done), sum(each.correct for each in done) / max(1, len(done)))):
             raise Interrupted
     answers = [answer(each, logprobs[each.prompt.digest]) for each in everything]
     scores = score(sets, answers, time.monotonic() - started)
@@ -137,9 +132,16 @@ def answer(each: Asked, logprobs: list[float]) -> Answer:
 
 
 def as_row(each: Asked, logprobs: list[float] | None, chosen: int | None) -> Answer:
-    """`chosen` is None where a model named no choice: a wrong answer."""
-    row = {"task": each.asked.name, "index": each.index, "prompt": each.prompt.digest, "logprobs": logprobs}
-    return row | {"answer": chosen, "gold": each.question.gold, "correct": chosen == each.question.gold}
+    """Make the record of an answer. `chosen` is None where a model named no choice: a wrong answer."""
+    return Answer(
+        task=each.asked.name,
+        index=each.index,
+        prompt=each.prompt.digest,
+        logprobs=logprobs,
+        answer=chosen,
+        gold=each.question.gold,
+        correct=chosen == each.question.gold,
+    )
 
 
 class Work:
@@ -227,7 +229,7 @@ def _letters(tokenizer: Callable[..., Any], context: str, ids: list[int]) -> tup
 
 def score(sets: list[QuestionSet], answers: list[Answer], seconds: float) -> dict[str, Any]:
     """Return the sums over all answers, as `evaluation/base.json` holds them."""
-    by_task = {each.name: [row for row in answers if row["task"] == each.name] for each in sets}
+    by_task = {each.name: [row for row in answers if row.task == each.name] for each in sets}
     tasks = {each.name: summarise(by_task[each.name]) | _origin(each) for each in sets}
     groups: dict[str, list[str]] = {}
     for each in sets:
@@ -253,10 +255,10 @@ def summarise(answers: list[Answer]) -> dict[str, Any]:
     it; how often each choice was answered; the balanced accuracy; and the mean probability of the answer
     among the four.
     """
-    total, correct = len(answers), sum(row["correct"] for row in answers)
+    total, correct = len(answers), sum(row.correct for row in answers)
     accuracy = correct / total
     stderr = math.sqrt(accuracy * (1 - accuracy) / (total - 1)) if total > 1 else 0.0
-    letters = [sum(row["answer"] == choice for row in answers) for choice in range(len(LETTERS))]
+    letters = [sum(row.answer == choice for row in answers) for choice in range(len(LETTERS))]
     return {
         "accuracy": accuracy,
         "stderr": stderr,
@@ -277,19 +279,20 @@ def balanced_accuracy(answers: list[Answer]) -> float:
     """
     recalls = []
     for choice in range(len(LETTERS)):
-        marks = [row["correct"] for row in answers if row["gold"] == choice]
+        marks = [row.correct for row in answers if row.gold == choice]
         if marks:
             recalls.append(sum(marks) / len(marks))
     return sum(recalls) / len(recalls)
 
 
 def _confidence(answers: list[Answer]) -> float | None:
-    """None where a model gives no log-probabilities."""
-    given = [row for row in answers if row["logprobs"] is not None]
-    shares = [
-        1 / sum(math.exp(min(value - row["logprobs"][row["answer"]], 700.0)) for value in row["logprobs"])
-        for row in given
-    ]
+    """Return the mean probability of the answer among the choices; None where a model gives none."""
+    shares = []
+    for row in answers:
+        if row.logprobs is not None and row.answer is not None:
+            answered = row.logprobs[row.answer]
+            # Beyond exp(700) a float overflows: such an answer has no probability worth counting.
+            shares.append(1 / sum(math.exp(min(value - answered, 700.0)) for value in row.logprobs))
     return sum(shares) / len(shares) if shares else None
 
 

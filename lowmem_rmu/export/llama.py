@@ -17,7 +17,6 @@ from gguf import GGUFReader
 
 from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import (
-    Answer,
     Interrupted,
     Progress,
     answer,
@@ -26,6 +25,7 @@ from lowmem_rmu.evaluation.multiple_choice import (
     encode,
 )
 from lowmem_rmu.evaluation.scorer import Request
+from lowmem_rmu.records import Answer
 
 
 def llama_is_there() -> bool:
@@ -49,7 +49,7 @@ def ask_llama(file: Path, sets: list[QuestionSet], progress: Progress) -> list[A
     asked = encode(LlamaTokenizer(file), [same[0] for same in places.values()])
     for (digest, same), values in zip(places.items(), score(file, list(asked)), strict=True):
         logprobs[digest] = values
-        done, correct = done + len(same), correct + sum(answer(each, values)["correct"] for each in same)
+        done, correct = done + len(same), correct + sum(answer(each, values).correct for each in same)
         if progress(done, correct / done):
             raise Interrupted
     return [answer(each, logprobs[each.prompt.digest]) for each in everything]

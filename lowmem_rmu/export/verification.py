@@ -38,7 +38,7 @@ from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import TOLERATED, compare_tasks, rows_as_json
 from lowmem_rmu.evaluation.kept import fixed_batch_tokens
-from lowmem_rmu.evaluation.multiple_choice import Answer, Progress, ask, evaluate
+from lowmem_rmu.evaluation.multiple_choice import Progress, ask, evaluate
 from lowmem_rmu.evaluation.statistics import LUCK, by_luck, change_interval
 from lowmem_rmu.evaluation.summary import EARLIER_WORDS
 from lowmem_rmu.export.llama import ask_llama, is_adapter, llama_is_there
@@ -49,7 +49,7 @@ from lowmem_rmu.model.memory import gib, memory_available, plan
 from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Preset, Role, read_preset
-from lowmem_rmu.records import read_record
+from lowmem_rmu.records import Answer, read_json
 from lowmem_rmu.runs import RunFolder, write_json
 
 FILE = "verification.json"
@@ -171,7 +171,7 @@ def read_verification(artefact: Path) -> dict[str, Any] | None:
     path = artefact / FILE
     if not path.exists():
         return None
-    found: dict[str, Any] = read_record(path, Verification, "Export the run again.")
+    found: dict[str, Any] = read_json(path, Verification, "Export the run again.")
     found["mark"] = in_todays_words(found["mark"])
     for checked in found["checked"]:
         checked["mark"] = in_todays_words(checked["mark"])
@@ -193,7 +193,7 @@ def read_run(folder: RunFolder) -> Run:
                 Fix("Go on with it: {action}", ResumeRun(folder.path.name)),
             )
         given[side] = folder.read_answers(side)
-        if [row["prompt"] for row in given[side]] != asked:
+        if [row.prompt for row in given[side]] != asked:
             raise UserError(
                 f"The questions of run {folder.path} have changed since it asked {side}.",
                 "Put the old ones back, or make the run again.",

@@ -95,11 +95,11 @@ def progress(folder: RunFolder) -> str:
     status = folder.read_job_status("audit")
     if jobs.is_audited_now(folder):
         return paragraph("At work", f": {jobs.doing(folder, folder.audit_name, status)} …")
-    if not status:
+    if status is None:
         return "" if folder.audit_result.exists() else NOTHING
-    if status["state"] == "done":
+    if status.state == "done":
         return paragraph("Done")
-    if status["state"] in ("stopped", "waiting"):  # a process that waits ends at once
+    if status.state in ("stopped", "waiting"):  # a process that waits ends at once
         return STOPPED
     return failure(status, "Audit continues where it was.")
 

@@ -110,9 +110,9 @@ def progress(folder: RunFolder, place: Path) -> Markup:
             [paragraph("Done", f": {size_of(place) / 1e6:,.1f} MB in {where}"), verification_html(place)]
         )
     status = folder.read_job_status(job_of(place))
-    if not status:
+    if status is None:
         return NOTHING
-    is_running = status["state"] in ("waiting", "running") and jobs.is_exported_now(folder)
+    is_running = status.state in ("waiting", "running") and jobs.is_exported_now(folder)
     if is_running:
         return paragraph("At work", f": {jobs.doing(folder, folder.export_name, status)} …")
     return failure(status, "Do it again.")

@@ -21,6 +21,7 @@ from lowmem_rmu.errors import (
     is_disk_full,
     recorded_error,
 )
+from lowmem_rmu.records import Status
 from lowmem_rmu.ui.markup import complaint, joined, paragraph
 
 LOG = logging.getLogger(__name__)
@@ -67,11 +68,11 @@ def in_words_of_page(action: Action) -> str:
             return "".join(lines)
 
 
-def failure(status: dict[str, Any], what_next: str) -> Markup:
+def failure(status: Status, what_next: str) -> Markup:
     """Return why a job failed, as HTML: a user's mistake in its words, of anything else only that its process
     ended.
     """
-    error = recorded_error(status)
+    error = recorded_error(vars(status))
     words = f"Its process ended before it was done. {what_next}" if error is None else on_the_page(error)
     return joined([paragraph("Failed"), complaint(words)])
 

@@ -20,7 +20,7 @@ from lowmem_rmu.model.memory import peak_of, plan
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.parsing import ParseError, parse_yaml
 from lowmem_rmu.presets import Preset, load_preset, read_preset
-from lowmem_rmu.records import StepTime
+from lowmem_rmu.records import Status, StepTime
 from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json, write_status
 from lowmem_rmu.turns import Ticket, free_name, one_at_a_time, process_of, take_ticket, tickets
 
@@ -157,7 +157,8 @@ def resume(folder: RunFolder) -> None:
 
 def is_finished(folder: RunFolder) -> bool:
     """Return whether every stage is done, and the summary and the report can be read."""
-    if folder.read_status().get("state") != "done" or not (folder.path / "report.html").exists():
+    status = folder.read_status()
+    if status is None or status.state != "done" or not (folder.path / "report.html").exists():
         return False
     with suppress(UserError):
         read_summary(folder)
@@ -222,16 +223,17 @@ def begin(folder: RunFolder, job: str) -> None:
     write_status(status, "queue", 0, 0, "waiting")
 
 
-def doing(folder: RunFolder, name: str, status: dict[str, Any]) -> str:
+def doing(folder: RunFolder, name: str, status: Status | None) -> str:
     """Return what an audit or an export does at the moment: `name` is what it is called in the queue."""
     waiting = [ticket.name for ticket in tickets(folder.path.parent)]
     before = waiting[: waiting.index(name)] if name in waiting else []
     if before:
         return f"waiting for {', '.join(before)}"
-    stage, step, total = status.get("stage", ""), status.get("step", 0), status.get("total", 0)
-    if status.get("state") != "running" or stage == "prepare":
+    if status is None or status.state != "running" or status.stage == "prepare":
         return "starting"
-    return f"{stage}, {step:,} of {total:,}" if total else f"{stage}, step {step:,}" if step else stage
+    if status.total:
+        return f"{status.stage}, {status.step:,} of {status.total:,}"
+    return f"{status.stage}, step {status.step:,}" if status.step else status.stage
 
 
 def stop(folder: RunFolder) -> None:
@@ -371,29 +373,33 @@ def _began(folder: RunFolder) -> float:
 
 
 def state_of(folder: RunFolder) -> RunState:
-    name, status, queue = folder.path.name, folder.read_status(), tickets(folder.path.parent)
+    """Return where a run is: by its place in the queue, its status, and whether its process lives."""
+    name, queue = folder.path.name, tickets(folder.path.parent)
+    status = folder.read_status()
     place = next((place for place, ticket in enumerate(queue) if ticket.name == name), None)
-    told = status.get("state", "failed" if folder.is_reserved else "interrupted")
     if place:
         return RunState(name, "waiting", place=place)
-    if place is None and told in ("waiting", "running") and folder.writer is None:
-        told = "interrupted"
-    if place == 0 and told != "running":
+    if status is None:
+        missing = "failed" if folder.is_reserved else "interrupted"
+        return RunState(name, missing if place is None else "starting")
+    state = status.state
+    if place is None and state in ("waiting", "running") and folder.writer is None:
+        state = "interrupted"
+    if place == 0 and state != "running":
         return RunState(name, "starting")
-    step, total = status.get("step", 0), status.get("total", 0)
-    left = _seconds_left(folder, status) if told == "running" else None
-    return RunState(name, told, status.get("stage", ""), step, total, 0, left, status.get("error"))
+    left = _seconds_left(folder, status) if state == "running" else None
+    return RunState(name, state, status.stage, status.step, status.total, 0, left, status.error)
 
 
-def _seconds_left(folder: RunFolder, status: dict[str, float]) -> float | None:
+def _seconds_left(folder: RunFolder, status: Status) -> float | None:
     """Estimate the seconds left in the stage, by the pace of its last steps or of the stage so far."""
-    rest = status.get("total", 0) - status.get("step", 0)
-    if status.get("stage") == STAGES[1]:
-        seconds = [row["seconds"] for row in read_lines(folder.metrics, StepTime)[-20:]]
+    rest = status.total - status.step
+    if status.stage == STAGES[1]:
+        seconds = [row.seconds for row in read_lines(folder.metrics, StepTime)[-20:]]
         return rest * sum(seconds) / len(seconds) if seconds else None
-    began = status.get("stage_began")
-    step = status.get("step")
-    return rest * (status.get("heartbeat", began) - began) / step if began and step else None
+    if not status.stage_began or not status.step:
+        return None
+    return rest * (status.heartbeat - status.stage_began) / status.step
 
 
 def _ticket(folder: RunFolder, name: str) -> Ticket | None:

@@ -1,6 +1,6 @@
 """What a run is doing now, as HTML and as curves, read from its folder."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import pandas as pd
 from markupsafe import Markup
@@ -83,11 +83,12 @@ def _figures(folder: RunFolder) -> Markup:
     if not rows:
         return Markup("")
     last = rows[-1]
-    shown = {"Step": f"{last['step']:,}", **{words: f"{last[key]:.4g}" for key, words in LOSSES.items()}}
+    shown = {"Step": f"{last.step:,}"}
+    shown |= {words: f"{getattr(last, key):.4g}" for key, words in LOSSES.items()}
     shown |= {
-        f"Activation norm, {words}": f"{last[key]:.4g}"
+        f"Activation norm, {words}": f"{getattr(last, key):.4g}"
         for key, words in NORMS.items()
-        if last.get(key) is not None
+        if getattr(last, key) is not None
     }
     return _list(shown)
 
@@ -138,12 +139,12 @@ def curves(folder: RunFolder | None) -> list[pd.DataFrame | None]:
     return [*losses, _long(rows, NORMS), _long(rows, DIVERGENCES | SHIFTS)]
 
 
-def _long(rows: list[dict[str, Any]], keys: dict[str, Any]) -> pd.DataFrame | None:
+def _long(rows: list[StepRow], keys: Mapping[str, str | None]) -> pd.DataFrame | None:
     """Return columns `step`, `value` and `line`: the topic, or what `keys` calls a key."""
-    found = [
-        (row["step"], row[key], words or row["topic"])
-        for row in rows
-        for key, words in keys.items()
-        if row.get(key) is not None
-    ]
+    found = []
+    for row in rows:
+        for key, words in keys.items():
+            value = getattr(row, key)
+            if value is not None:
+                found.append((row.step, value, words or row.topic))
     return pd.DataFrame(found, columns=["step", "value", "line"]) if found else None

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,9 @@ from lowmem_rmu.audit.knowledge import Texts, evenly
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import ask
 from lowmem_rmu.presets import recorded_preset
+from lowmem_rmu.records import Answer
 from lowmem_rmu.runs import RunFolder
+from tests.records import answer_row
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,8 @@ def test_activations_are_those_of_each_text_alone(around: Audited) -> None:
             assert torch.allclose(mean, states[1:].float().mean(0), rtol=0.02, atol=0.02)
 
 
-def rows_of(*logprobs: list[float]) -> list[dict[str, Any]]:
-    return [{"logprobs": each, "answer": max(range(4), key=each.__getitem__), "gold": 0} for each in logprobs]
+def rows_of(*logprobs: list[float]) -> list[Answer]:
+    return [answer_row(logprobs=each, answer=max(range(4), key=each.__getitem__)) for each in logprobs]
 
 
 def test_calibration_is_the_distance_between_how_sure_and_how_often_right() -> None:

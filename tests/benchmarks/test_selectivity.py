@@ -2,18 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from benchmarks.selectivity import TOPICS, group_result, preset_of, run_name
 from lowmem_rmu.presets import load_preset
+from lowmem_rmu.records import Answer
+from tests.records import answer_row
 
 
-def rows(golds: list[int], answers: list[int]) -> list[dict[str, Any]]:
+def rows(golds: list[int], answers: list[int]) -> list[Answer]:
     return [
-        {"gold": gold, "answer": answer, "correct": gold == answer}
+        answer_row(gold=gold, answer=answer, correct=gold == answer)
         for gold, answer in zip(golds, answers, strict=True)
     ]
 

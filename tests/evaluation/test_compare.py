@@ -19,6 +19,8 @@ from lowmem_rmu.evaluation.compare import (
 from lowmem_rmu.evaluation.multiple_choice import score
 from lowmem_rmu.evaluation.statistics import mcnemar
 from lowmem_rmu.presets import Role
+from lowmem_rmu.records import Answer
+from tests.records import answer_row
 
 QUESTION = Question("?", ("a", "b", "c", "d"), 0)
 
@@ -39,10 +41,8 @@ def answers(**right: str) -> list[dict[str, Any]]:
     return [given(name, 0 if mark == "1" else 1) for name, marks in right.items() for mark in marks]
 
 
-def given(
-    task: str, answer: int | None, logprobs: list[float] | None = None, gold: int = 0
-) -> dict[str, Any]:
-    return {"task": task, "answer": answer, "gold": gold, "correct": answer == gold, "logprobs": logprobs}
+def given(task: str, answer: int | None, logprobs: list[float] | None = None, gold: int = 0) -> Answer:
+    return answer_row(task=task, answer=answer, gold=gold, correct=answer == gold, logprobs=logprobs)
 
 
 def row(

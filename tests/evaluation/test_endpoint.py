@@ -23,9 +23,10 @@ from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet, load_task
 from lowmem_rmu.errors import UserError, causes
 from lowmem_rmu.evaluation import endpoint as module
 from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
-from lowmem_rmu.evaluation.multiple_choice import Answer, Evaluated, Interrupted, ask, evaluate
+from lowmem_rmu.evaluation.multiple_choice import Evaluated, Interrupted, ask, evaluate
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Task
+from lowmem_rmu.records import Answer
 from tests.texts import plain
 
 TINY = Path(__file__).parent.parent.parent / "lowmem_rmu/tiny"
@@ -231,24 +232,23 @@ def test_a_served_model_answers_as_the_same_model_in_memory(
     path: str, serve: Serve, tiny: Any, likeliest: Likeliest, in_memory: Evaluated, sets: list[QuestionSet]
 ) -> None:
     evaluated = evaluate_endpoint(serve(tiny).endpoint(path), sets)
-    without = [{key: value for key, value in row.items() if key != "logprobs"} for row in in_memory.answers]
-    assert [
-        {key: value for key, value in row.items() if key != "logprobs"} for row in evaluated.answers
-    ] == without
+    without = [replace(row, logprobs=None) for row in in_memory.answers]
+    assert [replace(row, logprobs=None) for row in evaluated.answers] == without
     for each, row, wanted in zip(ask(sets), evaluated.answers, in_memory.answers, strict=True):
         top = dict(likeliest(each.prompt.context, 20))
-        for letter, value, exact in zip(LETTERS, row["logprobs"], wanted["logprobs"], strict=True):
+        for letter, value, exact in zip(LETTERS, row.logprobs, wanted.logprobs, strict=True):
             if f" {letter}" in top:
                 assert value == pytest.approx(exact, abs=1e-4)
             else:
                 assert exact - 1e-4 < value < min(top.values())
-    assert json.loads(json.dumps(evaluated.answers, allow_nan=False)) == evaluated.answers
+    rows = json.loads(json.dumps([vars(row) for row in evaluated.answers], allow_nan=False))
+    assert [Answer(**row) for row in rows] == evaluated.answers
     for name, summary in in_memory.scores["tasks"].items():
         assert evaluated.scores["tasks"][name] == summary | {
             "confidence": pytest.approx(summary["confidence"], abs=1e-4)
         }
     assert evaluated.scores.keys() - in_memory.scores.keys() == {"unanswered"}
-    assert 0 < sum(row["correct"] for row in evaluated.answers) < 12
+    assert 0 < sum(row.correct for row in evaluated.answers) < 12
 
 
 # Fmt: skip.
@@ -306,7 +306,7 @@ def test_answers_are_kept_as_they_come_and_a_handful_is_asked_at_once(
     )
     assert 1 < max(busy) <= module.AT_ONCE
     assert [done for done, _ in heard] == [*range(2, 13)]  # the first question stands in two places
-    assert heard[-1][1] == pytest.approx(sum(row["correct"] for row in evaluated.answers) / 12)
+    assert heard[-1][1] == pytest.approx(sum(row.correct for row in evaluated.answers) / 12)
     assert sorted(map(str, kept)) == sorted(map(str, evaluated.answers))
 
 
@@ -323,10 +323,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     with pytest.raises(Interrupted):
         evaluate_endpoint(server.endpoint(), sets, None, kept.extend, lambda done, accuracy: done >= 5)
     assert len(kept) == 5
-    known = {row["prompt"]: row for row in json.loads(json.dumps(kept))} | {"of another evaluation": kept[0]}
+    known = {row.prompt: row for row in kept} | {"of another evaluation": kept[0]}
     server.asked.clear()
     resumed = evaluate_endpoint(server.endpoint(), sets, known, kept.extend)
-    assert not {row["prompt"] for row in kept[:5]} & {row["prompt"] for row in kept[5:]}
+    assert not {row.prompt for row in kept[:5]} & {row.prompt for row in kept[5:]}
     assert len({request.context for request in server.asked}) == 7
     assert resumed.answers == whole.answers
     assert resumed.scores["tasks"] == whole.scores["tasks"]
@@ -339,7 +339,7 @@ def test_nothing_is_asked_where_all_is_known(serve: Serve, tiny: Any, sets: list
     whole = evaluate_endpoint(server.endpoint(), sets)
     server.asked.clear()
     assert (
-        evaluate_endpoint(server.endpoint(), sets, {row["prompt"]: row for row in whole.answers}).answers
+        evaluate_endpoint(server.endpoint(), sets, {row.prompt: row for row in whole.answers}).answers
         == whole.answers
     )
     assert server.asked == []
@@ -369,7 +369,7 @@ def test_fewer_log_probabilities_where_a_server_refuses_as_many(
     )
     evaluated = evaluate_endpoint(server.endpoint(path), sets)
     assert [request.top for request in server.asked] == [20, *[5] * 11]
-    assert all(row["logprobs"] for row in evaluated.answers)
+    assert all(row.logprobs for row in evaluated.answers)
 
 
 @pytest.mark.parametrize("refuses", [True, False])
@@ -389,7 +389,7 @@ def test_without_log_probabilities_the_letter_that_was_written_counts(
     expected = evaluate_endpoint(serve(tiny).endpoint(path), sets)
     server = serve(respond)
     evaluated = evaluate_endpoint(server.endpoint(path), sets)
-    assert evaluated.answers == [row | {"logprobs": None} for row in expected.answers]
+    assert evaluated.answers == [replace(row, logprobs=None) for row in expected.answers]
     for name, summary in expected.scores["tasks"].items():
         assert evaluated.scores["tasks"][name] == summary | {"confidence": None}
     assert [request.top for request in server.asked] == ([20, 5, *[None] * 11] if refuses else [20] * 11)
@@ -415,11 +415,11 @@ def test_only_a_letter_is_an_answer(
     evaluated = evaluate_endpoint(
         serve(lambda request: Response({"choices": [{"message": {"content": text}}]})).endpoint(), sets
     )
-    assert {row["answer"] for row in evaluated.answers} == {chosen}
+    assert {row.answer for row in evaluated.answers} == {chosen}
     assert evaluated.scores["unanswered"] == (12 if chosen is None else 0)
     counts = evaluated.scores["tasks"]["compounds"]["answers"]
     assert counts == [6 * (choice == chosen) for choice in range(4)]
-    assert chosen is not None or not any(row["correct"] for row in evaluated.answers)
+    assert chosen is not None or not any(row.correct for row in evaluated.answers)
 
 
 # Fmt: skip.
@@ -459,13 +459,13 @@ def test_letters_among_the_likeliest_tokens(
     row = evaluate_endpoint(
         serve(respond).endpoint(path), [replace(sets[0], questions=sets[0].questions[:1])]
     ).answers[0]
-    assert row["logprobs"] == (expected and pytest.approx(expected))
-    assert row["answer"] == chosen
+    assert row.logprobs == (expected and pytest.approx(expected))
+    assert row.answer == chosen
 
 
 def test_a_letter_in_nobodys_list_is_below_the_last_one_there(serve: Serve, sets: list[QuestionSet]) -> None:
     server = serve(lambda request: answered(request, [("the", -0.1), (" D", -2.0)]))
-    logprobs = evaluate_endpoint(server.endpoint(), sets).answers[0]["logprobs"]
+    logprobs = evaluate_endpoint(server.endpoint(), sets).answers[0].logprobs
     assert logprobs[3] == -2.0
     assert logprobs[:3] == [math.nextafter(-2.0, -3.0)] * 3
 
@@ -478,7 +478,7 @@ def test_an_answer_that_is_no_letter_leaves_the_confidence_of_the_others(
     )
     evaluated = evaluate_endpoint(server.endpoint(), [sets[0]])
     others = evaluate_endpoint(serve(tiny).endpoint(), [replace(sets[0], questions=sets[0].questions[1:])])
-    assert [row["answer"] is None for row in evaluated.answers] == [True, *[False] * 5]
+    assert [row.answer is None for row in evaluated.answers] == [True, *[False] * 5]
     assert evaluated.scores["tasks"]["compounds"]["confidence"] == pytest.approx(
         others.scores["tasks"]["compounds"]["confidence"]
     )
@@ -535,7 +535,7 @@ def test_a_server_that_breaks_down_costs_no_answer(serve: Serve, tiny: Any, sets
     )
     assert 2 <= len(kept) <= 4
     repaired = serve(tiny)
-    resumed = evaluate_endpoint(repaired.endpoint(), sets, {row["prompt"]: row for row in kept})
+    resumed = evaluate_endpoint(repaired.endpoint(), sets, {row.prompt: row for row in kept})
     assert resumed.answers == evaluate_endpoint(repaired.endpoint(), sets).answers
 
 

@@ -8,6 +8,7 @@ from lm_eval.utils import make_table, sanitize_model_name
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.multiple_choice import score
+from tests.records import answer_row
 
 QUESTIONS = tuple(Question(f"Which is {number}?", ("a", "b", "c", "d"), 0) for number in range(4))
 
@@ -28,9 +29,8 @@ def a_set(name: str, group: str | None = None, averages: tuple[str, ...] = (), *
 
 def results(*sets: QuestionSet) -> dict[str, Any]:
     """Of answers every second of which is right."""
-    row = {"answer": 0, "logprobs": [-1.0] * 4}
     answers = [
-        row | {"task": each.name, "gold": number % 2, "correct": number % 2 == 0}
+        answer_row(task=each.name, gold=number % 2, correct=number % 2 == 0, logprobs=[-1.0] * 4)
         for each in sets
         for number in range(len(each.questions))
     ]

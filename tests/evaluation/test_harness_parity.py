@@ -23,6 +23,7 @@ from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.multiple_choice import Evaluated, ask, evaluate, score
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import ModelSettings, Task, known_tasks
+from tests.records import answer_row
 
 FORMS = {"letters": "default", "cloze": "continuation"}
 TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny/model"
@@ -108,9 +109,9 @@ def test_log_probabilities_and_answers_are_equal(both: Both) -> None:
     ]
     for answer, row, length in zip(both.ours.answers, both.samples(), lengths, strict=True):
         logprobs = [logprob for logprob, _ in row["filtered_resps"]]
-        assert answer["logprobs"] == pytest.approx(logprobs, abs=1e-3)
-        assert answer["answer"] == max(range(4), key=lambda choice: logprobs[choice] / length[choice])
-        assert answer["correct"] == row[both.metric]
+        assert answer.logprobs == pytest.approx(logprobs, abs=1e-3)
+        assert answer.answer == max(range(4), key=lambda choice: logprobs[choice] / length[choice])
+        assert answer.correct == row[both.metric]
 
 
 def test_accuracies_and_standard_errors_are_equal(both: Both) -> None:
@@ -205,9 +206,9 @@ def test_an_empty_choice_is_never_the_answer_as_in_the_harness(tmp_path: Path) -
         0,
     )
     answer, row = both.ours.answers[1], both.samples()[1]
-    assert answer["logprobs"] == pytest.approx([logprob for logprob, _ in row["filtered_resps"]], abs=1e-3)
-    assert answer["logprobs"].index(max(answer["logprobs"])) == 0
-    assert (answer["correct"], row["acc_norm"]) == (False, 0.0)
+    assert answer.logprobs == pytest.approx([logprob for logprob, _ in row["filtered_resps"]], abs=1e-3)
+    assert answer.logprobs.index(max(answer.logprobs)) == 0
+    assert (answer.correct, row["acc_norm"]) == (False, 0.0)
 
 
 def test_tokens_that_reach_across_the_seam_are_parted_as_the_harness_does(
@@ -247,9 +248,7 @@ def test_the_prompts_of_wmdp_are_equal_to_the_byte(name: str) -> None:
         for continuation in each.prompt.continuations
     ]
     assert asked == [instance.args for instance in theirs.instances]
-    scores = score(
-        [ours], [{"task": name, "correct": True, "answer": 0, "gold": 0, "logprobs": None}] * 15, 1.0
-    )
+    scores = score([ours], [answer_row(task=name)] * 15, 1.0)
     results = harness_results(scores, [ours], "a/model", 0.0)
     assert results["versions"] == {name: theirs.VERSION, "wmdp": "1"}
 

@@ -27,6 +27,8 @@ from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings
+from lowmem_rmu.records import Answer
+from tests.records import answer_row
 from tests.texts import plain
 
 WORDS = ["red", "blue", "stone", "river", "the", "a", "of", "seven", "gate"]
@@ -98,20 +100,20 @@ def test_scores_equal_those_of_one_continuation_at_a_time(
     sets = form(sets)
     answers = evaluate(model, tokenizer, sets, batch_tokens).answers
     asked = [(each, number, question) for each in sets for number, question in enumerate(each.questions)]
-    assert [(answer["task"], answer["index"]) for answer in answers] == [
+    assert [(answer.task, answer.index) for answer in answers] == [
         (each.name, number) for each, number, _ in asked
     ]
     for row, (each, _, question) in zip(answers, asked, strict=True):
         expected = plain_logprobs(model, tokenizer, each, question)
-        assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
+        assert row.logprobs == pytest.approx(expected, abs=1e-4)
         a_character = [
             value / (len(choice) if each.scoring == "cloze" else 1)
             for value, choice in zip(expected, question.choices, strict=True)
         ]
-        assert row["answer"] == a_character.index(max(a_character))
-        assert row["gold"] == question.gold
-        assert row["correct"] is (row["answer"] == question.gold)
-    assert 0 < sum(answer["correct"] for answer in answers) < len(answers)
+        assert row.answer == a_character.index(max(a_character))
+        assert row.gold == question.gold
+        assert row.correct is (row.answer == question.gold)
+    assert 0 < sum(answer.correct for answer in answers) < len(answers)
 
 
 def rows_of_every_pass(
@@ -134,7 +136,7 @@ def test_identical_prompts_are_asked_once(model: PreTrainedModel, tokenizer: Pre
     twice = replace(one, questions=one.questions * 2)
     assert rows_of_every_pass(model, tokenizer, [twice]) == rows_of_every_pass(model, tokenizer, [one])
     answers = evaluate(model, tokenizer, [twice], 300).answers
-    assert [answer["logprobs"] for answer in answers[:5]] == [answer["logprobs"] for answer in answers[5:]]
+    assert [answer.logprobs for answer in answers[:5]] == [answer.logprobs for answer in answers[5:]]
 
 
 def test_a_question_longer_than_a_batch_is_asked_alone(
@@ -154,7 +156,7 @@ def test_what_is_known_is_not_asked_again_and_changes_nothing(
     kept: list[dict[str, Any]] = []
     whole = evaluate(model, tokenizer, sets, 300, keep=kept.extend)
     assert sorted(map(str, kept)) == sorted(map(str, whole.answers))
-    known = {row["prompt"]: row["logprobs"] for row in kept}
+    known = {row.prompt: row.logprobs for row in kept}
     assert rows_of_every_pass(model, tokenizer, sets, known=known) == []
     again = evaluate(model, tokenizer, sets, 300, known=known)
     assert again.answers == whole.answers
@@ -175,7 +177,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result_to_the_bit(
     with pytest.raises(Interrupted):
         evaluate(model, tokenizer, sets, 300, keep=kept.extend, progress=stop)
     assert 0 < len(kept) == heard[-1] < 18
-    known = {row["prompt"]: row["logprobs"] for row in kept[:-1]}  # the last line was torn
+    known = {row.prompt: row.logprobs for row in kept[:-1]}  # the last line was torn
     assert (
         evaluate(model, tokenizer, sets, 300, known).answers == evaluate(model, tokenizer, sets, 300).answers
     )
@@ -187,7 +189,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result_to_the_bit(
 )
 def test_stderr_is_in_the_n_minus_1_form(correct: int, total: int, accuracy: float, stderr: float) -> None:
     rows = [
-        {"correct": number < correct, "answer": number % 2, "gold": 0, "logprobs": [-1.0] * 4}
+        answer_row(correct=number < correct, answer=number % 2, gold=0, logprobs=[-1.0] * 4)
         for number in range(total)
     ]
     summary = summarise(rows)
@@ -198,26 +200,18 @@ def test_stderr_is_in_the_n_minus_1_form(correct: int, total: int, accuracy: flo
 
 
 def test_confidence_is_the_probability_of_the_answer_among_the_four() -> None:
-    sure = {
-        "correct": True,
-        "answer": 1,
-        "gold": 1,
-        "logprobs": [math.log(each) for each in (0.01, 0.07, 0.01, 0.01)],
-    }
-    torn = {
-        "correct": False,
-        "answer": 0,
-        "gold": 2,
-        "logprobs": [math.log(each) for each in (0.3, 0.3, 0.2, 0.2)],
-    }
+    likely = [math.log(each) for each in (0.01, 0.07, 0.01, 0.01)]
+    even = [math.log(each) for each in (0.3, 0.3, 0.2, 0.2)]
+    sure = answer_row(correct=True, answer=1, gold=1, logprobs=likely)
+    torn = answer_row(correct=False, answer=0, gold=2, logprobs=even)
     assert summarise([sure, torn])["confidence"] == pytest.approx((0.7 + 0.3) / 2)
-    assert summarise([sure, torn | {"logprobs": None}])["confidence"] == pytest.approx(0.7)
-    assert summarise([torn | {"logprobs": None}])["confidence"] is None
+    assert summarise([sure, replace(torn, logprobs=None)])["confidence"] == pytest.approx(0.7)
+    assert summarise([replace(torn, logprobs=None)])["confidence"] is None
 
 
-def answered(golds: str, answers: str) -> list[dict[str, Any]]:
+def answered(golds: str, answers: str) -> list[Answer]:
     return [
-        {"gold": LETTERS.index(gold), "correct": gold == answer}
+        answer_row(gold=LETTERS.index(gold), correct=gold == answer)
         for gold, answer in zip(golds, answers, strict=True)
     ]
 
@@ -257,10 +251,10 @@ def test_the_model_is_asked_as_it_stands(
         LoraConfig(target_modules=["down_proj"], init_lora_weights=False),
     )
     base = load_model(small_settings, torch.device("cpu"))
-    expected = [answer["logprobs"] for answer in evaluate(base, tokenizer, questions, 1000).answers]
-    on = [answer["logprobs"] for answer in evaluate(adapted, tokenizer, questions, 1000).answers]
+    expected = [answer.logprobs for answer in evaluate(base, tokenizer, questions, 1000).answers]
+    on = [answer.logprobs for answer in evaluate(adapted, tokenizer, questions, 1000).answers]
     with base_only(adapted):
-        off = [answer["logprobs"] for answer in evaluate(adapted, tokenizer, questions, 1000).answers]
+        off = [answer.logprobs for answer in evaluate(adapted, tokenizer, questions, 1000).answers]
     assert off == expected
     assert on != expected
 
@@ -277,7 +271,7 @@ def test_progress_reaches_the_total(
     evaluated = evaluate(model, tokenizer, sets, 300, progress=hear)
     assert len(heard) > 1
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
-    assert heard[-1] == (18, pytest.approx(sum(answer["correct"] for answer in evaluated.answers) / 18))
+    assert heard[-1] == (18, pytest.approx(sum(answer.correct for answer in evaluated.answers) / 18))
 
 
 @pytest.mark.parametrize("form", [list, as_cloze], ids=["letters", "cloze"])
@@ -291,9 +285,7 @@ def test_a_prompt_longer_than_the_model_reads_loses_tokens_on_the_left_and_is_co
     ids = tokenizer(prompt(asked, long).context + prompt(asked, long).continuations[1])["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([ids[-257:-1]])).logits[0, -1]
-    assert evaluated.answers[0]["logprobs"][1] == pytest.approx(
-        logits.log_softmax(-1)[ids[-1]].item(), abs=1e-4
-    )
+    assert evaluated.answers[0].logprobs[1] == pytest.approx(logits.log_softmax(-1)[ids[-1]].item(), abs=1e-4)
 
 
 def test_a_tokenizer_that_splits_the_letters_is_refused(model: PreTrainedModel) -> None:
@@ -322,4 +314,4 @@ def test_a_model_whose_numbers_overflow_gets_no_answer(sets: list[QuestionSet]) 
         "Its numbers overflow, or it is damaged. In float16 try model.dtype=bfloat16 or float32; else check "
         "the checkpoint and the adapter."
     )
-    assert answer(asked, [-math.inf, -1.0, -2.0, -3.0])["answer"] == 1
+    assert answer(asked, [-math.inf, -1.0, -2.0, -3.0]).answer == 1

@@ -44,8 +44,8 @@ def test_llama_answers_as_transformers_does(gguf_file: Path, questions: list[Que
     expected = evaluate(
         load_model(settings, torch.device("cpu")), load_tokenizer(settings), questions, 4096
     ).answers
-    assert [each["answer"] for each in answers] == [each["answer"] for each in expected]
-    ours, theirs = (torch.tensor([each["logprobs"] for each in some]) for some in (answers, expected))
+    assert [each.answer for each in answers] == [each.answer for each in expected]
+    ours, theirs = (torch.tensor([each.logprobs for each in some]) for some in (answers, expected))
     assert (ours - theirs).abs().max() < 0.1
     assert heard == list(range(1, 61))
 

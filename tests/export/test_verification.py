@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.multiple_choice import Answer, Interrupted
+from lowmem_rmu.evaluation.multiple_choice import Interrupted
 from lowmem_rmu.export import verification
 from lowmem_rmu.export.verification import (
     Checked,
@@ -33,7 +33,9 @@ from lowmem_rmu.export.verification import (
 from lowmem_rmu.model.loading import Quantisation
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Role, load_preset
+from lowmem_rmu.records import Answer
 from lowmem_rmu.runs import RunFolder
+from tests.records import answer_row
 from tests.texts import plain
 
 CPU = torch.device("cpu")
@@ -46,13 +48,9 @@ def asked(role: Role, questions: int) -> list[QuestionSet]:
 
 def answers(marks: str) -> list[Answer]:
     """`+` is a right answer, `-` a wrong one."""
-    rows = [
-        {"task": "quiz", "index": index, "prompt": "", "logprobs": None, "gold": 0}
-        for index in range(len(marks))
-    ]
     return [
-        row | {"answer": 0 if mark == "+" else 1, "correct": mark == "+"}
-        for row, mark in zip(rows, marks, strict=True)
+        answer_row(index=index, answer=0 if mark == "+" else 1, correct=mark == "+")
+        for index, mark in enumerate(marks)
     ]
 
 

@@ -1,0 +1,19 @@
+"""Make records for tests: the fields that a test is about, the others with plain values."""
+
+from typing import Any
+
+from lowmem_rmu.records import Answer
+
+
+def answer_row(**fields: Any) -> Answer:
+    """Return an answer to a question."""
+    plain = {
+        "task": "quiz",
+        "index": 0,
+        "prompt": "",
+        "logprobs": None,
+        "answer": 0,
+        "gold": 0,
+        "correct": True,
+    }
+    return Answer(**plain | fields)
