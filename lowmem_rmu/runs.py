@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 import psutil
 
@@ -34,6 +34,7 @@ from lowmem_rmu.records import (
     read_rows,
 )
 
+T = TypeVar("T")
 STAGES = ("evaluate-base", "unlearn", "evaluate-unlearned", "report")
 _WINDOWS_DEVICES = {
     "CON",
@@ -121,11 +122,15 @@ def add_lines(path: Path, rows: Iterable[Any]) -> None:
         file.write(text.encode())
 
 
-def read_lines(path: Path, shape: Any = dict[str, Any]) -> list[Any]:
+@overload
+def read_lines(path: Path) -> list[dict[str, Any]]: ...
+@overload
+def read_lines(path: Path, kind: type[T]) -> list[T]: ...
+def read_lines(path: Path, kind: Any = dict[str, Any]) -> list[Any]:
     """Return the rows of a file that may be missing, or be torn where a process was killed while it wrote:
-    those that fit the shape.
+    those that are records of this kind.
     """
-    return intact_rows(path, shape)
+    return intact_rows(path, kind)
 
 
 def write_status(

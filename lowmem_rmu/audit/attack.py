@@ -44,7 +44,7 @@ class Pieces:
         """`before` hears which piece comes next, and may raise to stop there."""
         self.path, self.before = path, before
         rows = read_lines(path, Piece)
-        self.known = {row["key"]: row["value"] for row in rows}
+        self.known = {piece.key: piece.value for piece in rows}
         if rows:
             write_lines(path, rows)  # without the line that a kill may have torn
 
@@ -58,7 +58,7 @@ class Pieces:
         return self.known[key]
 
     def keep(self, key: str, value: Any) -> None:
-        add_lines(self.path, [{"key": key, "value": value, "sum": checksum(value)}])
+        add_lines(self.path, [Piece(key, value, checksum(value))])
         self.known[key] = value
 
 

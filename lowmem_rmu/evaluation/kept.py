@@ -41,7 +41,9 @@ def evaluate_and_keep(
     # Without the line that a kill may have torn, and without damaged ones: they are asked again.
     write_lines(path, before)
     known: dict[str, list[float]] = {}
-    for row in [*(read_lines(shared, KnownAnswer) if shared else []), *before]:
+    for shared_answer in read_lines(shared, KnownAnswer) if shared else []:
+        known[shared_answer.prompt] = shared_answer.logprobs
+    for row in before:
         if row.logprobs:
             known[row.prompt] = row.logprobs
 
