@@ -416,8 +416,9 @@ class RunFolder:
         return self.path / "audit.txt"
 
     def job_status(self, job: str) -> Path:
-        """Return the status of another job on the run: `audit`, or `export-` with the name of the export's
-        folder.
+        """Return the file with the status of another job on the run.
+
+        `job` is `audit`, or `export-` with the name of the export's folder.
         """
         return self.path / "jobs" / f"{job}.json"
 

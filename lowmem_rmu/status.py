@@ -45,14 +45,17 @@ class StatusWriter:
         path: The file to write; None: none, only the watcher is informed.
         watcher: Shows the progress, and may ask the job to stop.
         stop: A file whose presence asks the job to stop, too.
+        stage: What the job does before its first stage starts.
 
     """
 
-    def __init__(self, path: Path | None, watcher: Watcher, stop: Path | None = None) -> None:
+    def __init__(
+        self, path: Path | None, watcher: Watcher, stop: Path | None = None, stage: str = "prepare"
+    ) -> None:
         self.path = path
         self.watcher = watcher
         self.stop = stop
-        self.stage = "prepare"
+        self.stage = stage
         self._step = 0
         self._total = 0
         self._stage_began: float | None = None
@@ -88,10 +91,11 @@ class StatusWriter:
     def _write(self, state: str, error: BaseException | None = None) -> None:
         self._written = time.time()
         if self.path is not None:
-            self.path.parent.mkdir(exist_ok=True)
             write_status(self.path, self.stage, self._step, self._total, state, error, self._stage_began)
 
     def __enter__(self) -> Self:
+        if self.path is not None:
+            self.path.parent.mkdir(exist_ok=True)
         self._write("running")
         return self
 

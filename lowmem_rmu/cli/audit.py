@@ -75,10 +75,10 @@ def run_attacks(
     as_json: bool,
     power: float | None = None,
 ) -> None:
-    """Wait for its turn, for attacks take the device; print what they will take and, unless that is all that
-    is asked, what they found.
+    """Run the attacks once the device is free. Print the cost estimate first, then the results.
 
-    All is printed before the turn ends: who sees that it has ended reads there how.
+    Everything is printed, and the status is written, before the device is given back: a process that sees
+    the end of the job finds its outcome there.
     """
     from lowmem_rmu.audit.suite import Audit, open_audit
     from lowmem_rmu.audit.tables import audit_tables, cost_table
@@ -86,29 +86,20 @@ def run_attacks(
     from lowmem_rmu.model.loading import resolve_device
     from lowmem_rmu.report import write_report
 
+    chosen_device = resolve_device(device)
+    chosen = Audit.choose(names)
+    runs_dir = folder.path.parent.resolve()
+    status_file = None if plan else folder.job_status("audit")
     try:
         with (
             watched(folder.path, "Audit") as watcher,
-            StatusWriter(None if plan else folder.job_status("audit"), watcher) as status,
-            turn(
-                folder.path.parent.resolve(),
-                folder.audit_name,
-                os.getpid(),
-                wait_for(status, folder.path, "audit"),
-            ),
+            turn(runs_dir, folder.audit_name, os.getpid(), wait_for(watcher, folder.path, "audit")),
             present(folder.path),
+            StatusWriter(status_file, watcher) as status,
             TemporaryDirectory() as scratch,
         ):
-            chosen = Audit.choose(names)
-            opened = open_audit(
-                folder,
-                resolve_device(device),
-                settings,
-                status,
-                again,
-                power,
-                Path(scratch) if plan else None,
-            )
+            place = Path(scratch) if plan else None
+            opened = open_audit(folder, chosen_device, settings, status, again, power, place)
             Console(stderr=True).print(cost_table([opened.estimate(attack) for attack in chosen]))
             if opened.power:
                 print(opened.power.words, file=sys.stderr)

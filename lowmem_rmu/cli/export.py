@@ -92,20 +92,16 @@ def write_export(folder: RunFolder, wanted: "Wanted", to: Path, device: str) -> 
     # Exports into the run's own folder are the page's, which follows them by their status.
     is_followed = to.resolve().parent == folder.exports.resolve()
     status_file = folder.job_status(f"export-{to.name}") if is_followed else None
+    chosen_device = resolve_device(device)
+    runs_dir = folder.path.parent.resolve()
     try:
         with (
             watched(to, "Export") as watcher,
-            StatusWriter(status_file, watcher) as status,
-            turn(
-                folder.path.parent.resolve(),
-                folder.export_name,
-                os.getpid(),
-                wait_for(status, folder.path, "export"),
-            ),
+            turn(runs_dir, folder.export_name, os.getpid(), wait_for(watcher, folder.path, "export")),
             present(folder.path),
+            StatusWriter(status_file, watcher, stage="write") as status,
         ):
-            status.started("write")
-            exported = write(folder, wanted, to, resolve_device(device), partial(followed, status))
+            exported = write(folder, wanted, to, chosen_device, partial(followed, status))
     except (KeyboardInterrupt, Interrupted):
         raise Stopped(folder.path, "the same command. (Of the export nothing was left.)") from None
     for sentence in exported.sentences:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
@@ -19,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_rmu.errors import UserError, nearest
-from lowmem_rmu.model.layers import decoder_layers, expert_shapes, layers_name, linear_shapes
+from lowmem_rmu.model.experts import expert_parameters, expert_shapes, with_removable_experts
+from lowmem_rmu.model.layers import decoder_layers, layers_name, linear_shapes
 from lowmem_rmu.model.saved import WEIGHTS, read_adapter_settings
 from lowmem_rmu.presets import ModelSettings, Rmu
 
@@ -90,7 +90,7 @@ def add_adapter(model: PreTrainedModel, rmu: Rmu, settings: ModelSettings) -> Pe
             ) from error
     _train_in_float32(peft_model)
     _check_places(peft_model, rmu)
-    return _with_removable_experts(peft_model)
+    return with_removable_experts(peft_model)
 
 
 def _check_places(model: PeftModel, rmu: Rmu) -> None:
@@ -125,17 +125,8 @@ def _check_places(model: PeftModel, rmu: Rmu) -> None:
 
 
 def _low_rank(model: nn.Module, rmu: Rmu) -> dict[str, Any]:
-    """Fused experts are no modules but parameters, which PEFT takes by their full names and from any
-    layer.
-    """
-    layers = decoder_layers(model)
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    experts = {
-        f"{prefix}.{index}.{name}"
-        for index in rmu.adapter_layers
-        for name in expert_shapes(layers[index])
-        if _last(name) in rmu.modules
-    }
+    """Return the options of a LoraConfig. PEFT takes fused experts by the full names of their parameters."""
+    experts = expert_parameters(model, rmu.adapter_layers, rmu.modules)
     return {
         "target_modules": [name for name in rmu.modules if name not in {_last(expert) for expert in experts}],
         "layers_to_transform": rmu.adapter_layers,
@@ -148,38 +139,16 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-class ExpertAdapter(ParamWrapper):
-    """PEFT's adapter on fused experts, made to come off a weight that bitsandbytes keeps in 4-bit."""
-
-    def _remove_parametrizations(self) -> None:
-        """PEFT 0.21 looks for a class that it no longer puts there: its adapter stays on, and the next pass
-        adds it again.
-        """
-        parametrizations: Any = self.get_base_layer().parametrizations
-        on_weight = parametrizations[self.parameter_name]
-        if len(on_weight) > 1:  # the first is the dequantisation, the last the adapter
-            del on_weight[-1]
-        else:
-            super()._remove_parametrizations()
-
-
-def _with_removable_experts(model: PeftModel) -> PeftModel:
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            module.__class__ = ExpertAdapter
-    return model
-
-
 def _whole_matrices(model: nn.Module, rmu: Rmu) -> dict[str, Any]:
-    """No low-rank part: the chosen modules are copied, and the copies are trained, saved and switched like an
-    adapter.
+    """Return the options of a LoraConfig without a low-rank part: the chosen modules are copied, and the
+    copies are trained, saved and switched like an adapter.
     """
     return {"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": trained_modules(model, rmu)}
 
 
 def trained_modules(model: nn.Module, rmu: Rmu) -> list[str]:
-    """Full names of the modules whose matrices are trained themselves: none with LoRA. They must be loaded
-    unquantised.
+    """Return the full names of the modules whose matrices are trained themselves: none with LoRA. They must
+    be loaded unquantized.
     """
     if rmu.trainable == "lora":
         return []
@@ -244,7 +213,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
         raise _does_not_fit(
             folder, model, [f"the model has no {unknown[0]}, nor {len(unknown) - 1} more of its tensors."]
         )
-    return _with_removable_experts(adapted)
+    return with_removable_experts(adapted)
 
 
 def _run_once(model: PeftModel) -> None:

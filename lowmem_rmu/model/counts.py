@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowmem_rmu.model.layers import decoder_layers, expert_shapes, linear_shapes
+from lowmem_rmu.model.experts import expert_shapes
+from lowmem_rmu.model.layers import decoder_layers, linear_shapes
 from lowmem_rmu.presets import Rmu
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -114,28 +113,6 @@ def linear_shapes(layer: nn.Module) -> dict[str, torch.Size]:
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-
-
-def is_expert_weight(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter holds one matrix of every expert of a mixture: transformers keeps them
-    fused, `(experts, out, in)`.
-    """
-    return parameter.dim() == 3 and ".experts." in f".{name}"
-
-
-def expert_shapes(layer: nn.Module) -> dict[str, torch.Size]:
-    """Return the fused weights of a decoder layer's experts by name (such as `mlp.experts.down_proj`), in
-    4-bit or not.
-    """
-    shapes = {
-        name: parameter.shape
-        for name, parameter in layer.named_parameters()
-        if is_expert_weight(name, parameter)
-    }
-    for name, module in layer.named_modules():
-        if isinstance(module, Bnb4bitParametrization):  # mlp.experts.parametrizations.down_proj.0
-            shapes[name.replace("parametrizations.", "").rpartition(".")[0]] = module.quant_state.shape
-    return shapes
 
 
 def run_trunk(

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from lowmem_rmu.model.layers import is_expert_weight
+from lowmem_rmu.model.experts import is_expert_weight
 
 METHOD = "nf4_with_experts"
 # Model types that compute with a module's weight instead of calling the module.

@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import quantisation
-from lowmem_rmu.model.layers import decoder_layers, expert_shapes, run_layers, run_trunk
+from lowmem_rmu.model.experts import expert_shapes
+from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import describe_weights, load_model
 from lowmem_rmu.model.quantisation import quantise
 from lowmem_rmu.presets import ModelSettings
