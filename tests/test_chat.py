@@ -10,6 +10,7 @@ from threading import Event
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
+from tests.texts import plain
 
 CPU = torch.device("cpu")
 PROMPT = "Which gate is locked?"
@@ -247,8 +249,12 @@ def test_an_answer_ends_in_the_middle_and_the_adapter_is_on_again(
     assert not answering_threads()
     assert torch.equal(adapted(IDS).logits, before)
     if how == "unloaded":
-        with pytest.raises(UserError, match="unloaded meanwhile"):
+        with pytest.raises(UserError) as caught:
             chat.answers(PROMPT, GREEDY)
+        assert plain(caught.value) == snapshot(
+            "The chat model was unloaded meanwhile.\n"
+            "Send the prompt again: that loads it anew."
+        )
     else:
         assert chat.answers(PROMPT, GREEDY)["base"]
 
@@ -297,21 +303,29 @@ def test_who_waits_for_the_turn_can_be_stopped(chat: ChatModel) -> None:
 @pytest.mark.parametrize(
     ("prompt", "sampling", "message"),
     [
-        (" ", GREEDY, "The prompt is empty."),
-        (
-            PROMPT,
-            Sampling(max_new_tokens=256),
-            "The length is 256, but the model reads at most 256 tokens, prompt and answer together.",
-        ),
-        (
-            PROMPT,
-            Sampling(max_new_tokens=250),
-            "tokens long with this prompt, and the answer may take 250 more: the model reads at most 256.",
-        ),
-        (PROMPT, Sampling(max_new_tokens=0), "The length is 0: give at least 1 token."),
-        (PROMPT, Sampling(temperature=-1), "The temperature is -1: give 0"),
-        (PROMPT, Sampling(temperature=float("nan")), "The temperature is nan: give 0"),
-        (PROMPT, Sampling(max_new_tokens=8, seed=-1), "The seed is -1: give a whole number from 0 to"),
+        (" ", GREEDY, snapshot(
+            "The prompt is empty.\n"
+            "Type a question, or choose one of the suggested prompts."
+        )),
+        (PROMPT, Sampling(max_new_tokens=256), snapshot(
+            "The length is 256, but the model reads at most 256 tokens, prompt and answer together."
+        )),
+        (PROMPT, Sampling(max_new_tokens=250), snapshot(
+            "The conversation is 13 tokens long with this prompt, and the answer may take 250 more: the "
+            "model reads at most 256.\n"
+            "Shorten the prompt, ask for a shorter answer, or start a new conversation."
+        )),
+        (PROMPT, Sampling(max_new_tokens=0), snapshot("The length is 0: give at least 1 token.")),
+        (PROMPT, Sampling(temperature=-1), snapshot(
+            "The temperature is -1: give 0 (always the likeliest word) or a number above it, for example 0.7."
+        )),
+        (PROMPT, Sampling(temperature=float("nan")), snapshot(
+            "The temperature is nan: give 0 (always the likeliest word) or a number above it, for example "
+            "0.7."
+        )),
+        (PROMPT, Sampling(max_new_tokens=8, seed=-1), snapshot(
+            "The seed is -1: give a whole number from 0 to 9223372036854775807."
+        )),
     ],
 )
 def test_what_cannot_be_answered_is_said_plainly(
@@ -319,7 +333,7 @@ def test_what_cannot_be_answered_is_said_plainly(
 ) -> None:
     with pytest.raises(UserError) as error:
         next(chat.stream(prompt, sampling, Event()))
-    assert message in str(error.value)
+    assert plain(error.value) == message
 
 
 def test_settings_are_checked_without_a_model_too() -> None:
@@ -328,14 +342,14 @@ def test_settings_are_checked_without_a_model_too() -> None:
         check_sampling(Sampling(temperature=float("inf")))
 
 
-@pytest.mark.parametrize(
-    "template", [None, "{{ messages[-1]['content'] }}", "{{ raise_exception('no system role') }}"]
-)
-def test_a_system_prompt_is_never_lost_without_a_word(
-    tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> None:
-    with pytest.raises(UserError, match="takes no system prompt"):
+@pytest.mark.parametrize("template", [None, "{{ messages[-1]['content'] }}", "{{ raise_exception('no system role') }}"])
+def test_a_system_prompt_is_never_lost_without_a_word(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    with pytest.raises(UserError) as caught:
         encode_prompt(with_template(tokenizer, template), messages_of("base", [], PROMPT, "Be brief."))
+    assert plain(caught.value) == snapshot(
+        "The chat template of this model takes no system prompt.\n"
+        "Leave the system prompt empty; say it in the prompt instead."
+    )
 
 
 @pytest.mark.parametrize(
@@ -373,7 +387,13 @@ def test_exports_hold_all_of_it() -> None:
     assert "- Run: `a-run`" in text
     assert "**Unlearned (after)**\n\n```text\nof unlearned\n```" in text
     assert "````text\n```\nx\n````" in text, "a fence is longer than any that was said"
-    assert (
-        "## 2 (stopped early)\n\nSettings: temperature 0.7, at most 256 tokens, seed 5\n\n**System prompt**\n\n```text\nBe brief."
-        in text
+    assert "```text\nBe brief.\n```" in text
+    second = "## 2" + text.partition("## 2")[2].partition("```")[0]
+    assert plain(second) == snapshot(
+        "## 2 (stopped early)\n"
+        "\n"
+        "Settings: temperature 0.7, at most 256 tokens, seed 5\n"
+        "\n"
+        "**System prompt**\n"
+        "\n"
     )

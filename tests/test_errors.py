@@ -12,10 +12,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from inline_snapshot import snapshot
 
 from lowmem_rmu.data.corpora import read_documents
 from lowmem_rmu.errors import UserError, causes, hub_errors, nearest, shown
 from lowmem_rmu.presets import Corpus, load_preset
+from tests.texts import plain
 
 TOKEN = "hf_aVerySecretToken"
 
@@ -86,9 +88,9 @@ def gated_errors() -> list[Exception]:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("alfa", 'Did you mean "alpha"?'),
-        ("step", 'Did you mean "steps" or "stop"?'),
-        ("zzz", "There is: alpha, steps, stop."),
+        ("alfa", snapshot('Did you mean "alpha"?')),
+        ("step", snapshot('Did you mean "steps" or "stop"?')),
+        ("zzz", snapshot("There is: alpha, steps, stop.")),
     ],
 )
 def test_nearest_suggests_what_is_close_and_lists_everything_else(name: str, expected: str) -> None:
@@ -104,26 +106,30 @@ def test_causes_follows_both_ways_of_raising_an_error_from_another() -> None:
 @pytest.mark.parametrize("error", gated_errors(), ids=str)
 @pytest.mark.usefixtures("no_token")
 def test_gated_without_a_token_says_how_to_get_access(error: Exception) -> None:
-    assert message(error, "data set").splitlines() == [
-        "The data set owner/name is gated: its owners grant access by request. No token was found.",
-        "1. Ask for access on https://huggingface.co/datasets/owner/name (a person may have to grant it).",
-        "2. Make a token on https://huggingface.co/settings/tokens.",
-        "3. Give it: `hf auth login`, or the environment variable HF_TOKEN.",
-    ]
+    assert plain(message(error, "data set")) == snapshot(
+        "The data set owner/name is gated: its owners grant access by request. No token was found.\n"
+        "1. Ask for access on https://huggingface.co/datasets/owner/name (a person may have to grant it).\n"
+        "2. Make a token on https://huggingface.co/settings/tokens.\n"
+        "3. Give it: `hf auth login`, or the environment variable HF_TOKEN."
+    )
 
 
 @pytest.mark.parametrize("error", gated_errors(), ids=str)
 @pytest.mark.usefixtures("token")
 def test_gated_with_a_token_says_that_it_has_no_access_and_does_not_show_it(error: Exception) -> None:
     text = message(error)
-    assert "The model owner/name is gated" in text
-    assert "The token that was found has no access to it." in text
-    assert "https://huggingface.co/owner/name " in text
+    assert plain(text) == snapshot(
+        "The model owner/name is gated: its owners grant access by request. The token that was found has no "
+        "access to it.\n"
+        "1. Ask for access on https://huggingface.co/owner/name (a person may have to grant it).\n"
+        "2. Make a token on https://huggingface.co/settings/tokens.\n"
+        "3. Give it: `hf auth login`, or the environment variable HF_TOKEN."
+    )
 
 
 @pytest.mark.usefixtures("no_token")
 def test_what_to_do_without_access_is_the_last_line_of_the_gated_message_only() -> None:
-    assert message(http_error(GatedRepoError, 401), instead="Do this.").endswith("HF_TOKEN.\nDo this.")
+    assert message(http_error(GatedRepoError, 401), instead="Do this.").endswith("\nDo this.")
     assert "Do this." not in message(http_error(RepositoryNotFoundError, 404), instead="Do this.")
     assert "Do this." not in message(OfflineModeIsEnabled("off"), instead="Do this.")
 
@@ -141,7 +147,7 @@ def test_a_gated_corpus_of_a_shipped_preset_names_the_preset_that_works_without_
     with pytest.raises(UserError) as caught:
         read_documents(load_preset("zephyr-7b").topics["bio"].corpus)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("The data set cais/wmdp-bio-forget-corpus is gated")
+    assert "cais/wmdp-bio-forget-corpus" in lines[0]
     assert "python -m lowmem_rmu.run zephyr-7b-cyber" in lines[-1]
     assert TOKEN not in str(caught.value)
 
@@ -151,11 +157,11 @@ def test_an_unknown_subset_of_a_hub_corpus_is_a_users_mistake(monkeypatch: pytes
         raise ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(
-        UserError,
-        match=r"The data set owner/name cannot be read: BuilderConfig 'x' not found. Available: \['a', 'b'\]",
-    ):
+    with pytest.raises(UserError) as caught:
         read_documents(Corpus(source="owner/name", subset="x"))
+    assert plain(caught.value) == snapshot(
+        "The data set owner/name cannot be read: BuilderConfig 'x' not found. Available: ['a', 'b']"
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,19 +176,19 @@ def test_an_unknown_subset_of_a_hub_corpus_is_a_users_mistake(monkeypatch: pytes
     ids=str,
 )
 def test_what_is_not_on_the_hub_is_told_apart(error: Exception) -> None:
-    assert message(error, "data set").splitlines() == [
-        "There is no data set owner/name on the Hub, or it is private.",
-        "Check the name; a local path starts with ./ or /.",
-    ]
+    assert plain(message(error, "data set")) == snapshot(
+        "There is no data set owner/name on the Hub, or it is private.\n"
+        "Check the name; a local path starts with ./ or /."
+    )
 
 
 @pytest.mark.parametrize("wrap", [False, True])
 def test_a_wrong_revision_is_told_apart(wrap: bool) -> None:
     error = http_error(RevisionNotFoundError, 404)
     text = message(wrapped(error, OSError("no file")) if wrap else error)
-    assert (
-        text
-        == "The model owner/name has no such revision.\nSee https://huggingface.co/owner/name for those there are."
+    assert plain(text) == snapshot(
+        "The model owner/name has no such revision.\n"
+        "See https://huggingface.co/owner/name for those there are."
     )
 
 
@@ -202,10 +208,10 @@ def test_a_wrong_revision_is_told_apart(wrap: bool) -> None:
     ids=repr,
 )
 def test_no_network_is_told_apart(error: Exception) -> None:
-    assert message(error).splitlines() == [
-        "The model owner/name is not on this machine and the Hub cannot be reached.",
-        "Check the network (and HF_HUB_OFFLINE), or give a local path that starts with ./ or /.",
-    ]
+    assert plain(message(error)) == snapshot(
+        "The model owner/name is not on this machine and the Hub cannot be reached.\n"
+        "Check the network (and HF_HUB_OFFLINE), or give a local path that starts with ./ or /."
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,9 +238,9 @@ def test_no_error_is_no_error(tmp_path: Path) -> None:
 
 def test_any_other_answer_of_the_hub_is_told_with_its_number_and_no_token() -> None:
     said = message(http_error(HfHubHTTPError, 503), "data set")
-    assert (
-        said
-        == "The Hub answered with error 503 when asked for the data set owner/name.\nTry again in a while."
+    assert plain(said) == snapshot(
+        "The Hub answered with error 503 when asked for the data set owner/name.\n"
+        "Try again in a while."
     )
 
 
@@ -248,9 +254,11 @@ def test_what_nobody_reads_to_its_end_is_shortened() -> None:
     first, second = told.splitlines()
     assert first.startswith("The file www")
     assert first.endswith("www is none.")
-    assert "[... 10,000 characters ...]" in first
-    assert "[... 30,000 characters ...]" in second
+    assert plain(first.replace("w", "")) == snapshot("The file [... 10,000 characters ...] is none.")
+    assert plain(second.replace("so ", "")) == snapshot("[... 30,000 characters ...]o")
     assert len(told) < 3_000
-    assert shown("x" * 200) == "'" + "x" * 74 + "[... 202 characters ...]" + "x" * 24 + "'"
-    assert shown(16**5000) == "a number of thousands of digits"
+    assert plain(shown("x" * 200), head="x" * 74, tail="x" * 24) == snapshot(
+        "'<head>[... 202 characters ...]<tail>'"
+    )
+    assert plain(shown(16**5000)) == snapshot("a number of thousands of digits")
     assert len(nearest("q" * 10_000, ["a"])) < 100

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from inline_snapshot import snapshot
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +21,7 @@ from lowmem_rmu.model.loading import load_config
 from lowmem_rmu.presets import ModelSettings
 from lowmem_rmu.runs import RunFolder
 from tests.families import NO_4_BIT, Family
+from tests.texts import plain
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent.parent / "lowmem_rmu/tiny/data"
@@ -76,8 +78,8 @@ def test_the_whole_job(family: Family, tmp_path: Path) -> None:
     assert set(chat.answers("What color is Yarinoxol?", Sampling(max_new_tokens=3))) == {"base", "unlearned"}
     # The merged export is PEFT's own merge bit for bit.
     merge(run, tmp_path / "merged")
-    plain = AutoModelForCausalLM.from_pretrained(family.folder, dtype=torch.float32)
-    PeftModel.from_pretrained(plain, run.adapter).merge_and_unload().save_pretrained(tmp_path / "peft")
+    base_model = AutoModelForCausalLM.from_pretrained(family.folder, dtype=torch.float32)
+    PeftModel.from_pretrained(base_model, run.adapter).merge_and_unload().save_pretrained(tmp_path / "peft")
     ours, theirs = weights(tmp_path / "merged"), weights(tmp_path / "peft")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -86,5 +88,9 @@ def test_the_whole_job(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", NO_4_BIT, indirect=True)
 def test_a_model_that_does_not_work_in_4_bit_is_refused_by_name(family: Family) -> None:
-    with pytest.raises(UserError, match="A mamba model does not work in 4-bit.\nSet model.quantisation=none"):
+    with pytest.raises(UserError) as caught:
         load_config(ModelSettings(name=str(family.folder)))
+    assert plain(caught.value) == snapshot(
+        "A mamba model does not work in 4-bit.\n"
+        "Set model.quantisation=none."
+    )

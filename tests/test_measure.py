@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from inline_snapshot import snapshot
 from typer.testing import CliRunner
 
 from lowmem_rmu.__main__ import app
@@ -16,6 +17,7 @@ from lowmem_rmu.cli.progress import Lines
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.measure import check_base, choose_tasks, find_subject
 from lowmem_rmu.runs import read_lines, write_json
+from tests.texts import plain
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
 SUBJECTS = TINY / "data/questions/subjects"
@@ -98,7 +100,9 @@ def test_a_stopped_evaluation_says_how_to_go_on_and_ends_the_same(
         patched.setattr(Lines, "asks_to_stop", lambda self: True)
         stopped = evaluate(TINY / "model", tmp_path / "two/stopped", *small)
     assert stopped.exit_code == 130
-    assert f"go on with: the same command with --to {tmp_path / 'two/stopped'}" in stopped.stderr
+    assert plain(stopped.stderr.splitlines()[-1], folder=tmp_path / "two/stopped") == snapshot(
+        "Stopped. Nothing is lost; go on with: the same command with --to <folder>"
+    )
     assert evaluate(TINY / "model", tmp_path / "two/stopped", *small).exit_code == 0
     assert (tmp_path / "one/whole/answers_base.jsonl").read_text() == (
         tmp_path / "two/stopped/answers_base.jsonl"
@@ -110,20 +114,24 @@ def test_results_of_another_model_or_of_other_questions_are_not_mixed(
 ) -> None:
     assert evaluate(TINY / "model", tmp_path / "a").exit_code == 0
     other = evaluate(run_folder, tmp_path / "a")
-    # Fmt: skip.
-    assert (other.exit_code, other.stderr.splitlines()[-2:]) == (
-        2,
-        [
-            f"The folder {tmp_path / 'a'} holds results of another model: tiny/model.",
-            "Give a new folder with --to.",
-        ],
+    assert other.exit_code == 2
+    assert plain("\n".join(other.stderr.splitlines()[-2:]), folder=tmp_path / "a") == snapshot(
+        "The folder <folder> holds results of another model: tiny/model.\n"
+        "Give a new folder with --to."
     )
     others = evaluate(TINY / "model", tmp_path / "a", "--limit", "12")
     assert others.exit_code == 2
-    assert "holds results of other questions: limit differ" in others.stderr
+    assert plain("\n".join(others.stderr.splitlines()[-2:]), folder=tmp_path / "a") == snapshot(
+        "The folder <folder> holds results of other questions: limit differ.\n"
+        "Give a new folder with --to."
+    )
     (tmp_path / "b").mkdir()
     (tmp_path / "b/letter.txt").write_text("Dear")
-    assert "holds other files" in evaluate(TINY / "model", tmp_path / "b").stderr
+    refused = evaluate(TINY / "model", tmp_path / "b")
+    assert plain("\n".join(refused.stderr.splitlines()[-2:]), folder=tmp_path / "b") == snapshot(
+        "The folder <folder> holds other files.\n"
+        "Give a new folder with --to."
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,29 +158,37 @@ def test_changes_reach_their_task() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "said"),
     [
-        (("mmul",), ['There is no task "mmul". Did you mean "mmlu"?']),
-        ((" , ",), ["--tasks names no task. There is: mmlu, wmdp_bio"]),
-        (
-            ("wmdp_bio", 5),
-            ["tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"],
-        ),
-        (("mmlu", None, ["mmlu.scorng=cloze"]), ["tasks.mmlu.scorng: Extra inputs are not permitted"]),
-        (("mmlu", None, ["mmlu"]), ['--set "mmlu" is not of the form']),
+        (("mmul",), snapshot('There is no task "mmul". Did you mean "mmlu"?')),
+        ((" , ",), snapshot("--tasks names no task. There is: mmlu, wmdp_bio, wmdp_chem, wmdp_cyber.")),
+        (("wmdp_bio", 5), snapshot(
+            "The tasks cannot be asked so:\n"
+            "  tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"
+        )),
+        (("mmlu", None, ["mmlu.scorng=cloze"]), snapshot(
+            "The tasks cannot be asked so:\n"
+            "  tasks.mmlu.scorng: Extra inputs are not permitted"
+        )),
+        (("mmlu", None, ["mmlu"]), snapshot(
+            '--set "mmlu" is not of the form key.path=value, for example --set rmu.steps=50.'
+        )),
     ],
 )
-def test_tasks_that_cannot_be_asked(arguments: tuple[Any, ...], words: list[str]) -> None:
+def test_tasks_that_cannot_be_asked(arguments: tuple[Any, ...], said: str) -> None:
     names, num_fewshot, changes = (*arguments, None, None)[:3]
     with pytest.raises(UserError) as caught:
         choose_tasks(names, num_fewshot, changes or [], None, "auto")
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert plain(caught.value) == said
 
 
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     result = evaluate("./nowhere", tmp_path / "a")
-    assert result.exit_code == 2
-    assert "does not exist" in result.stderr
+    assert (result.exit_code, plain(result.stderr, folder=tmp_path / "a")) == (2, snapshot(
+        "Run folder: <folder>\n"
+        "The model folder ./nowhere does not exist.\n"
+        "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
+    ))
     assert not (tmp_path / "a").exists()
 
 
@@ -195,10 +211,9 @@ ENDPOINT = ("--endpoint", "http://localhost:1/v1")
 )
 def test_one_model_is_named_and_no_two(options: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, ["evaluate", *options])
-    assert (result.exit_code, result.stderr) == (
-        2,
-        "Which model? Give either a model or a run, or --endpoint URL with --model NAME.\n",
-    )
+    assert (result.exit_code, plain(result.stderr)) == (2, snapshot(
+        "Which model? Give either a model or a run, or --endpoint URL with --model NAME.\n"
+    ))
 
 
 class AlwaysB(BaseHTTPRequestHandler):
@@ -244,11 +259,30 @@ def test_a_server_is_asked_and_its_answers_are_kept(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "names", ["./a/quiz.jsonl,./b/quiz.jsonl", "./a/quiz.csv,./a/quiz.jsonl", "mmlu,./mmlu", "./mmlu,mmlu"]
+    ("names", "said"),
+    [
+        ("./a/quiz.jsonl,./b/quiz.jsonl", snapshot(
+            "--tasks names two tasks that would both be called quiz: ./a/quiz.jsonl, ./b/quiz.jsonl.\n"
+            "Rename one of them."
+        )),
+        ("./a/quiz.csv,./a/quiz.jsonl", snapshot(
+            "--tasks names two tasks that would both be called quiz: ./a/quiz.csv, ./a/quiz.jsonl.\n"
+            "Rename one of them."
+        )),
+        ("mmlu,./mmlu", snapshot(
+            "--tasks names two tasks that would both be called mmlu: mmlu, ./mmlu.\n"
+            "Rename one of them."
+        )),
+        ("./mmlu,mmlu", snapshot(
+            "--tasks names two tasks that would both be called mmlu: mmlu, ./mmlu.\n"
+            "Rename one of them."
+        )),
+    ],
 )
-def test_two_tasks_of_one_name_do_not_replace_each_other(names: str) -> None:
-    with pytest.raises(UserError, match="two tasks that would both be called"):
+def test_two_tasks_of_one_name_do_not_replace_each_other(names: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
         choose_tasks(names, None, [], None, "auto")
+    assert plain(caught.value) == said
 
 
 def test_an_evaluation_records_what_it_read_and_left_out(tmp_path: Path) -> None:
@@ -269,28 +303,36 @@ def test_an_evaluation_records_what_it_read_and_left_out(tmp_path: Path) -> None
     ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "Read for evaluation.tasks.quiz: 1 file (owls_test.jsonl). Left out: " in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if "evaluation.tasks.quiz" in line]
+    assert plain(line) == snapshot(
+        "Read for evaluation.tasks.quiz: 1 file (owls_test.jsonl). Left out: README.md (about the data), "
+        "owls_dev.jsonl (of the split dev)."
+    )
     [record] = read(tmp_path / "to", "config.json")["data"]["evaluation.tasks.quiz"]
     assert record["left_out"] == {"README.md": "about the data", "owls_dev.jsonl": "of the split dev"}
 
 
 @pytest.mark.parametrize(
-    ("base", "words"),
+    ("base", "said"),
     [
-        (None, "does not name the model that it belongs to.\nWrite it into its adapter_config.json"),
-        ("./nowhere", "The model folder ./nowhere does not exist"),
+        (None, snapshot(
+            "The adapter <adapter> does not name the model that it belongs to.\n"
+            "Write it into its adapter_config.json, as base_model_name_or_path: a folder or a Hub id."
+        )),
+        ("./nowhere", snapshot(
+            "The model folder ./nowhere does not exist.\n"
+            "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
+            "The adapter <adapter> names ./nowhere as its base model."
+        )),
     ],
 )
-def test_an_adapter_whose_base_is_not_to_be_had(
-    run_folder: Path, tmp_path: Path, base: str | None, words: str
-) -> None:
+def test_an_adapter_whose_base_is_not_to_be_had(run_folder: Path, tmp_path: Path, base: str | None, said: str) -> None:
     adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "alone"))
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})
     with pytest.raises(UserError) as caught:
         check_base(find_subject(str(adapter)))
-    assert words in str(caught.value)
-    assert str(adapter) in str(caught.value)
+    assert plain(caught.value, adapter=adapter) == said
 
 
 def test_an_adapter_may_name_its_base_from_its_own_folder_or_from_here(
@@ -312,5 +354,9 @@ def test_damage_of_a_run_is_told_and_not_taken_for_a_model(run_folder: Path, tmp
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))
     (run / "evaluation").mkdir(exist_ok=True)
     (run / "config.json").write_text('{"settings"')
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
+    with pytest.raises(UserError) as caught:
         find_subject(str(run))
+    assert plain(caught.value, run=run) == snapshot(
+        "<run>/config.json is damaged: it does not hold a JSON object.\n"
+        "Put the file back from a copy, or delete the folder <run>."
+    )

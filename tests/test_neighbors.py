@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from inline_snapshot import snapshot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.neighbors import BATCH, REQUESTS, NeighborPassage, save_passages, write_passages
 from lowmem_rmu.presets import Corpus, ModelSettings
+from tests.texts import plain
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +85,12 @@ def test_a_model_that_answers_nothing_is_told(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "generate", lambda **settings: settings["input_ids"])
-    with pytest.raises(UserError, match=r"wrote nothing about trade"):
+    with pytest.raises(UserError) as caught:
         write_passages(model, tokenizer, ["trade"], 2)
+    assert plain(caught.value) == snapshot(
+        "The model wrote nothing about trade.\n"
+        "Is it a chat model? Give text of your own instead."
+    )
 
 
 def test_the_file_is_a_corpus(tmp_path: Path) -> None:
@@ -104,8 +110,8 @@ def test_the_verb_writes_a_file_and_says_how_a_preset_names_it(
     assert code == 0, said
     lines = [json.loads(line) for line in Path("sub/mine.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["subject"] for line in lines} == {"trade", "law"}
-    assert "6 of 6 passages" in said
-    [corpus] = yaml.safe_load(out.partition("preset:\n")[2])["retain"]["corpora"]
+    assert "6 of 6" in said
+    [corpus] = yaml.safe_load(out[out.index("retain:") :])["retain"]["corpora"]
     assert corpus == {"source": "./sub/mine.jsonl", "share": 0.3}
 
 
@@ -115,10 +121,15 @@ def test_the_verb_overwrites_nothing_and_takes_json_lines_only(
     monkeypatch.chdir(tmp_path)
     Path("neighbors.jsonl").write_text("mine")
     code, _, said = neighbors_verb("trade")
-    assert (code, said.splitlines()[0]) == (2, "neighbors.jsonl exists already.")
+    assert (code, plain(said)) == (2, snapshot(
+        "neighbors.jsonl exists already.\n"
+        "Delete it, or choose another file with --to.\n"
+    ))
     code, _, said = neighbors_verb("trade", "--to", "mine.txt")
-    assert code == 2
-    assert "mine.jsonl" in said
+    assert (code, plain(said)) == (2, snapshot(
+        "The passages are JSON lines, and a corpus is read by its ending.\n"
+        "Name the file mine.jsonl.\n"
+    ))
     assert Path("neighbors.jsonl").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -130,5 +141,6 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(neighbors, "write_passages", interrupted)
     code, _, said = neighbors_verb("trade", "--to", str(tmp_path / "mine.jsonl"))
     assert code == 130
-    assert "mine.jsonl was not written." in said
+    [line] = [line for line in said.splitlines() if "mine.jsonl" in line]
+    assert plain(line, folder=tmp_path) == snapshot("Stopped. <folder>/mine.jsonl was not written.")
     assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,10 @@
 import time
 
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.parsing import MAX_DEPTH, MAX_VALUES, ParseError, parse_json, parse_yaml
+from tests.texts import plain
 
 
 def problem_of(text: str) -> str:
@@ -25,15 +27,17 @@ def test_what_is_within_the_limits_is_read_as_pyyaml_reads_it() -> None:
 def test_depth_counts_through_aliases() -> None:
     within = "[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2)
     assert parse_yaml(f"[{within}]")[0]
-    assert problem_of(f"- &a {within}\n- [[[*a]]]") == "nested more than 50 levels deep"
+    assert plain(problem_of(f"- &a {within}\n- [[[*a]]]")) == snapshot("nested more than 50 levels deep")
 
 
 def test_values_count_as_often_as_they_are_repeated() -> None:
     assert len(parse_yaml(f"[{'1,' * (MAX_VALUES - 1)}]")[0]) == MAX_VALUES - 1
-    assert problem_of(f"[{'1,' * MAX_VALUES}]") == "larger than 10,000 values, counting what aliases repeat"
+    assert plain(problem_of(f"[{'1,' * MAX_VALUES}]")) == snapshot(
+        "larger than 10,000 values, counting what aliases repeat"
+    )
     assert (
-        problem_of(f"- &a [{'1,' * 99}]\n- [{'*a,' * 100}]")
-        == "larger than 10,000 values, counting what aliases repeat"
+        plain(problem_of(f"- &a [{'1,' * 99}]\n- [{'*a,' * 100}]"))
+        == snapshot("larger than 10,000 values, counting what aliases repeat")
     )
 
 
@@ -51,10 +55,10 @@ def test_no_text_takes_long(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[" * 100_000, "nested too deeply"),
-        ("9" * 5_000, "a number of thousands of digits"),
-        ('{"a": 1, "a": 2}', 'an object with the key "a" twice'),
-        ("{", "Expecting property name enclosed in double quotes"),
+        ("[" * 100_000, snapshot("nested too deeply")),
+        ("9" * 5_000, snapshot("a number of thousands of digits")),
+        ('{"a": 1, "a": 2}', snapshot('an object with the key "a" twice')),
+        ("{", snapshot("Expecting property name enclosed in double quotes")),
     ],
     ids=["depth", "digits", "twice", "invalid"],
 )

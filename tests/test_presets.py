@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.presets import (
@@ -18,6 +19,7 @@ from lowmem_rmu.presets import (
     preset_of_run,
     recorded_preset,
 )
+from tests.texts import plain
 
 GOOD = """\
 title: A test
@@ -127,37 +129,60 @@ def test_layers_of_an_unknown_depth_are_asked_for(tmp_path: Path, config: str) -
 
 
 def test_an_unknown_preset_gets_the_nearest_names() -> None:
-    text = complaint("zephyr7b")
-    assert 'There is no preset "zephyr7b". Did you mean "zephyr-7b"' in text
-    assert "--list" in text
+    assert plain(complaint("zephyr7b")) == snapshot(
+        'There is no preset "zephyr7b". Did you mean "zephyr-7b" or "zephyr-7b-cyber"?\n'
+        "See them all with --list, or give the path of a YAML file."
+    )
 
 
 def test_an_unknown_preset_that_resembles_none_gets_all_names() -> None:
-    assert "There is: " + ", ".join(preset_names()) in complaint("xyz")
+    assert ", ".join(preset_names()) in complaint("xyz")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    text = complaint(tmp_path / "none.yaml")
-    assert f"Preset file {tmp_path / 'none.yaml'} does not exist." in text
-    assert "Check the path" in text
+    path = tmp_path / "none.yaml"
+    assert plain(complaint(path), path=path) == snapshot(
+        "Preset file <path> does not exist.\n"
+        "Check the path, or see the shipped presets with --list."
+    )
 
 
 def test_invalid_yaml_is_reported_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path, "title: x\nmodel:\n  name: [a, b\nrmu: 3\n")
-    assert complaint(path).startswith(f"{path}, line 4: not valid YAML: ")
+    assert plain(complaint(path), path=path) == snapshot(
+        "<path>, line 4: not valid YAML: expected ',' or ']', but got ':'."
+    )
 
 
-@pytest.mark.parametrize("content", [b"title: \xff\n", b"title: \x00\n", b"title: 2020-99-99\n"])
-def test_what_yaml_cannot_read_is_reported_with_the_file(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"title: \xff\n", snapshot(
+            "<path> cannot be read as a preset: 'utf-8' codec can't decode byte 0xff in position 7: invalid "
+            "start byte."
+        )),
+        (b"title: \x00\n", snapshot(
+            "<path> cannot be read as a preset: not valid YAML: unacceptable character #x0000: special "
+            "characters are not allowed\n"
+            '  in "<unicode string>", position 7.'
+        )),
+        (b"title: 2020-99-99\n", snapshot(
+            "<path> cannot be read as a preset: not valid YAML: month must be in 1..12."
+        )),
+    ],
+)
+def test_what_yaml_cannot_read_is_reported_with_the_file(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
-    assert complaint(path).startswith(f"{path} cannot be read as a preset: ")
+    assert plain(complaint(path), path=path) == said
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "hello\n", "# only a comment\n"])
 def test_a_file_without_keys_is_no_preset(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text)
-    assert complaint(path) == f"{path} holds no preset: expected keys such as model, rmu, topics, retain."
+    assert plain(complaint(path), path=path) == snapshot(
+        "<path> holds no preset: expected keys such as model, rmu, topics, retain."
+    )
 
 
 def test_a_python_tag_is_refused_and_never_run(tmp_path: Path) -> None:
@@ -165,7 +190,7 @@ def test_a_python_tag_is_refused_and_never_run(tmp_path: Path) -> None:
         tmp_path, GOOD.replace("A test", f"!!python/object/apply:os.system ['touch {tmp_path}/ran']")
     )
     text = complaint(path)
-    assert f"{path}, line 1: not valid YAML" in text
+    assert f"{path}, line 1:" in text
     assert "os.system" in text
     assert not (tmp_path / "ran").exists()
 
@@ -179,97 +204,86 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
         .replace("role: kept", "role: keep")
     )
     path = write(tmp_path, text + "retrain: {}\n")
-    assert complaint(path).splitlines() == [
-        f"{path} has 8 mistakes:",
-        "  line 2: model.name: is missing",
-        '  line 3: model.nme: unknown key. Did you mean "name"?',
-        "  line 5: rmu.target_layer: should be a valid integer, unable to parse string as an integer (it is 'three')",
-        "  line 11: topics.plants.alpha: should be greater than or equal to 0 (it is -1)",
-        '  line 12: topics.plants.steering_coeficient: unknown key. Did you mean "steering_coefficient" or "steering"?',
-        '  line 16: retain.corpora.0.subst: unknown key. Did you mean "subset"?',
-        "  line 19: evaluation.tasks.quiz.role: should be 'forgotten', 'measured', 'adjacent' or 'kept' (it is 'keep')",
-        '  line 20: retrain: unknown key. Did you mean "retain"?',
-    ]
+    assert plain(complaint(path), path=path) == snapshot(
+        "<path> has 8 mistakes:\n"
+        "  line 2: model.name: is missing\n"
+        '  line 3: model.nme: unknown key. Did you mean "name"?\n'
+        "  line 5: rmu.target_layer: should be a valid integer, unable to parse string as an integer (it is "
+        "'three')\n"
+        "  line 11: topics.plants.alpha: should be greater than or equal to 0 (it is -1)\n"
+        '  line 12: topics.plants.steering_coeficient: unknown key. Did you mean "steering_coefficient" or '
+        '"steering"?\n'
+        '  line 16: retain.corpora.0.subst: unknown key. Did you mean "subset"?\n'
+        "  line 19: evaluation.tasks.quiz.role: should be 'forgotten', 'measured', 'adjacent' or 'kept' (it "
+        "is 'keep')\n"
+        '  line 20: retrain: unknown key. Did you mean "retain"?'
+    )
 
 
 # Fmt: skip.
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("title: A test", "title: 3", "line 1: title: should be a valid string (it is 3)"),
-        (
-            "adapter_layers: [1, 2, 3]",
-            "adapter_layers: 2",
-            "line 6: rmu.adapter_layers: should be a valid list (it is 2)",
-        ),
-        ("adapter_layers: [1, 2, 3]", "adapter_layers: []", "line 6: rmu.adapter_layers: "),
-        ("[1, 2, 3]", "[1, two]", "line 6: rmu.adapter_layers.1: should be a valid integer"),
-        (
-            "[1, 2, 3]",
-            "[2, 3, 4, 5]",
-            "line 4: rmu: adapter_layers [4, 5] lie above target_layer 3 and could not learn anything",
-        ),
-        ("[1, 2, 3]", "[-1, 2]", "line 4: rmu: adapter_layers count from 0"),
-        ("[1, 2, 3]", "[1, 1]", "line 4: rmu: adapter_layers names a layer twice"),
-        (
-            "alpha: 100",
-            "alpha: 100\n    steering: random",
-            "line 8: topics.plants: steering: random takes a steering_coefficient",
-        ),
-        (
-            "alpha: 100",
-            "alpha: 100\n    steering: contrastive",
-            "line 8: topics.plants: steering: contrastive takes a steering_coefficient",
-        ),
-        (
-            "alpha: 100",
-            "alpha: 100\n    steering_coefficient: 6.5",
-            "line 8: topics.plants: steering: adaptive finds its own steering_coefficient",
-        ),
-        (
-            "target_layer: 3",
-            "target_layer: 3\n  steps: 0",
-            "line 6: rmu.steps: should be greater than or equal to 1 (it is 0)",
-        ),
-        (
-            "./plants.txt",
-            "./plants.txt\n      title_matches: '(a'",
-            "line 11: topics.plants.corpus.title_matches: is no regular expression: ",
-        ),
-        (
-            "./plants.txt",
-            "./plants.txt\n      held_out: 1",
-            "line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)",
-        ),
-        (
-            "./plants.txt",
-            "./plants.txt\n      share: 0.3",
-            "line 8: topics.plants: corpus.share counts in the retain set only",
-        ),
-        (
-            "- source: owner/data",
-            "- {source: owner/data, share: 0.3}",
-            "line 12: retain: every corpus has a share",
-        ),
+        ("title: A test", "title: 3", snapshot("line 1: title: should be a valid string (it is 3)")),
+        ("adapter_layers: [1, 2, 3]", "adapter_layers: 2", snapshot(
+            "line 6: rmu.adapter_layers: should be a valid list (it is 2)"
+        )),
+        ("adapter_layers: [1, 2, 3]", "adapter_layers: []", snapshot(
+            "line 6: rmu.adapter_layers: List should have at least 1 item after validation, not 0 (it is a "
+            "list)"
+        )),
+        ("[1, 2, 3]", "[1, two]", snapshot(
+            "line 6: rmu.adapter_layers.1: should be a valid integer, unable to parse string as an integer "
+            "(it is 'two')"
+        )),
+        ("[1, 2, 3]", "[2, 3, 4, 5]", snapshot(
+            "line 4: rmu: adapter_layers [4, 5] lie above target_layer 3 and could not learn anything"
+        )),
+        ("[1, 2, 3]", "[-1, 2]", snapshot("line 4: rmu: adapter_layers count from 0")),
+        ("[1, 2, 3]", "[1, 1]", snapshot("line 4: rmu: adapter_layers names a layer twice")),
+        ("alpha: 100", "alpha: 100\n    steering: random", snapshot(
+            "line 8: topics.plants: steering: random takes a steering_coefficient"
+        )),
+        ("alpha: 100", "alpha: 100\n    steering: contrastive", snapshot(
+            "line 8: topics.plants: steering: contrastive takes a steering_coefficient"
+        )),
+        ("alpha: 100", "alpha: 100\n    steering_coefficient: 6.5", snapshot(
+            "line 8: topics.plants: steering: adaptive finds its own steering_coefficient: leave it out, or "
+            "set steering: random"
+        )),
+        ("target_layer: 3", "target_layer: 3\n  steps: 0", snapshot(
+            "line 6: rmu.steps: should be greater than or equal to 1 (it is 0)"
+        )),
+        ("./plants.txt", "./plants.txt\n      title_matches: '(a'", snapshot(
+            "line 11: topics.plants.corpus.title_matches: is no regular expression: missing ), unterminated "
+            "subpattern at position 0"
+        )),
+        ("./plants.txt", "./plants.txt\n      held_out: 1", snapshot(
+            "line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)"
+        )),
+        ("./plants.txt", "./plants.txt\n      share: 0.3", snapshot(
+            "line 8: topics.plants: corpus.share counts in the retain set only: leave it out of a topic"
+        )),
+        ("- source: owner/data", "- {source: owner/data, share: 0.3}", snapshot(
+            "line 12: retain: every corpus has a share: leave it out of one at least, which gets the rest"
+        )),
         (
             "- source: owner/data",
             "- {source: a/b, share: 0.6}\n    - {source: c/d, share: 0.4}\n    - source: e/f",
-            "line 12: retain: the shares of the corpora add up to 1: together they must stay below 1",
+            snapshot(
+                "line 12: retain: the shares of the corpora add up to 1: together they must stay below 1"
+            ),
         ),
-        (
-            "retain:\n  corpora:\n    - source: owner/data",
-            "retain: [1]",
-            "line 12: retain: should be a valid dictionary (it is a list)",
-        ),
+        ("retain:\n  corpora:\n    - source: owner/data", "retain: [1]", snapshot(
+            "line 12: retain: should be a valid dictionary (it is a list)"
+        )),
     ],
 )
-def test_a_wrong_value_is_reported_with_line_place_and_reason(
-    tmp_path: Path, old: str, new: str, expected: str
-) -> None:
+def test_a_wrong_value_is_reported_with_line_place_and_reason(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert old in GOOD
-    text = complaint(write(tmp_path, GOOD.replace(old, new)))
-    assert "has 1 mistake:" in text
-    assert f"  {expected}" in text
+    heading, mistake = complaint(write(tmp_path, GOOD.replace(old, new))).splitlines()
+    assert str(tmp_path) in heading
+    assert plain(mistake.strip()) == expected
 
 
 @pytest.mark.parametrize("value", ["much", "-1", "[1]"])
@@ -281,8 +295,8 @@ def test_a_wrong_value_is_one_complaint_from_the_file_and_from_set(
         write(tmp_path, GOOD.replace("alpha: 100", f"alpha: 100\n    steering_coefficient: {value}"))
     )
     for text, label in ((from_set, "--set"), (from_file, "line 12:")):
-        assert "has 1 mistake:" in text
-        assert f"  {label} topics.plants.steering_coefficient: should be " in text
+        _, mistake = text.splitlines()
+        assert mistake.startswith(f"  {label} topics.plants.steering_coefficient: ")
 
 
 def test_overrides_replace_numbers_words_and_items_of_lists(good: Path) -> None:
@@ -303,35 +317,44 @@ def test_an_override_may_hold_an_equals_sign(good: Path) -> None:
 
 def test_mistakes_in_overrides_are_labelled_as_such(good: Path) -> None:
     text = complaint(good, "rmu.stps=3", "rmu.rank=0", "topics.plants.corpus.x.y=1")
-    assert "has 3 mistakes:" in text
-    assert '  --set rmu.stps: unknown key. Did you mean "steps"?' in text
-    assert "  --set rmu.rank: should be greater than or equal to 1 (it is 0)" in text
-    assert "  --set topics.plants.corpus.x: unknown key." in text
-    assert "line " not in text
+    assert plain(text) == snapshot(
+        "What was given has 3 mistakes:\n"
+        "  --set rmu.rank: should be greater than or equal to 1 (it is 0)\n"
+        '  --set rmu.stps: unknown key. Did you mean "steps"?\n'
+        "  --set topics.plants.corpus.x: unknown key. There is: detokenize, held_out, long_documents, "
+        "min_characters, share, source, split, subset, text_field, title_excludes, title_matches, "
+        "without_access."
+    )
 
 
 def test_a_mistake_of_the_file_keeps_its_line_beside_an_override(tmp_path: Path) -> None:
-    text = complaint(write(tmp_path, GOOD.replace("alpha: 100", "alpha: -1")), "rmu.rank=0")
-    assert "  line 11: topics.plants.alpha:" in text
-    assert "  --set rmu.rank:" in text
+    path = write(tmp_path, GOOD.replace("alpha: 100", "alpha: -1"))
+    assert plain(complaint(path, "rmu.rank=0"), path=path) == snapshot(
+        "<path> has 2 mistakes:\n"
+        "  --set rmu.rank: should be greater than or equal to 1 (it is 0)\n"
+        "  line 11: topics.plants.alpha: should be greater than or equal to 0 (it is -1)"
+    )
 
 
 @pytest.mark.parametrize("override", ["rmu.steps", "=3", "rmu..steps=3", ".steps=3"])
 def test_a_malformed_override_is_shown_with_the_right_form(good: Path, override: str) -> None:
-    assert (
-        complaint(good, override)
-        == f'--set "{override}" is not of the form key.path=value, for example --set rmu.steps=50.'
+    assert plain(complaint(good, override), override=f'"{override}"') == snapshot(
+        "--set <override> is not of the form key.path=value, for example --set rmu.steps=50."
     )
 
 
 @pytest.mark.parametrize("path", ["retain.corpora.5.source", "retain.corpora.first.source", "title.of.it"])
 def test_an_override_of_a_place_that_is_not_there_names_it(good: Path, path: str) -> None:
-    assert complaint(good, f"{path}=./a") == f'--set "{path}=./a": the preset has no place "{path}".'
+    assert plain(complaint(good, f"{path}=./a"), path=path) == snapshot(
+        '--set "<path>=./a": the preset has no place "<path>".'
+    )
 
 
 @pytest.mark.parametrize("value", ["[1", "2020-99-99", "!!python/object/apply:os.system [ls]"])
 def test_an_override_whose_value_is_no_yaml_is_refused(good: Path, value: str) -> None:
-    assert complaint(good, f"title={value}") == f'--set "title={value}": the value is not valid YAML.'
+    assert plain(complaint(good, f"title={value}"), value=value) == snapshot(
+        '--set "title=<value>": the value is not valid YAML.'
+    )
 
 
 def test_paths_of_a_preset_start_at_its_folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,9 +425,10 @@ def test_settings_of_another_version_are_named_with_their_run(good: Path) -> Non
     del settings["title"]
     with pytest.raises(UserError) as caught:
         recorded_preset(settings, Path("runs/a"))
-    assert str(caught.value) == (
-        "runs/a was written by another version of lowmem-rmu: this one does not know its settings of rmu.momentum, title.\n"
-        "Read it with the version that its config.json names, or make the run again."
+    assert plain(caught.value) == snapshot(
+        "runs/a was written by another version of lowmem-rmu: this one does not know its settings of "
+        "rmu.momentum, title.\n"
+        "Read it with the version that its config.json names, or make the run anew."
     )
 
 
@@ -425,23 +449,30 @@ BOMB = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("x0: &x0 [a, b]\n" + BOMB, "line 5: larger than 10,000 values, counting what aliases repeat."),
-        ("title: " + "[" * 100_000, "line 1: nested more than 50 levels deep."),
-        ("title: &a {b: *a}", "line 1: recursive: the alias *a stands within its anchor."),
-        ("seed: " + "9" * 5_000, "line 1: a number of more than 100 characters."),
-        ("seed: 0x" + "f" * 5_000, "line 1: a number of more than 100 characters."),
-        ("seed: 1" + ":1" * 5_000 + ".5", "line 1: a number of more than 100 characters."),
-        ("#" * 600_000, "cannot be read as a preset: longer than 500,000 characters."),
-        ("title: a\nmodel: {}\ntitle: b", 'line 3: not valid YAML: the key "title" is given twice.'),
-        ("title: !!bool x", "cannot be read as a preset: not valid YAML: a value does not fit its tag."),
+        ("x0: &x0 [a, b]\n" + BOMB, snapshot(
+            "<path>, line 5: larger than 10,000 values, counting what aliases repeat."
+        )),
+        ("title: " + "[" * 100_000, snapshot("<path>, line 1: nested more than 50 levels deep.")),
+        ("title: &a {b: *a}", snapshot("<path>, line 1: recursive: the alias *a stands within its anchor.")),
+        ("seed: " + "9" * 5_000, snapshot("<path>, line 1: a number of more than 100 characters.")),
+        ("seed: 0x" + "f" * 5_000, snapshot("<path>, line 1: a number of more than 100 characters.")),
+        ("seed: 1" + ":1" * 5_000 + ".5", snapshot("<path>, line 1: a number of more than 100 characters.")),
+        ("#" * 600_000, snapshot("<path> cannot be read as a preset: longer than 500,000 characters.")),
+        ("title: a\nmodel: {}\ntitle: b", snapshot(
+            '<path>, line 3: not valid YAML: the key "title" is given twice.'
+        )),
+        ("title: !!bool x", snapshot(
+            "<path> cannot be read as a preset: not valid YAML: a value does not fit its tag."
+        )),
     ],
     ids=["aliases", "depth", "recursion", "digits", "hexadecimal", "sexagesimal", "size", "twice", "tag"],
 )
 def test_yaml_beyond_the_limits_is_refused_before_it_is_built(
     tmp_path: Path, text: str, problem: str
 ) -> None:
-    said = complaint(write(tmp_path, text))
-    assert said.endswith(problem)
+    path = write(tmp_path, text)
+    said = complaint(path)
+    assert plain(said, path=path) == problem
     assert len(said) < 400
 
 
@@ -471,31 +502,33 @@ def test_a_message_shortens_what_was_given(good: Path) -> None:
     ):
         assert len(said) < 5_000
         assert "z" * 600 not in said
-    assert said.splitlines()[0] == "What was given has 1,000 mistakes:"
-    assert said.splitlines()[-1] == "  and 970 more"
+    first, *_, last = said.splitlines()
+    assert plain(first) == snapshot("What was given has 1,000 mistakes:")
+    assert plain(last) == snapshot("  and 970 more")
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/a.txt", "./a\0b"])
 def test_a_path_that_cannot_be_one_is_named_with_its_setting(good: Path, path: str) -> None:
     said = complaint(write(good.parent, GOOD.replace("./plants.txt", '"' + path.replace("\0", "\\0") + '"')))
     assert said.startswith("topics.plants.corpus.source: ")
-    assert "cannot be read: " in said
     assert "\0" not in said
 
 
 def test_a_mistake_names_where_its_value_was_given(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    assert complaint(path, "rmu.rank=0").splitlines()[0] == "What was given has 1 mistake:"
+    assert str(path) not in complaint(path, "rmu.rank=0")
     wrong = write(tmp_path, GOOD.replace("alpha: 100", "alpha: -1"))
-    assert complaint(wrong, "rmu.rank=0").splitlines()[0] == f"{wrong} has 2 mistakes:"
+    assert str(wrong) in complaint(wrong, "rmu.rank=0")
     with pytest.raises(UserError) as caught:
         load_preset(str(path), ["rmu.rank=0"], {"rmu.rank": "Rank"})
-    assert (
-        str(caught.value).splitlines()[1]
-        == "  Rank, rmu.rank: should be greater than or equal to 1 (it is 0)"
+    assert plain(caught.value, path=path) == snapshot(
+        "<path> has 2 mistakes:\n"
+        "  Rank, rmu.rank: should be greater than or equal to 1 (it is 0)\n"
+        "  line 11: topics.plants.alpha: should be greater than or equal to 0 (it is -1)"
     )
-    with pytest.raises(UserError, match=r"^Rank \('\['\): the value is not valid YAML\.$"):
+    with pytest.raises(UserError) as caught:
         load_preset(str(path), ["rmu.rank=["], {"rmu.rank": "Rank"})
+    assert plain(caught.value) == snapshot("Rank ('['): the value is not valid YAML.")
 
 
 KEYS = {"topics": "plants", "tasks": "quiz", "corpora": "0"}
@@ -551,16 +584,18 @@ def test_every_number_has_a_finite_range(good: Path, path: str, value: str) -> N
         assert load_preset(str(good), [f"{path}={value}"]).rmu.seed == -1  # torch takes it
         return
     text = complaint(good, f"{path}=[{value}]" if NUMERIC[path] else f"{path}={value}")
-    assert "has 1 mistake:" in text
-    assert f"--set {path.split('.')[0]}" in text
+    _, mistake = text.splitlines()
+    assert f"--set {path.split('.')[0]}" in mistake
 
 
 def test_a_learning_rate_that_can_only_diverge_is_refused(good: Path) -> None:
-    assert "--set rmu.learning_rate: should be less than or equal to 1 (it is 1e+30)" in complaint(
-        good, "rmu.learning_rate=1.0e+30"
+    assert plain(complaint(good, "rmu.learning_rate=1.0e+30")) == snapshot(
+        "What was given has 1 mistake:\n"
+        "  --set rmu.learning_rate: should be less than or equal to 1 (it is 1e+30)"
     )
-    assert "--set rmu.learning_rate: should be a finite number (it is inf)" in complaint(
-        good, "rmu.learning_rate=.inf"
+    assert plain(complaint(good, "rmu.learning_rate=.inf")) == snapshot(
+        "What was given has 1 mistake:\n"
+        "  --set rmu.learning_rate: should be a finite number (it is inf)"
     )
 
 
@@ -572,8 +607,10 @@ def test_a_contrastive_topic_records_its_direction(good: Path) -> None:
     raw = load_preset(str(good), [*CONTRASTIVE, "topics.plants.contrastive_direction=raw"])
     assert raw.topics["plants"].contrastive_direction == "raw"
     assert load_preset(str(good)).topics["plants"].contrastive_direction is None
-    assert "contrastive_direction: should be 'unit' or 'raw' (it is 'long')" in complaint(
-        good, *CONTRASTIVE, "topics.plants.contrastive_direction=long"
+    text = complaint(good, *CONTRASTIVE, "topics.plants.contrastive_direction=long")
+    assert plain(text) == snapshot(
+        "What was given has 1 mistake:\n"
+        "  --set topics.plants.contrastive_direction: should be 'unit' or 'raw' (it is 'long')"
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.verdict import Condition, Result, as_json
 from lowmem_rmu.errors import UserError
@@ -175,7 +176,7 @@ def averages() -> list[dict[str, Any]]:
 
 
 def make_run(folder: Path, content: dict[str, Any], metrics: list[dict[str, Any]] | None) -> RunFolder:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     settings = {"topics": {"compounds": {"alpha": 100.0}, HOSTILE: {}}, "evaluation": {"max_new_tokens": 64}}
     device = {
@@ -205,12 +206,33 @@ def report(
     return Page(html), html
 
 
+def sentences(page: Page) -> list[str]:
+    """The text of paragraphs, captions and remarks, cut at tags."""
+    return [
+        " ".join(data.split()) for path, data in page.texts if {"p", "figcaption", "small"} & set(path.split("/")) and data.strip()
+    ]
+
+
+def only_in(page: Page, other: Page) -> list[str]:
+    """The sentences that the other page does not have."""
+    return [sentence for sentence in sentences(page) if sentence not in sentences(other)]
+
+
+def text_with(page: Page, key: str) -> str:
+    """The one text that holds the key."""
+    [text] = {" ".join(data.split()) for _, data in page.texts if key in data}
+    return text
+
+
+def folded_titles(page: Page) -> list[str]:
+    return [data for path, data in page.texts if path.endswith("/summary")]
+
+
 def test_page_has_everything_in_order(tmp_path: Path) -> None:
     page, html = report(tmp_path, summary(), steps(20))
-    headings = [data for path, data in page.texts if path.endswith(("/h1", "/h2"))]
-    # Fmt: skip.
-    assert headings == [
-        f"Forget it {HOSTILE}",
+    title, *headings = [data for path, data in page.texts if path.endswith(("/h1", "/h2"))]
+    assert title == f"Forget it {HOSTILE}"
+    assert headings == snapshot([
         "Questions, base and unlearned",
         "Reading unseen text",
         "The same prompt to both",
@@ -218,10 +240,10 @@ def test_page_has_everything_in_order(tmp_path: Path) -> None:
         "Time and memory",
         "What this does not show",
         "To repeat this run",
-    ]
+    ])
     assert "21 November 2026, 03:00 UTC" in html
     answers = [data for path, data in page.texts if path.endswith("section/dl/div/dd")]
-    assert answers == ["Yes, not audited", "Partly", "Not audited"]
+    assert answers == snapshot(["Yes, not audited", "Partly", "Not audited"])
     assert sum(tag == "svg" for tag, _ in page.tags) == 3 * 2  # each chart for wide and for narrow windows
     assert "alpha: 100.0" in page.text_within("pre")
 
@@ -264,11 +286,12 @@ def test_tables_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
 
 
 def test_members_of_groups_are_folded(tmp_path: Path) -> None:
-    page, _ = report(tmp_path, summary(members=57))
+    page, html = report(tmp_path, summary(members=57))
     assert len([cells for cells in page.cells if cells[0].startswith("subject_")]) == 2 * 57
-    folded = page.text_within("details")
-    assert "All 57 parts of subjects" in folded
-    parts, answers = folded.split("Settings")[0].split("Answers: lost and gained")
+    assert [title for title in folded_titles(page) if "57" in title] == snapshot(
+        ["All 57 parts of subjects, one by one"]
+    )
+    parts, answers = re.findall("<details.*?</details>", html, re.DOTALL)[:2]
     assert "compounds" not in parts
     assert "compounds" in answers
 
@@ -282,15 +305,13 @@ def test_letters_and_confidence_are_folded(tmp_path: Path) -> None:
 
 
 def test_averages_are_told_with_the_tasks_and_not_among_their_parts(tmp_path: Path) -> None:
-    page, html = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
-    assert "All 1 parts of mmlu" in html
-    # Fmt: skip.
-    assert [cells[0] for cells in page.cells if "mmlu_stem" in cells[0] or "wmdp" in cells[0]] == [
-        "mmlu_stemaverage",
-        "wmdpaverage",
-        "mmlu_stemaverage, 100 of 14,042 questions",
-        "wmdpaverage",
-    ]
+    page, _ = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
+    assert [title for title in folded_titles(page) if "mmlu" in title] == snapshot(
+        ["All 1 parts of mmlu, one by one"]
+    )
+    assert [cells[0] for cells in page.cells if "mmlu_stem" in cells[0] or "wmdp" in cells[0]] == snapshot(
+        ["mmlu_stemaverage", "wmdpaverage", "mmlu_stemaverage, 100 of 14,042 questions", "wmdpaverage"]
+    )
     assert "mmlu_stem" in page.text_within("svg")
 
 
@@ -361,11 +382,7 @@ def test_same_folder_same_bytes(tmp_path: Path) -> None:
 
 def test_a_sample_is_told_wherever_its_numbers_are(tmp_path: Path) -> None:
     page, html = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
-    assert (
-        html.count("(limit: 100 a task)")
-        == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags)
-        == 2
-    )
+    assert html.count("limit: 100") == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags) == 2
     sampled = [cells for cells in page.cells if cells[0].startswith("mmlu")]
     assert len(sampled) == 6
     assert all("100 of 14,042" in " ".join(cells) for cells in sampled)
@@ -389,24 +406,30 @@ def test_base_alone(tmp_path: Path) -> None:
     content["texts"] = [content["texts"][0] | unmeasured]
     content["samples"][0]["unlearned"] = None
     content["verdict"] = {"forgotten": "unknown", "kept": "unknown", "sentences": []}
-    page, html = report(tmp_path, content)
+    page, _ = report(tmp_path / "base/run", content)
     accuracy, answers = page.rows_of("compounds")
     assert accuracy == ["compounds", "99.0% ± 0.6", "–", "–", "–", "1,264"]
     assert answers == ["compounds", "–", "–", "25 · 25 · 25 · 25", "–", "98.5% → –", "98% → –"]
     assert page.rows_of("cyclones3,000 tokens")[0][2:] == ["–", "–", "–", "54.6 → –", "1.400 → –", "–"]
-    assert html.count("Not known") == 2
-    assert "not measured in this run" in html
-    assert "not asked in this run" in html
+    assert [data for path, data in page.texts if path.endswith("section/dl/div/dd")] == snapshot(
+        ["Not known", "Not known", "Not audited"]
+    )
+    whole, _ = report(tmp_path / "whole/run", summary())
+    assert only_in(page, whole) == snapshot(
+        ["The unlearned model was not measured in this run.", "not asked in this run"]
+    )
 
 
 @pytest.mark.parametrize("metrics", [None, []])
 def test_without_training_and_questions(tmp_path: Path, metrics: list[dict[str, Any]] | None) -> None:
-    page, html = report(
-        tmp_path, {**summary(), "rows": [], "texts": [], "samples": [], "stages": []}, metrics
-    )
+    page, _ = report(tmp_path / "empty/run", {**summary(), "rows": [], "texts": [], "samples": [], "stages": []}, metrics)
     assert "svg" not in {tag for tag, _ in page.tags}
-    assert "No training is recorded" in html
-    assert "No multiple-choice questions" in html
+    whole, _ = report(tmp_path / "whole/run", summary(), steps(4))
+    assert only_in(page, whole) == snapshot([
+        "was measured; what it was to forget is",
+        ". No training is recorded in this run. It ran on AMD EPYC (cpu) on 21 November 2026, 03:00 UTC.",
+        "No multiple-choice questions were asked in this run.",
+    ])
 
 
 def test_diverged_and_partial_metrics(tmp_path: Path) -> None:
@@ -419,22 +442,24 @@ def test_diverged_and_partial_metrics(tmp_path: Path) -> None:
 
 def test_what_the_guard_saw_is_drawn(tmp_path: Path) -> None:
     metrics = steps(6)
-    assert "a guard compared" not in report(tmp_path / "without", summary(), metrics)[1]
+    without, _ = report(tmp_path / "without/run", summary(), metrics)
     for row in metrics[1::2]:
-        row |= {
-            "retain_kl": 0.1,
-            "question_kl": None,
-            "topic_kl": 2.0,
-            "topic_question_kl": None,
-            "letters": "",
-        }
-    run = make_run(tmp_path / "with", summary(), metrics)
+        row |= {"retain_kl": 0.1, "question_kl": None, "topic_kl": 2.0, "topic_question_kl": None, "letters": ""}
+    run = make_run(tmp_path / "with/run", summary(), metrics)
     config = run.config
     config["settings"]["rmu"] = {"guard_limit": 0.25, "sinks": "masked"}
     write_json(run.path / "config.json", config)
     html = write_report(run).read_text(encoding="utf-8")
-    assert "a guard compared the model with base" in html
-    assert "for text and questions to keep is 0.25" in html
+    assert only_in(Page(html), without) == snapshot([
+        (
+            "Every few steps a guard compared the model with base on text and questions that training does "
+            "not see: text and questions to keep should stay near zero, the topic should move away."
+        ),
+        (
+            "Divergence of the unlearned model’s predictions from base, KL(base, unlearned) in nats per "
+            "token. The limit for text and questions to keep is 0.25."
+        ),
+    ])
     assert "Text to keep" in html
 
 
@@ -447,10 +472,14 @@ def test_notes_on_the_training_are_told(tmp_path: Path) -> None:
 
 def test_attention_sinks_are_counted(tmp_path: Path) -> None:
     metrics = [step | {"sinks": 8, "tokens": 1000} for step in steps(4)]
-    assert (
-        "32 of the 4,000 positions were attention sinks" in report(tmp_path / "some", summary(), metrics)[1]
-    )
-    assert "attention sinks" not in report(tmp_path / "none", summary(), steps(4))[1]
+    some, _ = report(tmp_path / "some/run", summary(), metrics)
+    none, _ = report(tmp_path / "none/run", summary(), steps(4))
+    assert only_in(some, none) == snapshot([
+        (
+            "32 of the 4,000 positions were attention sinks: their signal is many times as large as the rest "
+            "of their text’s, and the model relies on it."
+        ),
+    ])
 
 
 def test_wide_ranges_of_loss_are_logarithmic(tmp_path: Path) -> None:
@@ -536,35 +565,39 @@ def audited_report(folder: Path, audit: dict[str, Any]) -> tuple[Page, str]:
 
 def test_an_audit_is_told_beside_models_of_which_the_truth_is_known(tmp_path: Path) -> None:
     page, html = audited_report(tmp_path, audited())
-    assert "the same 60 questions about what was forgotten" in html
+    without, _ = report(tmp_path / "without" / tmp_path.name, summary(), steps(4))
+    assert [sentence for sentence in only_in(page, without) if "60" in sentence] == snapshot([
+        (
+            "What a model no longer answers may be gone, or only hidden. So the unlearned model was "
+            "attacked, and each attack’s model was measured on the same 60 questions about what was "
+            "forgotten: how much of what was lost does it bring back?"
+        ),
+    ])
     headings = [data for path, data in page.texts if path.endswith("/h2")]
-    assert headings[2:4] == ["Gone, or only hidden?", "The same prompt to both"]
-    assert [data for path, data in page.texts if path.endswith("section/dl/div/dd")] == [
-        "Only hidden",
-        "Partly",
-        "Hidden",
-    ]
-    assert [data for path, data in page.texts if path.endswith("section/div/dl/div/dd")] == ["Hidden"]
+    assert headings[2:4] == snapshot(["Gone, or only hidden?", "The same prompt to both"])
+    assert [data for path, data in page.texts if path.endswith("section/dl/div/dd")] == snapshot(
+        ["Only hidden", "Partly", "Hidden"]
+    )
+    assert [data for path, data in page.texts if path.endswith("section/div/dl/div/dd")] == snapshot(
+        ["Hidden"]
+    )
     assert page.rows_of("relearningdoes it come back?brought back") == [
         ["relearningdoes it come back?brought back", "100.0", "30.0", "90.0", "89% 80 to 97", "brought back"]
     ]
-    assert page.rows_of("wordingis it the words?inconclusive")[0][3:] == [
-        "50.0",
-        "−4% any share",
-        "inconclusive",
-    ]
-    assert (
-        page.rows_of("suffixdo odd words do it?")[0][1]
-        == "not run: it would take about 3.0 min, and 0 s of the budget are left"
+    assert page.rows_of("wordingis it the words?inconclusive")[0][3:] == ["50.0", "−4% any share", "inconclusive"]
+    assert page.rows_of("suffixdo odd words do it?")[0][1] == snapshot(
+        "not run: it would take about 3.0 min, and 0 s of the budget are left"
     )
-    assert (
-        page.rows_of("harmwhat else changed?")[0][1] == "asks something else than what comes back; see below"
+    assert page.rows_of("harmwhat else changed?")[0][1] == snapshot(
+        "asks something else than what comes back; see below"
     )
     assert page.rows_of("relearning") == [["relearning", "89% 80 to 97", "89% 80 to 97"]]
     assert page.rows_of("wording") == [["wording", "−4% any share", "–"]]
     assert page.rows_of("Verdict") == [["Verdict", "hidden", "hidden"]]
     assert "It was taught to refuse." in html
-    assert "relearning: brought back 89% (80 to 97) of what was lost (unseen text, 25 steps)." in html
+    assert text_with(page, "(unseen text, 25 steps)") == snapshot(
+        "relearning: brought back 89% (80 to 97) of what was lost (unseen text, 25 steps)."
+    )
 
 
 def test_the_ways_of_an_attack_are_folded_and_its_text_stays_text(tmp_path: Path) -> None:
@@ -572,7 +605,9 @@ def test_the_ways_of_an_attack_are_folded_and_its_text_stays_text(tmp_path: Path
     folded = page.text_within("details")
     assert "Next to nothing." in folded
     assert page.rows_of("unseen text, 25 steps") == [["unseen text, 25 steps", "90.0", "89% 80 to 97"]]
-    assert "It took 1 min 01 s (estimate: 30.0 s) and 0.90 GB at its peak." in folded
+    took = text_with(page, "1 min 01 s")
+    assert took == snapshot("It took 1 min 01 s (30.0 s were foretold) and 0.90 GB at its peak.")
+    assert took in " ".join(folded.split())
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert "were not tried" not in html
 
@@ -592,12 +627,11 @@ def test_relearning_is_drawn_from_no_step_on(tmp_path: Path, are_questions: bool
 def test_the_page_of_the_app_has_the_same_section(tmp_path: Path) -> None:
     run = make_run(tmp_path, summary(), steps(4))
     assert render_audit(run) == ""
-    assert "Gone, or only hidden?" not in render_parts(run)
+    before = render_parts(run)
     write_json(run.audit_result, audited())
     section = Page(render_audit(run))
     assert section.tags[0] == ("div", {"class": "rmu-results"})
-    assert (
-        section.rows_of("Verdict")
-        == Page(render_parts(run)).rows_of("Verdict")
-        == [["Verdict", "hidden", "hidden"]]
-    )
+    [heading] = [data for path, data in section.texts if path.endswith("/h2")]
+    assert heading in render_parts(run)
+    assert heading not in before
+    assert section.rows_of("Verdict") == Page(render_parts(run)).rows_of("Verdict") == [["Verdict", "hidden", "hidden"]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.records import StageCost, file_digest
@@ -26,6 +27,7 @@ from lowmem_rmu.runs import (
     write_json,
     write_lines,
 )
+from tests.texts import plain
 
 
 def make_run(runs_dir: Path, name: str) -> RunFolder:
@@ -47,9 +49,9 @@ def test_a_name_that_is_taken_is_refused_with_the_way_on(tmp_path: Path) -> None
     make_run(tmp_path, "mine")
     with pytest.raises(UserError) as caught:
         RunFolder.create(tmp_path, "mine")
-    assert (
-        str(caught.value)
-        == f"Run {tmp_path / 'mine'} exists already.\nChoose another --name, or go on with it: --resume --name mine"
+    assert plain(caught.value, runs=tmp_path) == snapshot(
+        "Run <runs>/mine exists already.\n"
+        "Choose another --name, or go on with it: --resume --name mine"
     )
 
 
@@ -60,8 +62,12 @@ def test_a_name_that_could_leave_the_folder_is_refused(tmp_path: Path, name: str
     for use in (RunFolder.create, RunFolder.open):
         with pytest.raises(UserError) as caught:
             use(tmp_path / "runs", name)
-        assert str(caught.value).startswith(f'"{name}" cannot be the name of a run: use letters, digits')
-        assert str(tmp_path / "runs") in str(caught.value)
+        assert str(caught.value).startswith(f'"{name}" ')
+        rest = str(caught.value).removeprefix(f'"{name}" ')
+        assert plain(rest, runs=tmp_path / "runs") == snapshot(
+            'cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at most 100, and no '
+            "name of a Windows device, so that it stays inside <runs>."
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,21 +79,28 @@ def test_a_place_that_cannot_be_written_is_named_with_the_option_that_changes_it
     (tmp_path / "runs").write_text("a file in the way")
     with pytest.raises(UserError) as caught:
         RunFolder.create(tmp_path / "runs", "mine")
-    assert str(caught.value).startswith(f"Run folder {tmp_path / 'runs/mine'} cannot be written: ")
-    assert str(caught.value).endswith("Choose another place with --runs-dir.")
+    assert plain(caught.value, run=tmp_path / "runs/mine", runs=tmp_path / "runs") == snapshot(
+        "Run folder <run> cannot be written: File exists.\n"
+        "Choose another place with --runs-dir."
+    )
 
 
 def test_opening_an_unknown_run_suggests_the_nearest(tmp_path: Path) -> None:
     make_run(tmp_path, "tiny-20261121")
     with pytest.raises(UserError) as caught:
         RunFolder.open(tmp_path, "tiny-20261122")
-    assert str(caught.value) == f'There is no run tiny-20261122 in {tmp_path}. Did you mean "tiny-20261121"?'
+    assert plain(caught.value, runs=tmp_path) == snapshot(
+        'There is no run tiny-20261122 in <runs>. Did you mean "tiny-20261121"?'
+    )
 
 
 def test_opening_a_run_where_there_are_none_says_so(tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()  # no config.json: no run
-    with pytest.raises(UserError, match="There is no run half in .* It holds no runs yet."):
+    with pytest.raises(UserError) as caught:
         RunFolder.open(tmp_path, "half")
+    assert plain(caught.value, runs=tmp_path) == snapshot(
+        "There is no run half in <runs>. It holds no runs yet."
+    )
 
 
 def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
@@ -259,19 +272,33 @@ def test_answers_that_lost_a_line_or_flipped_a_bit_are_noticed(tmp_path: Path) -
     run = scored_run(tmp_path)
     assert len(run.read_answers("base")) == 3
     whole = run.answers("base").read_text()
-    for content, words in (
-        ("".join(whole.splitlines(keepends=True)[:2]), "it holds 2 answers, but 3 were scored"),
-        (whole[:-20], "it holds 2 answers, but 3 were scored"),
-        (whole.replace("-4.0", "-4.5", 1), "its sha256 is not the one that the run recorded"),
-        (whole.replace("-4.0", "-4x0", 1), "line 1, is damaged"),
+    for content, said in (
+        ("".join(whole.splitlines(keepends=True)[:2]), snapshot(
+            "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
+            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+            "mine"
+        )),
+        (whole[:-20], snapshot(
+            "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
+            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+            "mine"
+        )),
+        (whole.replace("-4.0", "-4.5", 1), snapshot(
+            "<run>/evaluation/answers_base.jsonl is damaged, or was changed: its sha256 is not the one that "
+            "the run recorded.\n"
+            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+            "mine"
+        )),
+        (whole.replace("-4.0", "-4x0", 1), snapshot(
+            "<run>/evaluation/answers_base.jsonl, line 1, is damaged: it does not hold a JSON object.\n"
+            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+            "mine"
+        )),
     ):
         run.answers("base").write_text(content)
         with pytest.raises(UserError) as caught:
             run.read_answers("base")
-        assert words in str(caught.value)
-        assert str(caught.value).endswith(
-            f"\nDelete it and {run.evaluation('base')}, and have the questions asked again: --resume --name mine"
-        )
+        assert plain(caught.value, run=run.path) == said
 
 
 def test_answers_of_an_older_version_are_counted(tmp_path: Path) -> None:
@@ -279,8 +306,12 @@ def test_answers_of_an_older_version_are_counted(tmp_path: Path) -> None:
     write_json(run.evaluation("base"), {"tasks": {"quiz": {"questions": 3}}})
     assert len(run.read_answers("base")) == 3
     run.answers("base").write_text(run.answers("base").read_text().partition("\n")[0] + "\n")
-    with pytest.raises(UserError, match="holds 1 answers, but 3 were scored"):
+    with pytest.raises(UserError) as caught:
         run.read_answers("base")
+    assert plain(caught.value, run=run.path) == snapshot(
+        "<run>/evaluation/answers_base.jsonl is damaged: it holds 1 answers, but 3 were scored.\n"
+        "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name mine"
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows keeps its own permissions")
@@ -365,8 +396,12 @@ def test_a_folder_that_holds_anything_else_keeps_its_name(tmp_path: Path, name: 
     (run.path / name).write_text("{}")
     assert not run.is_leftover
     if name != "output.txt":  # a reserved folder is there for its run
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError) as caught:
             RunFolder.create(tmp_path, "mine")
+        assert plain(caught.value, runs=tmp_path) == snapshot(
+            "Run <runs>/mine exists already.\n"
+            "Choose another --name, or go on with it: --resume --name mine"
+        )
     assert (run.path / name).exists()
 
 
@@ -428,7 +463,10 @@ def test_work_whose_folder_is_deleted_ends_with_one_message(tmp_path: Path) -> N
     with pytest.raises(UserError) as caught, present(run.path):  # noqa: PT012
         run.remove()
         add_lines(run.metrics, [{}])
-    assert str(caught.value).startswith(f"The folder {run.path} was deleted or moved while it was in use.")
+    assert plain(caught.value, run=run.path) == snapshot(
+        "The folder <run> was deleted or moved while it was in use.\n"
+        "The work on it has ended."
+    )
 
 
 def test_a_run_that_is_deleted_while_runs_are_listed_is_no_run(
@@ -454,5 +492,6 @@ def test_notes_are_kept_by_what_they_are_about(tmp_path: Path) -> None:
     run.note("guard", ["Instead."])
     assert run.read_notes() == {"guard": ["Instead."], "texts": ["Second.", "Third."]}
     run.notes.write_text("[1]")
-    with pytest.raises(UserError, match=r"notes\.json"):
+    with pytest.raises(UserError) as caught:
         run.read_notes()
+    assert str(run.notes) in str(caught.value)

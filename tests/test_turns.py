@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.runs import RunFolder, write_json
@@ -22,6 +23,7 @@ from lowmem_rmu.turns import (
     turn,
     world_size,
 )
+from tests.texts import plain
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,11 +112,12 @@ def test_a_half_written_number_is_nobody_s(tmp_path: Path) -> None:
 
 def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    message = (
-        r"The runs folder .*file cannot be written: Not a directory\.\nChoose another place with --runs-dir\."
-    )
-    with pytest.raises(UserError, match=message), one_at_a_time(tmp_path / "file"):
+    with pytest.raises(UserError) as caught, one_at_a_time(tmp_path / "file"):
         pass
+    assert plain(caught.value, runs=tmp_path / "file") == snapshot(
+        "The runs folder <runs> cannot be written: Not a directory.\n"
+        "Choose another place with --runs-dir."
+    )
 
 
 BAD_TICKETS = {
@@ -174,8 +177,12 @@ def test_a_free_name_is_neither_a_run_s_nor_that_of_a_waiting_process(tmp_path: 
     with one_at_a_time(tmp_path):
         take_ticket(tmp_path, "tiny-2", waits.pid)
     assert free_name(tmp_path, "tiny") == "tiny-3"
-    with pytest.raises(UserError, match="Run .*tiny-2 is waiting for its turn already"):
+    with pytest.raises(UserError) as caught:
         check_free(tmp_path, "tiny-2")
+    assert plain(caught.value, runs=tmp_path) == snapshot(
+        "Run <runs>/tiny-2 is waiting for its turn already.\n"
+        "Choose another --name."
+    )
     waits.kill()
     waits.wait()
     check_free(tmp_path, "tiny-2")
@@ -207,8 +214,7 @@ def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch, value: str | N
 @pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", "9" * 5000])
 def test_no_number_of_processes_is_said(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
-    with pytest.raises(
-        UserError, match="The environment variable WORLD_SIZE is .*, which is no number of processes"
-    ) as caught:
+    with pytest.raises(UserError) as caught:
         world_size()
+    assert "WORLD_SIZE" in str(caught.value)
     assert len(str(caught.value)) < 200

@@ -17,3 +17,18 @@ def plain(text: object, **changing: object) -> str:
     for name, value in sorted(changing.items(), key=lambda item: -len(str(item[1]))):
         result = result.replace(str(value), f"<{name}>")
     return re.sub(r"[ \t]+$", "", result, flags=re.MULTILINE)
+
+
+def without_numbers(text: object) -> str:
+    """Return the text with every number replaced by N, for amounts that depend on the machine or on a measurement."""
+    return plain(re.sub(r"\d[\d,.]*(?<=\d)", "N", str(text)))
+
+
+BLOCK = re.compile(r"</?(?:p|div|ul|ol|li|table|caption|tr|t[hd]|h\d|dl|d[td]|summary|section|pre|blockquote|br)\b[^>]*>")
+
+
+def text_with(html: str, key: str) -> str:
+    """Return the one paragraph, cell or heading of a page that holds the key, without its tags."""
+    texts = {" ".join(re.sub(r"<[^>]+>", "", block).split()) for block in BLOCK.split(html)}
+    [found] = [text for text in texts if key in text]
+    return found

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.ui import access
 from lowmem_rmu.ui.access import Access, Answer, Site, Sites, Token, Uploads, page_policy
+from tests.texts import plain, without_numbers
 
 HERE = "127.0.0.1:7860"
 OWN = "http://127.0.0.1:7860"
@@ -129,7 +131,7 @@ def test_what_another_origin_s_page_sends_is_refused(origin: str, method: str, p
     answer = asked(gate(), path, method, origin=origin)
     assert (answer.status, answer.text) == (
         403,
-        "This was asked for by a page of another address, which may not use this one.",
+        snapshot("This was asked for by a page of another address, which may not use this one."),
     )
 
 
@@ -199,8 +201,12 @@ def test_names_that_the_user_allows(allowed: str, host: str, origin: str, is_ser
 
 @pytest.mark.parametrize("text", ["", "a b", "ftp://gpu.lab", "http://", "gpu.lab:port", "gpu.lab/x", "*"])
 def test_what_is_no_host_cannot_be_allowed(text: str) -> None:
-    with pytest.raises(UserError, match="is no host: give a name such as gpu.example.org"):
+    with pytest.raises(UserError) as caught:
         Sites.bound("127.0.0.1", 7860, [text])
+    assert plain(caught.value, text=f'"{text}"') == snapshot(
+        '--allowed-host <text> is no host: give a name such as gpu.example.org, gpu.example.org:8443 or '
+        "https://gpu.example.org."
+    )
 
 
 def test_a_proxy_s_header_is_checked_like_the_host() -> None:
@@ -309,7 +315,7 @@ def app_with_login() -> Any:
     ],
 )
 def test_all_but_the_login_page_is_behind_the_login(path: str) -> None:
-    assert asked(gate(), path, gradio=app_with_login()).text == "Log in first."
+    assert asked(gate(), path, gradio=app_with_login()).text == snapshot("Log in first.")
     for name in ("access-token-id", "access-token-unsecure-id"):
         assert asked(gate(), path, gradio=app_with_login(), cookie=f"{name}=known").text == "served"
         assert asked(gate(), path, gradio=app_with_login(), cookie=f"{name}=guessed").status == 401
@@ -363,7 +369,7 @@ def test_guessing_a_password_is_slowed_down() -> None:
     assert statuses[0] == 400
     assert statuses[-1] == 429
     answer = asked(made, "/login/", "POST")
-    assert re.fullmatch(r"Too many wrong passwords: try again in \d+ s\.", answer.text)
+    assert without_numbers(answer.text) == snapshot("Too many wrong passwords: try again in N s.")
     assert int(dict(answer.headers)["retry-after"]) >= 1
     assert asked(made, "/", "POST").status == 400, "the page itself is not slowed down"
 

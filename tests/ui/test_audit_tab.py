@@ -1,6 +1,7 @@
 """The tab that attacks a run: a real audit by a process of its own, and what the page says of it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu import __version__
 from lowmem_rmu.audit.suite import ATTACKS, Settings
@@ -22,11 +24,12 @@ from lowmem_rmu.status import Silent, StatusWriter
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.audit import NOTHING, STOPPED, AuditTab, minutes, progress
+from tests.texts import plain, text_with, without_numbers
 from tests.waiting import wait_until
 
 CPU = torch.device("cpu")
 ALL = list(ATTACKS)
-AT_WORK = "<p><strong>At work</strong>: "
+AT_WORK = snapshot("<p><strong>At work</strong>")
 
 
 @pytest.fixture
@@ -66,35 +69,44 @@ def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_r
     tab.runs_dir = own_run.path.parent
     told, found, seen = tab.show("mine")
     assert (told, found) == (NOTHING, "")
-    assert tab.start("mine", ["relearning"], "", False)[0].startswith(AT_WORK)
-    with pytest.raises(
-        UserError, match=r"^Run mine is being audited already: wait until that is done, or stop it\.$"
-    ):
+    assert tab.start("mine", ["relearning"], "", False)[0].partition(":")[0] == AT_WORK
+    with pytest.raises(UserError) as caught:
         tab.start("mine", ["relearning"], "", False)
-    for change in (jobs.delete, lambda folder: jobs.rename(folder, "other")):
-        with pytest.raises(
-            UserError, match=r"^Run mine is being audited: stop that before it is (deleted|renamed)\.$"
-        ):
+    assert plain(caught.value) == snapshot(
+        "Run mine is being audited already: wait until that is done, or stop it."
+    )
+    for change, said in (
+        (jobs.delete, snapshot("Run mine is being audited: stop that before it is deleted.")),
+        (
+            lambda folder: jobs.rename(folder, "other"),
+            snapshot("Run mine is being audited: stop that before it is renamed."),
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
             change(own_run)
+        assert plain(caught.value) == said
     assert [jobs.needed_by(ticket, CPU) for ticket in tickets(tab.runs_dir)] == [None]
     wait_until(
         lambda: "relearning: 10 unrelated" in own_run.audit_output.read_text(),
         own_run.audit_output.read_text,
         seconds=240,
     )
-    assert tab.tick("mine", seen)[0].startswith(f"{AT_WORK}relearning")
+    begin, _, what = tab.tick("mine", seen)[0].partition(": ")
+    assert (begin, what.partition(" ")[0]) == (AT_WORK, "relearning")
     tab.stop("mine")
     wait_until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text, seconds=240)
     assert progress(own_run) == STOPPED
 
-    assert tab.start("mine", ["relearning"], "0.001", False)[0].startswith(AT_WORK)
+    assert tab.start("mine", ["relearning"], "0.001", False)[0].partition(":")[0] == AT_WORK
     wait_until(lambda: not jobs.is_audited_now(own_run), own_run.audit_output.read_text, seconds=240)
     told, found, seen = tab.tick("mine", seen)
-    assert told == "<p><strong>Done</strong></p>", own_run.audit_output.read_text()
-    assert "on the same 10 questions about what was forgotten" in found
-    assert "not run: it would take about" in found
+    assert plain(told) == snapshot("<p><strong>Done</strong></p>"), own_run.audit_output.read_text()
+    assert "10 questions" in found
+    [cell] = re.findall("not run: [^<]*", found)
+    assert without_numbers(cell) == snapshot()
     assert tab.tick("mine", seen) == (gr.skip(), gr.skip(), gr.skip())
-    assert "Gone, or only hidden?" in (own_run.path / "report.html").read_text()
+    heading = re.findall("<h2>(.*?)</h2>", found)[0]
+    assert heading in (own_run.path / "report.html").read_text()
 
 
 def test_all_attacks_are_offered_in_words_and_chosen(tab: AuditTab) -> None:
@@ -119,17 +131,42 @@ def test_a_budget_is_minutes_or_nothing(typed: str, found: float | None) -> None
 @pytest.mark.parametrize(
     ("name", "attacks", "budget", "said"),
     [
-        (None, ALL, "", "Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
-        ("newest", [], "", "Choose an attack first."),
-        ("newest", ALL, "soon", '"soon" is no budget: give minutes, such as 30, or leave the field empty.'),
-        ("newest", ALL, "-1", '"-1" is no budget: give minutes, such as 30, or leave the field empty.'),
-        ("newest", ALL, "0", '"0" is no budget: give minutes, such as 30, or leave the field empty.'),
-        ("newest", ALL, "nan", '"nan" is no budget: give minutes, such as 30, or leave the field empty.'),
+        (
+            None,
+            ALL,
+            "",
+            snapshot("Choose a run first.\nThere is none yet? Start one in the Unlearn tab."),
+        ),
+        ("newest", [], "", snapshot("Choose an attack first.")),
+        (
+            "newest",
+            ALL,
+            "soon",
+            snapshot('"soon" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ),
+        (
+            "newest",
+            ALL,
+            "-1",
+            snapshot('"-1" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ),
+        (
+            "newest",
+            ALL,
+            "0",
+            snapshot('"0" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ),
+        (
+            "newest",
+            ALL,
+            "nan",
+            snapshot('"nan" is no budget: give minutes, such as 30, or leave the field empty.'),
+        ),
         (
             "unfinished",
             ALL,
             "",
-            "Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned.",
+            snapshot("Run unfinished has no adapter yet.\nResume it, and wait until it has unlearned."),
         ),
     ],
 )
@@ -138,18 +175,17 @@ def test_what_cannot_be_audited_is_told(
 ) -> None:
     with pytest.raises(UserError) as caught:
         tab.start(name, attacks, budget, False)
-    assert str(caught.value) == said
+    assert plain(caught.value) == said
     assert not tickets(tab.runs_dir)
 
 
 def test_what_is_not_under_way_is_not_stopped(tab: AuditTab) -> None:
-    with pytest.raises(UserError, match=r"^Run newest is not being audited\.$"):
+    with pytest.raises(UserError) as caught:
         tab.stop("newest")
-    with pytest.raises(UserError, match=r"^Choose a run first\.$"):
+    assert plain(caught.value) == snapshot("Run newest is not being audited.")
+    with pytest.raises(UserError) as caught:
         tab.stop(None)
-
-
-ENDED = "Its process ended before it was done. Audit continues where it was."
+    assert plain(caught.value) == snapshot("Choose a run first.")
 
 
 @pytest.mark.parametrize(
@@ -157,13 +193,31 @@ ENDED = "Its process ended before it was done. Audit continues where it was."
     [
         (
             UserError("Run x forgot nothing: <b>.", "Unlearn harder first."),
-            "Run x forgot nothing: &lt;b&gt;.\nUnlearn harder first.",
+            snapshot(
+                "<p><strong>Failed</strong></p><pre class='rmu-error'>Run x forgot nothing: &lt;b&gt;.\n"
+                "Unlearn harder first.</pre>"
+            ),
         ),
-        (KeyError("x"), ENDED),
-        (None, ENDED),
+        (
+            KeyError("x"),
+            snapshot(
+                "<p><strong>Failed</strong></p><pre class='rmu-error'>Its process ended before it was done. "
+                "Audit continues where it was.</pre>"
+            ),
+        ),
+        (
+            None,
+            snapshot(
+                "<p><strong>Failed</strong></p><pre class='rmu-error'>Its process ended before it was done. "
+                "Audit continues where it was.</pre>"
+            ),
+        ),
         (
             UserError("x was audited otherwise.", Fix("Discard it: {action}", AuditAgain())),
-            "Discard it: check &#34;Start over&#34; under Audit",
+            snapshot(
+                "<p><strong>Failed</strong></p><pre class='rmu-error'>x was audited otherwise.\n"
+                "Discard it: check &#34;Start over&#34; under Audit</pre>"
+            ),
         ),
     ],
 )
@@ -176,8 +230,7 @@ def test_why_an_audit_failed_is_told_without_a_stack_trace(
         status.started("relearning")
         raise error or Killed
     told = progress(run)
-    assert told.startswith("<p><strong>Failed</strong></p>")
-    assert said in told
+    assert plain(told) == said
     assert "Traceback" not in told
 
 
@@ -202,7 +255,7 @@ def test_an_audit_that_waits_says_for_what_and_is_stopped(tab: AuditTab, runs_di
         take_ticket(runs_dir, "other", os.getpid())
         take_ticket(runs_dir, run.audit_name, process.pid)
     jobs.begin(run, "audit")
-    assert progress(run) == f"{AT_WORK}waiting for other …</p>"
+    assert plain(progress(run)) == snapshot("<p><strong>At work</strong>: waiting for other …</p>")
     tab.stop("older")
     process.wait(180)
     assert progress(run) == STOPPED
@@ -225,13 +278,13 @@ def test_a_damaged_result_is_told_in_its_place_and_an_older_one_is_shown(
     )
     told, found, seen = tab.show("older")
     assert told == ""
-    assert "not run: not asked for" in found
+    assert text_with(found, "not asked for") == snapshot("not run: not asked for")
     run.audit_result.write_text("{")
     told, found, seen = tab.tick("older", seen)
     assert told == gr.skip()
-    assert (
-        "audit.json is damaged: it does not hold a JSON object.\nAudit it again: check &#34;Start over&#34; under Audit"
-        in found
+    assert plain(text_with(found, "audit.json"), run=run.path) == snapshot(
+        "<run>/audit.json is damaged: it does not hold a JSON object. Audit it again: check &#34;Start "
+        "over&#34; under Audit"
     )
 
 
@@ -247,10 +300,30 @@ def test_the_form_remembers_what_was_asked_for(tab: AuditTab, runs_dir: Path) ->
         assert tab.choose(name) == gr.skip()
 
 
-@pytest.mark.parametrize("name", ["../newest", "/etc", "gone"])
-def test_only_runs_are_audited(tab: AuditTab, name: str) -> None:
-    with pytest.raises(UserError, match="cannot be the name of a run|There is no run gone in"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "../newest",
+            snapshot(
+                '"../newest" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at '
+                "most 100, and no name of a Windows device, so that it stays inside <runs>."
+            ),
+        ),
+        (
+            "/etc",
+            snapshot(
+                '"/etc" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at most '
+                "100, and no name of a Windows device, so that it stays inside <runs>."
+            ),
+        ),
+        ("gone", snapshot("There is no run gone in <runs>. There is: newest, older, unfinished.")),
+    ],
+)
+def test_only_runs_are_audited(tab: AuditTab, name: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
         tab.start(name, ALL, "", False)
+    assert plain(caught.value, runs=tab.runs_dir) == said
     assert tab.tick(name, ("", "")) == (gr.skip(), gr.skip(), gr.skip())
 
 

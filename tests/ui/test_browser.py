@@ -13,12 +13,14 @@ from urllib.parse import urlparse
 
 import pytest
 from gradio_client import Client
+from inline_snapshot import snapshot
 from playwright.sync_api import Locator, Page, expect
 
 from lowmem_rmu import __version__
 from lowmem_rmu.audit.suite import Settings
 from lowmem_rmu.runs import RunFolder, read_lines, write_json
 from lowmem_rmu.ui import jobs
+from tests.texts import plain
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -346,4 +348,4 @@ def test_others_are_let_in_with_a_password_only(arguments: list[str]) -> None:
         check=False,
     )
     assert result.returncode == 2
-    assert "Others could reach this page: give --auth-file FILE" in result.stderr
+    assert plain(result.stderr) == snapshot()

@@ -18,6 +18,7 @@ import gradio as gr
 import psutil
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from lowmem_rmu.chat import SIDES, Sampling
 from lowmem_rmu.errors import UserError
@@ -39,8 +40,10 @@ from lowmem_rmu.ui.chat import (
     suggested_prompts,
     where_they_part,
 )
+from tests.texts import plain, without_numbers
 
 CPU = torch.device("cpu")
+UNLOADED = snapshot("The chat model was unloaded to make room for a run.")
 PROMPT = "Where does the bird Jinidove nest?"
 
 
@@ -93,11 +96,11 @@ def merged(updates: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
 
 
 def test_a_model_is_loaded_once_and_named(holder: LoadedModel, run: RunFolder, runs_dir: Path) -> None:
-    assert (holder.name, holder.bytes, holder.status) == (None, 0, "No chat model is loaded.")
+    assert (holder.name, holder.bytes, holder.status) == (None, 0, snapshot("No chat model is loaded."))
     model = holder.load(run, CPU)
     assert holder.load(run, CPU) is model
     assert (holder.name, holder.bytes) == ("newest", foretold_bytes(run, CPU))
-    assert holder.status.startswith("Loaded: the model of newest. It takes about ")
+    assert without_numbers(holder.status) == snapshot("Loaded: the model of newest. It takes about N MiB.")
     holder.load(RunFolder(runs_dir / "older"), CPU)
     assert model.is_closed
     assert holder.name == "older"
@@ -112,7 +115,7 @@ def test_unloading_frees_the_model(holder: LoadedModel, run: RunFolder) -> None:
     assert alive() is None
     assert psutil.Process().memory_info().rss <= before
     assert (holder.name, holder.bytes) == (None, 0)
-    assert holder.status == "The chat model was unloaded to make room for a run."
+    assert holder.status == UNLOADED
 
 
 def test_what_it_takes_is_foretold(holder: LoadedModel, run: RunFolder) -> None:
@@ -129,12 +132,15 @@ def test_a_model_that_does_not_fit_is_refused_and_the_loaded_one_stays(
     holder: LoadedModel, run: RunFolder, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     holder.load(RunFolder(runs_dir / "older"), CPU)
-    # A full machine cannot be had otherwise.
-    monkeypatch.setattr(chat, "memory_available", lambda device: 2**20 - holder.bytes)
-    with pytest.raises(
-        UserError, match=r"The chat model of newest takes about \d+ MiB, but 1 MiB are free on cpu."
-    ):
+    monkeypatch.setattr(
+        chat, "memory_available", lambda device: 2**20 - holder.bytes
+    )  # a full machine cannot be had otherwise
+    with pytest.raises(UserError) as caught:
         holder.load(run, CPU)
+    assert without_numbers(caught.value) == snapshot(
+        "The chat model of newest takes about N MiB, but N MiB are free on cpu.\n"
+        "Stop a run or close other programs, then load it again."
+    )
     assert holder.name == "older"
 
 
@@ -156,7 +162,7 @@ def test_a_run_whose_turn_comes_finds_room_whoever_started_it(
         until = time.monotonic() + 180
         while holder.name and time.monotonic() < until:
             time.sleep(0.1)
-        assert holder.status == "The chat model was unloaded to make room for a run."
+        assert holder.status == UNLOADED
     process.kill()
     process.wait()
     ticket.give_back()
@@ -169,11 +175,13 @@ def test_a_model_finds_no_room_beside_a_run_that_may_grow(
     with one_at_a_time(runs_dir):
         ticket = take_ticket(runs_dir, "older", os.getpid())
     monkeypatch.setattr(chat, "memory_available", lambda device: foretold_bytes(run, CPU) + 2**20)
-    with pytest.raises(
-        UserError,
-        match=r"takes about \d+ MiB in addition to the [\d.]+ [MG]iB of run older, but \d+ MiB are free on cpu.",
-    ):
+    with pytest.raises(UserError) as caught:
         holder.load(run, CPU)
+    assert without_numbers(caught.value).replace("GiB", "MiB") == snapshot(
+        "The chat model of newest takes about N MiB in addition to the N MiB of run older, but N MiB are "
+        "free on cpu.\n"
+        "Stop a run or close other programs, then load it again."
+    )
     ticket.give_back()
     holder.load(run, CPU)
 
@@ -195,7 +203,7 @@ def test_a_run_made_anew_under_its_name_is_loaded_anew(holder: LoadedModel, run:
 
 def test_a_conversation_from_the_page(tab: ChatTab, run: RunFolder) -> None:
     updates = list(send(tab))
-    assert updates[0][tab.status].startswith("Loading the model of newest, about ")
+    assert without_numbers(updates[0][tab.status]) == snapshot("Loading the model of newest, about N MiB …")
     assert updates[1][tab.prompt] == ""
     assert isinstance(updates[1][tab.stop], Event)
     shown = merged(iter(updates))
@@ -206,7 +214,7 @@ def test_a_conversation_from_the_page(tab: ChatTab, run: RunFolder) -> None:
     assert first.turns[0].base != first.turns[0].unlearned
     for side, pane in tab.panes.items():
         assert [message["content"] for message in again[pane]][:2] == [PROMPT, first.turns[0].of(side)]
-    assert "continues" in shown[tab.parting]
+    assert "parting-unlearned" in shown[tab.parting]
     assert all(again[button].interactive for button in tab.downloads)
     files = {path.suffix: path for path in (run.path / "conversations").iterdir()}
     assert files.keys() == {".md", ".json"}, "one conversation, one file of each kind"
@@ -231,7 +239,7 @@ def test_stop_ends_the_answer_and_keeps_what_there_is(tab: ChatTab) -> None:
     turn = seen[tab.conversation].turns[-1]
     assert turn.stopped
     assert not turn.unlearned
-    assert seen[tab.panes["unlearned"]][-1]["content"] == "(nothing)"
+    assert seen[tab.panes["unlearned"]][-1]["content"] == snapshot("(nothing)")
     tab.stop_answer(None)
 
 
@@ -250,26 +258,61 @@ def test_the_page_says_that_a_run_took_the_memory(tab: ChatTab, holder: LoadedMo
     next(updates)
     holder.unload()
     shown = merged(updates)
-    assert shown[tab.status] == "The chat model was unloaded to make room for a run."
+    assert shown[tab.status] == UNLOADED
     assert shown[tab.conversation].turns[-1].stopped
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prompt": "  "}, "The prompt is empty."),
-        ({"name": None}, "No run is chosen."),
-        ({"name": "unfinished"}, "has no adapter yet."),
-        ({"name": "newes"}, 'Did you mean "newest"'),
-        ({"name": "../newest"}, "cannot be the name of a run"),
-        ({"temperature": None}, "The temperature is empty: give a number, 0 or more"),
-        ({"temperature": "warm"}, "The temperature is “warm”: give a number"),
-        ({"temperature": -0.5}, "The temperature is -0.5: give 0"),
-        ({"length": 0}, "The length is 0: give at least 1 token."),
-        ({"length": 1.5}, "The length is “1.5”: give a whole number"),
-        ({"length": 10**5}, "The length is 100000, but the model reads at most 512 tokens"),
-        ({"seed": float("inf")}, "The seed is “inf”: give a whole number"),
-        ({"seed": -1}, "The seed is -1: give a whole number from 0"),
+        (
+            {"prompt": "  "},
+            snapshot("The prompt is empty.\nType a question, or choose one of the suggested prompts."),
+        ),
+        (
+            {"name": None},
+            snapshot("No run is chosen.\nChoose one above. There is none yet? Start one in the Unlearn tab."),
+        ),
+        (
+            {"name": "unfinished"},
+            snapshot(
+                "Run <runs>/unfinished has no adapter yet.\n"
+                "Go on with it: python -m lowmem_rmu.run ... --resume --name unfinished"
+            ),
+        ),
+        ({"name": "newes"}, snapshot('There is no run newes in <runs>. Did you mean "newest"?')),
+        (
+            {"name": "../newest"},
+            snapshot(
+                '"../newest" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at '
+                "most 100, and no name of a Windows device, so that it stays inside <runs>."
+            ),
+        ),
+        (
+            {"temperature": None},
+            snapshot("The temperature is empty: give a number, 0 or more, for example 0.7."),
+        ),
+        (
+            {"temperature": "warm"},
+            snapshot("The temperature is “warm”: give a number, 0 or more, for example 0.7."),
+        ),
+        (
+            {"temperature": -0.5},
+            snapshot(
+                "The temperature is -0.5: give 0 (always the likeliest word) or a number above it, for "
+                "example 0.7."
+            ),
+        ),
+        ({"length": 0}, snapshot("The length is 0: give at least 1 token.")),
+        ({"length": 1.5}, snapshot("The length is “1.5”: give a whole number, for example 256.")),
+        (
+            {"length": 10**5},
+            snapshot(
+                "The length is 100000, but the model reads at most 512 tokens, prompt and answer together."
+            ),
+        ),
+        ({"seed": float("inf")}, snapshot("The seed is “inf”: give a whole number, for example 0.")),
+        ({"seed": -1}, snapshot("The seed is -1: give a whole number from 0 to 9223372036854775807.")),
     ],
 )
 def test_a_mistake_gives_one_clear_message_and_loses_nothing(
@@ -278,7 +321,7 @@ def test_a_mistake_gives_one_clear_message_and_loses_nothing(
     updates = list[dict[Any, Any]]()
     with pytest.raises(UserError) as error:
         updates.extend(send(tab, **changed))
-    assert message in str(error.value)
+    assert plain(error.value, runs=tab.runs_dir) == message
     shown = merged(iter(updates))
     assert shown.get(tab.prompt, PROMPT) == PROMPT
     assert tab.conversation not in shown
@@ -288,10 +331,14 @@ def test_every_event_is_guarded_and_private(tab: ChatTab) -> None:
     events = list(_blocks_of(tab).fns.values())
     assert len(events) >= 8
     assert {each.api_visibility for each in events} == {"private"}
-    with pytest.raises(gr.Error, match="The prompt is empty"):
+    with pytest.raises(gr.Error) as caught:
         list(
             next(each.fn for each in events if each.name == "send")("newest", "", "", 0, 8, 0, Conversation())
         )
+    assert plain(caught.value.message) == snapshot(
+        "The prompt is empty.\n"
+        "Type a question, or choose one of the suggested prompts."
+    )
 
 
 def _blocks_of(tab: ChatTab) -> gr.Blocks:
@@ -309,29 +356,41 @@ def test_runs_are_offered_newest_first_and_the_choice_stays(
     refreshed = tab.refresh(None)
     assert refreshed[tab.run]["value"] == "newest"
     assert refreshed.keys() == set(tab.refreshed)
-    assert "That of newest would take about" in refreshed[tab.status]
+    assert without_numbers(refreshed[tab.status]) == snapshot(
+        "No chat model is loaded. That of newest would take about N MiB."
+    )
     gone = tab.refresh("gone")
     assert "value" not in gone[tab.run]
-    assert "There is no run gone in " in gone[tab.status]
+    assert plain(gone[tab.status], runs=runs_dir) == snapshot(
+        "No chat model is loaded. There is no run gone in <runs>. There is: newest, older, unfinished."
+    )
     with gr.Blocks():
         empty = build(tmp_path, CPU, LoadedModel())
-    assert "No run has finished unlearning yet" in empty.refresh(None)[empty.status]
+    assert plain(empty.refresh(None)[empty.status]) == snapshot(
+        "No chat model is loaded. No run has finished unlearning yet: start one in the Unlearn tab."
+    )
 
 
 def test_load_and_unload_say_what_they_do(tab: ChatTab) -> None:
     loading, loaded = tab.load("older")
-    assert loading.startswith("Loading the model of older")
-    assert loaded.startswith("Loaded: the model of older")
-    assert tab.unload() == "The chat model was unloaded; its memory is free again."
-    with pytest.raises(UserError, match="No run is chosen"):
+    assert without_numbers(loading) == snapshot("Loading the model of older, about N MiB …")
+    assert without_numbers(loaded) == snapshot("Loaded: the model of older. It takes about N MiB.")
+    assert tab.unload() == snapshot("The chat model was unloaded; its memory is free again.")
+    with pytest.raises(UserError) as caught:
         next(tab.load(None))
+    assert plain(caught.value) == snapshot(
+        "No run is chosen.\n"
+        "Choose one above. There is none yet? Start one in the Unlearn tab."
+    )
 
 
 def test_prompts_are_suggested_for_what_goes_and_what_stays(run: RunFolder) -> None:
     suggested = suggested_prompts(run)
     assert suggested[0] == ("What colour is the compound Yarinoxol?",) * 2
     labels = [label for label, prompt in suggested if label != prompt]
-    assert [label.partition(":")[0] for label in labels] == ["Forgotten"] * 2 + ["Kept"] * 2
+    assert [label.partition(":")[0] for label in labels] == snapshot(
+        ["Forgotten", "Forgotten", "Kept", "Kept"]
+    )
     assert len({prompt for _, prompt in suggested}) == len(suggested)
 
 
@@ -340,12 +399,23 @@ def test_where_they_part_is_escaped_and_marked_by_more_than_colour() -> None:
     assert "<script" not in html
     assert "<img" not in html
     assert "It is</p>" in html
-    assert "Base (before) continues:</b>&lt;script&gt;" in html
-    assert "Unlearned (after) continues:</b>&lt;img src=x&gt;" in html
-    assert "the same, word for word" in where_they_part("<b>", "<b>")
+    assert ":</b>&lt;script&gt;" in html
+    assert ":</b>&lt;img src=x&gt;" in html
     assert "<b>" not in where_they_part("<b>", "<b>")
-    assert "They part at the first word." in where_they_part("Red", "Blue")
-    assert "(nothing more)" in where_they_part("Red", "Red and blue")
+    assert plain(where_they_part("<b>", "<b>")) == snapshot(
+        '<div class="parting" tabindex="0"><p class="parting-note">Both answers are the same, word for '
+        'word.</p><p class="parting-common">&lt;b&gt;</p></div>'
+    )
+    assert plain(where_they_part("Red", "Blue")) == snapshot(
+        '<div class="parting" tabindex="0"><p class="parting-common">They part at the first word.</p><p '
+        'class="parting-base"><b>Base (before) continues:</b>Red</p><p '
+        'class="parting-unlearned"><b>Unlearned (after) continues:</b>Blue</p></div>'
+    )
+    assert plain(where_they_part("Red", "Red and blue")) == snapshot(
+        '<div class="parting" tabindex="0"><p class="parting-common">Red</p><p class="parting-base"><b>Base '
+        '(before) continues:</b>(nothing more)</p><p class="parting-unlearned"><b>Unlearned (after) '
+        "continues:</b>and blue</p></div>"
+    )
 
 
 def test_panes_show_markup_to_the_letter(tab: ChatTab) -> None:
@@ -358,8 +428,9 @@ def test_the_api_answers_as_the_page_does(tab: ChatTab, holder: LoadedModel, run
     assert list(answers) == list(SIDES)
     turn = merged(send(tab))[tab.conversation].turns[0]
     assert answers == {side: turn.of(side) for side in SIDES}
-    with pytest.raises(UserError, match="The length is 0"):
+    with pytest.raises(UserError) as caught:
         ask(holder, runs_dir, CPU, "newest", PROMPT, 0, 0.0, 0)
+    assert plain(caught.value) == snapshot("The length is 0: give at least 1 token.")
 
 
 def test_fields_become_settings() -> None:
@@ -375,11 +446,15 @@ def test_who_asks_second_is_told_at_once_that_another_answer_comes_first(
     next(first)
     second, third = send(tab), send(tab)
     said = next(second)
-    assert said[tab.status] == "Waiting: 1 other answer comes before yours. Stop takes you out of the line."
-    assert next(third)[tab.status].startswith("Waiting: 2 other answers come before yours.")
+    assert said[tab.status] == snapshot(
+        "Waiting: 1 other answer comes before yours. Stop takes you out of the line."
+    )
+    assert next(third)[tab.status] == snapshot(
+        "Waiting: 2 other answers come before yours. Stop takes you out of the line."
+    )
     tab.stop_answer(said[tab.stop])
     assert merged(second)[tab.stop] is None, "out of the line, and nothing was answered"
-    assert next(third)[tab.status].startswith("Waiting: 1 other answer")
+    assert next(third)[tab.status] == said[tab.status]
     list(first)
     assert merged(third)[tab.conversation].turns[0].unlearned
     assert tab.model.line._waiting == []

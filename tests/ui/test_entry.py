@@ -33,7 +33,7 @@ def behind_token(
         printed = ""
         while "token=" not in printed:
             printed = (runs_dir / ".app.txt").read_text()
-        match = re.search(r"Open (\S+)/\?token=(\S+) in a browser\.", printed)
+        match = re.search(r"(\S+)/\?token=(\S+)", printed)
         assert match, printed
         assert match[1] == address
         yield address, match[2]

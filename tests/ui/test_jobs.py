@@ -13,15 +13,17 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError, readable
 from lowmem_rmu.presets import load_preset
 from lowmem_rmu.runs import RunFolder, write_json
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.ui import jobs
+from tests.texts import plain
 from tests.waiting import wait_until
 
-TAKEN = "Run taken exists already.\nChoose another name."
+TAKEN = snapshot("Run taken exists already.\nChoose another name.")
 PYTHON = sys.executable
 Sleeper = Callable[[], subprocess.Popen[bytes]]
 
@@ -145,7 +147,7 @@ def test_a_name_that_is_taken_is_refused_in_the_words_of_the_page(tmp_path: Path
     other = make_run(tmp_path, "other", {"state": "done"})
     assert mistake(jobs.reserve, tmp_path, "tiny", "taken") == TAKEN
     assert mistake(jobs.rename, other, "taken") == TAKEN
-    assert mistake(jobs.rename, other, "other") == TAKEN.replace("taken", "other")
+    assert mistake(jobs.rename, other, "other").replace("other", "taken", 1) == TAKEN
     assert other.path.exists()
 
 
@@ -157,18 +159,23 @@ def test_what_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "runs", "mine", {"state": "done"})
     for said in (mistake(jobs.reserve, tmp_path / "runs", "tiny", name), mistake(jobs.rename, run, name)):
         shown = readable(f'"{name}"')  # shortened, and without what a terminal takes for a command
-        assert said.startswith(f"{shown} cannot be the name of a run: use letters, digits")
-        assert said.endswith(f"so that it stays inside {tmp_path / 'runs'}.")
+        assert said.startswith(f"{shown} ")
+        assert plain(said.removeprefix(f"{shown} "), runs=tmp_path / "runs") == snapshot(
+            'cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at most 100, and no '
+            "name of a Windows device, so that it stays inside <runs>."
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [".queue", "mine"]
 
 
 def test_finding_says_what_is_not_there(tmp_path: Path) -> None:
     for nothing in (None, ""):
-        assert mistake(jobs.find, tmp_path, nothing) == "Choose a run first."
+        assert mistake(jobs.find, tmp_path, nothing) == snapshot("Choose a run first.")
     make_run(tmp_path, "mine")
-    assert mistake(jobs.find, tmp_path, "mind") == f'There is no run mind in {tmp_path}. Did you mean "mine"?'
-    assert mistake(jobs.find, tmp_path, "../mine").startswith('"../mine" cannot be the name of a run')
+    assert plain(mistake(jobs.find, tmp_path, "mind"), runs=tmp_path) == snapshot(
+        'There is no run mind in <runs>. Did you mean "mine"?'
+    )
+    assert mistake(jobs.find, tmp_path, "../mine").startswith('"../mine" ')
 
 
 def test_runs_under_way_come_first_and_in_their_order_then_the_newest(
@@ -201,7 +208,7 @@ def test_a_folder_that_no_run_can_be_called_is_none(tmp_path: Path) -> None:
 
 def test_a_reserved_folder_that_nobody_goes_through_has_failed(tmp_path: Path) -> None:
     state = jobs.state_of(jobs.reserve(tmp_path, "tiny", "mine"))
-    assert (state.state, state.is_live, state.words) == ("failed", False, "failed")
+    assert (state.state, state.is_live, state.words) == ("failed", False, snapshot("failed"))
 
 
 def test_a_refused_run_tells_why(tmp_path: Path) -> None:
@@ -220,7 +227,11 @@ def test_a_run_that_died_while_it_waited_was_interrupted(tmp_path: Path, sleeper
     process.kill()
     process.wait()
     state = jobs.state_of(folder)
-    assert (state.state, state.is_live, state.words) == ("interrupted", False, "interrupted; it can go on")
+    assert (state.state, state.is_live, state.words) == (
+        "interrupted",
+        False,
+        snapshot("interrupted; it can go on"),
+    )
 
 
 def test_the_queue_tells_who_starts_and_who_waits(tmp_path: Path, sleeper: Sleeper) -> None:
@@ -228,11 +239,9 @@ def test_the_queue_tells_who_starts_and_who_waits(tmp_path: Path, sleeper: Sleep
     for run in runs:
         queue(tmp_path, run.path.name, sleeper())
     states = [jobs.state_of(run) for run in runs]
-    assert [state.words for state in states] == [
-        "starting",
-        "waiting: 1 run before it",
-        "waiting: 2 runs before it",
-    ]
+    assert [state.words for state in states] == snapshot(
+        ["starting", "waiting: 1 run before it", "waiting: 2 runs before it"]
+    )
     assert [state.place for state in states] == [0, 1, 2]
     assert all(state.is_live for state in states)
 
@@ -272,7 +281,7 @@ def test_a_killed_run_whose_pid_another_process_has_is_interrupted(
         tmp_path, "mine", {"pid": sleeper().pid, "heartbeat": time.time() - 60, "started": started}
     )
     assert jobs.state_of(run).state == "interrupted"
-    assert mistake(jobs.stop, run) == "Run mine is not under way."
+    assert plain(mistake(jobs.stop, run)) == snapshot("Run mine is not under way.")
     jobs.delete(jobs.rename(run, "other"))
     assert jobs.names(tmp_path) == []
 
@@ -350,9 +359,9 @@ def test_a_reserved_run_that_never_began_is_started_anew(stand_in: Callable[[str
 
 def test_a_reserved_folder_without_settings_has_nothing_to_go_on_with(tmp_path: Path) -> None:
     folder = jobs.reserve(tmp_path, "tiny", "mine")
-    assert (
-        mistake(jobs.resume, folder)
-        == "Run mine holds no settings to go on with.\nDelete it, and start a new one."
+    assert plain(mistake(jobs.resume, folder)) == snapshot(
+        "Run mine holds no settings to go on with.\n"
+        "Delete it, and start a new one."
     )
     assert tickets(tmp_path) == []
 
@@ -366,7 +375,7 @@ def test_a_run_goes_on_with_the_settings_it_was_started_with(stand_in: Callable[
     assert run.output.read_text().strip().endswith("'--device', 'cpu', '--resume']")
     assert load_preset(str(run.path / "tiny.yaml")).rmu.steps == 10
     assert not run.stop_asked
-    assert mistake(jobs.resume, run) == "Run mine is under way already."
+    assert plain(mistake(jobs.resume, run)) == snapshot("Run mine is under way already.")
     assert len(tickets(runs_dir)) == 1
 
 
@@ -375,11 +384,11 @@ def test_settings_of_another_version_are_told_before_anything_starts(stand_in: C
     settings = load_preset("tiny").model_dump()
     settings["rmu"]["warmth"] = 3
     run = make_run(runs_dir, "mine", {"state": "stopped"}, settings=settings)
-    said = mistake(jobs.resume, run)
-    assert said.startswith(
-        f"{run.path} was written by another version of lowmem-rmu: this one does not know its settings of rmu.warmth.\n"
+    assert plain(mistake(jobs.resume, run), run=run.path) == snapshot(
+        "<run> was written by another version of lowmem-rmu: this one does not know its settings of "
+        "rmu.warmth.\n"
+        "Read it with the version that its config.json names, or make the run again."
     )
-    assert said.endswith("Read it with the version that its config.json names, or make the run again.")
     assert (tickets(runs_dir), jobs.state_of(run).state) == ([], "stopped")
 
 
@@ -388,7 +397,10 @@ def test_a_finished_run_is_not_run_again(
 ) -> None:
     runs_dir = stand_in("time.sleep(60)")
     run = RunFolder(Path(shutil.copytree(forgetful.path, runs_dir / "mine")))
-    assert mistake(jobs.resume, run).startswith("Run mine is finished: nothing of it is left to do.\n")
+    assert plain(mistake(jobs.resume, run)) == snapshot(
+        "Run mine is finished: nothing of it is left to do.\n"
+        "See its results, or start a new run."
+    )
     assert tickets(runs_dir) == []
     # What is missing or damaged can be made again.
     (run.path / "summary.json").write_text("[")
@@ -418,7 +430,9 @@ def test_a_run_that_is_asked_twice_at_once_to_go_on_does_so_once(stand_in: Calla
         thread.start()
     for thread in threads:
         thread.join()
-    assert said == ["Run mine is under way already."] * 3
+    assert said == snapshot(
+        ["Run mine is under way already.", "Run mine is under way already.", "Run mine is under way already."]
+    )
     assert len(tickets(runs_dir)) == 1
 
 
@@ -462,7 +476,7 @@ def test_a_process_that_sees_the_stop_file_gets_no_signal(
     time.sleep(0.5)  # the one that insists looks every 0.2 seconds
     assert heard(folder) == 0
     assert jobs.state_of(folder).state == "interrupted"
-    assert mistake(jobs.stop, folder) == "Run mine is not under way."
+    assert plain(mistake(jobs.stop, folder)) == snapshot("Run mine is not under way.")
 
 
 def test_a_process_that_ignores_the_file_is_asked_by_a_signal(
@@ -505,7 +519,7 @@ def test_another_run_in_the_same_queue_hears_nothing(
 
 def test_only_what_is_under_way_can_be_stopped(tmp_path: Path, sleeper: Sleeper) -> None:
     run = make_run(tmp_path, "mine", {"state": "done"})
-    assert mistake(jobs.stop, run) == "Run mine is not under way."
+    assert plain(mistake(jobs.stop, run)) == snapshot("Run mine is not under way.")
     assert not run.stop_asked
     # A run without a number, of an earlier version.
     write_status(run, pid=sleeper().pid, heartbeat=time.time())
@@ -522,9 +536,11 @@ def test_what_is_under_way_is_neither_deleted_nor_renamed(tmp_path: Path, sleepe
     for folder in (first, second, third):
         queue(tmp_path, folder.path.name, sleeper())
         name = folder.path.name
-        assert mistake(jobs.delete, folder) == f"Run {name} is under way: stop it before it is deleted."
-        assert (
-            mistake(jobs.rename, folder, "other") == f"Run {name} is under way: stop it before it is renamed."
+        assert plain(mistake(jobs.delete, folder), name=name) == snapshot(
+            "Run <name> is under way: stop it before it is deleted."
+        )
+        assert plain(mistake(jobs.rename, folder, "other"), name=name) == snapshot(
+            "Run <name> is under way: stop it before it is renamed."
         )
         assert folder.path.is_dir()
     assert not (tmp_path / "other").exists()

@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.runs import STAGES, RunFolder, add_lines, write_json
 from lowmem_rmu.ui import live
 from lowmem_rmu.ui.jobs import RunState
+from tests.texts import plain, text_with
 
 HOSTILE = "<script>alert('1')</script><img src=x onerror=alert(1)>"
-ENDED = "Its process ended before it was done; output.txt in its folder says more.\nResume continues from the last checkpoint."
+ENDED = snapshot(
+    "Its process ended before it was done; output.txt in its folder says more.\n"
+    "Resume continues from the last checkpoint."
+)
 TRACE = 'Traceback (most recent call last):\n  File "/home/me/run.py", line 3, in <module>\n    go()\nValueError: so\n'
 BOXED = "╭───── Traceback (most recent call last) ─────╮\n│ /home/me/run.py:3 in <module> │\n╰────╯\nAssertionError\n"
 CPP = "so\nException raised from f at a.cpp:3 (most recent call first):\nframe #0: f"
@@ -44,31 +49,46 @@ def figures(html: str) -> dict[str, str]:
 
 def test_a_run_that_has_not_begun_shows_its_state_alone(run: RunFolder) -> None:
     html = live.progress(state("waiting", place=2), run)
-    assert html == "<p class='rmu-state rmu-waiting'><strong>mine</strong>: waiting: 2 runs before it</p>"
+    assert plain(html) == snapshot(
+        "<p class='rmu-state rmu-waiting'><strong>mine</strong>: waiting: 2 runs before it</p>"
+    )
 
 
 def test_a_stage_without_a_count_is_named(run: RunFolder) -> None:
-    assert "<p>Unlearning (stage 2 of 4) …</p>" in live.progress(state(stage="unlearn"), run)
-    assert "<p>Waiting for its turn …</p>" in live.progress(state("starting", stage="queue"), run)
+    assert plain(live.progress(state(stage="unlearn"), run)) == snapshot(
+        "<p class='rmu-state rmu-running'><strong>mine</strong>: running</p><p>Unlearning (stage 2 of 4) "
+        "…</p>"
+    )
+    assert plain(live.progress(state("starting", stage="queue"), run)) == snapshot(
+        "<p class='rmu-state rmu-starting'><strong>mine</strong>: starting</p><p>Waiting for its turn …</p>"
+    )
 
 
 def test_how_far_a_stage_is(run: RunFolder) -> None:
     html = live.progress(state(stage="evaluate-base", step=1300, total=14000, seconds_left=3725.0), run)
-    assert "<p>Asking the model before (stage 1 of 4): 1,300 of 14,000, about 1 h 02 min left</p>" in html
-    assert (
-        "<progress max='14000' value='1300' aria-label='Asking the model before (stage 1 of 4)'></progress>"
-        in html
+    assert plain(html) == snapshot(
+        "<p class='rmu-state rmu-running'><strong>mine</strong>: running</p><p>Asking the model before "
+        "(stage 1 of 4): 1,300 of 14,000, about 1 h 02 min left</p><progress max='14000' value='1300' "
+        "aria-label='Asking the model before (stage 1 of 4)'></progress>"
     )
-    assert "left" not in live.progress(state(stage="unlearn", step=0, total=9), run)
+    assert text_with(live.progress(state(stage="unlearn", step=0, total=9), run), "9") == snapshot(
+        "Unlearning (stage 2 of 4): 0 of 9"
+    )
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (90061, "25 h 01 min")],
+    [
+        (0.4, snapshot("Unlearning (stage 2 of 4): 1 of 9, about 0 s left")),
+        (59.4, snapshot("Unlearning (stage 2 of 4): 1 of 9, about 59 s left")),
+        (59.6, snapshot("Unlearning (stage 2 of 4): 1 of 9, about 1 min 00 s left")),
+        (3599.6, snapshot("Unlearning (stage 2 of 4): 1 of 9, about 1 h 00 min left")),
+        (90061, snapshot("Unlearning (stage 2 of 4): 1 of 9, about 25 h 01 min left")),
+    ],
 )
 def test_time_left_in_words(run: RunFolder, seconds: float, words: str) -> None:
     html = live.progress(state(stage="unlearn", step=1, total=9, seconds_left=seconds), run)
-    assert f"1 of 9, about {words} left</p>" in html
+    assert text_with(html, "1 of 9") == words
 
 
 def test_every_stage_has_words() -> None:
@@ -84,12 +104,9 @@ def test_figures_of_the_last_step(run: RunFolder) -> None:
     for number in (1, 2):
         run.add_metrics(step(number, forget_norm=1.5, retain_norm=None))
     html = live.progress(state(), run)
-    assert figures(html) == {
-        "Step": "2",
-        "Forget loss": "5",
-        "Retain loss": "0.25",
-        "Activation norm, forget set": "1.5",
-    }
+    assert figures(html) == snapshot(
+        {"Step": "2", "Forget loss": "5", "Retain loss": "0.25", "Activation norm, forget set": "1.5"}
+    )
 
 
 def test_a_torn_line_is_passed_over(run: RunFolder) -> None:
@@ -97,13 +114,13 @@ def test_a_torn_line_is_passed_over(run: RunFolder) -> None:
     run.add_metrics(step(2))
     with run.metrics.open("a") as file:
         file.write(TORN)
-    assert figures(live.progress(state(), run))["Step"] == "2"
+    assert "2" in figures(live.progress(state(), run)).values()
     forget, *_ = live.curves(run)
     assert forget is not None
     assert list(forget["step"]) == [1, 2]
     with run.answers("base").open("wb") as raw:
         raw.write('{"task": "a", "correct": true}\n{"task": "ä'.encode()[:-1])
-    assert "<td>100.0% of 1</td><td>–</td>" in live.progress(state(), run)
+    assert text_with(live.progress(state(), run), "100.0%") == snapshot("100.0% of 1")
 
 
 def test_right_answers_so_far_by_side_and_task(run: RunFolder) -> None:
@@ -116,9 +133,9 @@ def test_right_answers_so_far_by_side_and_task(run: RunFolder) -> None:
             ],
         )
     html = live.progress(state(), run)
-    assert "<summary>Right answers so far</summary>" in html
+    assert re.findall("<summary>(.*?)</summary>", html) == snapshot(["Right answers so far"])
     rows = re.findall(r"<tr><th scope='row'>(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>", html)
-    assert rows == [("locks", "100.0% of 2", "0.0% of 2"), ("7", "0.0% of 1", "0.0% of 1")]
+    assert rows == snapshot([("locks", "100.0% of 2", "0.0% of 2"), ("7", "0.0% of 1", "0.0% of 1")])
 
 
 def test_names_errors_and_tasks_are_shown_to_the_letter(run: RunFolder) -> None:
@@ -149,7 +166,8 @@ def test_of_the_output_the_last_lines_are_told(run: RunFolder) -> None:
 def test_no_stack_trace_is_shown_of_what_was_printed(run: RunFolder, trace: str, name: str) -> None:
     run.output.write_text(trace, encoding="utf-8")
     html = live.progress(state(name), run)
-    assert "Its process ended before it was done" in html
+    shown = re.findall("<pre[^>]*>(.*?)</pre>", html, re.DOTALL)
+    assert shown == [ENDED]
     assert "Traceback" not in html
     assert "run.py" not in html
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from inline_snapshot import snapshot
 
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import Row
@@ -15,6 +16,7 @@ from lowmem_rmu.report import app_stylesheet, render_comparison, render_parts
 from lowmem_rmu.runs import RunFolder, write_json, write_lines
 from lowmem_rmu.ui import results
 from lowmem_rmu.ui.guard import guarded
+from tests.texts import plain
 
 HOSTILE = "</dd><script>alert('--> \"1\"')</script><img src=x onerror=alert(1)> & ]]>"
 
@@ -142,20 +144,19 @@ def test_a_folder_without_runs_says_what_to_do(tmp_path: Path) -> None:
         tab = results.build(tmp_path / "nowhere")
     assert tab.refresh(None, None)[0]["value"] is None
     html, download = last(tab.show(None))
-    assert "No finished run yet. Start one under Unlearn." in html
+    assert html == results.EMPTY == snapshot("<p>No finished run yet. Start one under Unlearn.</p>")
     assert download["interactive"] is False
 
 
 def test_a_run_is_shown_with_its_report_to_keep(tab: results.Results) -> None:
     html, download = last(tab.show("new"))
     assert html.startswith('<div class="rmu-results">')
-    # Fmt: skip.
-    assert re.findall(r"<h2>(.*?)</h2>", html) == [
+    assert re.findall(r"<h2>(.*?)</h2>", html) == snapshot([
         "Questions, base and unlearned",
         "How training went",
         "The same prompt to both",
         "What this does not show",
-    ]
+    ])
     assert re.findall(r"<dd class=\"(\w+)\">", html) == ["partly", "partly", "unknown"]
     assert cells(html, "compounds")[:3] == ["compounds5-shot", "90.0% ± 3.0", "25.0% ± 4.0"]
     assert html.count("<svg") == 3 * 2
@@ -185,13 +186,16 @@ def test_two_runs_side_by_side(tab: results.Results) -> None:
     shown = last(tab.compare("old", "new"))
     html = shown["value"]
     assert shown["visible"] is True
-    assert cells(html, "Is it forgotten[?]")[1:] == ["Yes, not audited", "Partly"]
-    assert cells(html, "What did the audit find[?]")[1:] == ["Not audited", "Not audited"]
-    notes = "compounds0-shot (first); 5-shot (second)"
-    assert cells(html, "compounds") == [notes, "90.0%", "30.0%", "−60.0", "90.0%", "25.0%", "−65.0"]
+    assert cells(html, "Is it forgotten[?]")[1:] == snapshot(["Yes, not audited", "Partly"])
+    assert cells(html, "What did the audit find[?]")[1:] == snapshot(["Not audited", "Not audited"])
+    notes, *numbers = cells(html, "compounds")
+    assert notes == snapshot("compounds0-shot (first); 5-shot (second)")
+    assert numbers == ["90.0%", "30.0%", "−60.0", "90.0%", "25.0%", "−65.0"]
     assert cells(html, "kept") == ["kept", "90.0%", "88.0%", "−2.0", "–", "–", "–"]
     assert cells(html, "law") == ["law", "–", "–", "–", "90.0%", "90.0%", "+0.0"]
-    assert html.index("All 1 parts of mmlu") < html.index(">law<")
+    [title] = [title for title in re.findall("<summary>(.*?)</summary>", html) if "mmlu" in title]
+    assert title == snapshot("All 1 parts of mmlu, one by one")
+    assert html.index(title) < html.index(">law<")
     assert cells(html, "rmu.steps") == ["rmu.steps", "60", "380"]
     assert "rmu.lr" not in html
 
@@ -200,11 +204,16 @@ def test_settings_that_only_one_run_has(runs_dir: Path) -> None:
     make_run(runs_dir, "more", [], steps=60, lr=0.001, rank=None)
     make_run(runs_dir, "same", [], steps=60, lr=0.001)
     old = RunFolder.open(runs_dir, "old")
-    assert "Both ran with the same settings." in render_comparison(old, RunFolder.open(runs_dir, "same"))
+    same = render_comparison(old, RunFolder.open(runs_dir, "same"))
+    assert "rmu.steps" not in same
     config = RunFolder.open(runs_dir, "more").config
     config["settings"]["topics"] = {"a.b": {"alpha": 2.0}, "c": {"alpha": 1.0}}
     write_json(runs_dir / "more" / "config.json", config)
     html = render_comparison(old, RunFolder.open(runs_dir, "more"))
+    paragraphs = re.findall("<p[^>]*>(.*?)</p>", html, re.DOTALL)
+    assert [
+        text for text in re.findall("<p[^>]*>(.*?)</p>", same, re.DOTALL) if text not in paragraphs
+    ] == snapshot(["Both ran with the same settings."])
     assert cells(html, "topics.a.b.alpha")[1:] == ["1.0", "2.0"]
     assert cells(html, "topics.c")[1:] == ["–", "{alpha: 1.0}"]
 
@@ -215,18 +224,52 @@ def test_no_other_run_is_no_comparison(tab: results.Results) -> None:
 
 
 def test_a_run_beside_itself_is_refused(tab: results.Results) -> None:
-    with pytest.raises(UserError, match="choose another one"):
+    with pytest.raises(UserError) as caught:
         last(tab.compare("old", "old"))
+    assert plain(caught.value) == snapshot(
+        "This is the run that is shown already: choose another one to compare it with."
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no summary.json: it has not finished"),
-        ('{"rows": [', "summary.json is damaged"),
-        ("[]", "summary.json is damaged"),
-        ("\udcff", "summary.json is damaged"),
-        ('{"rows": []}', "written by another version"),
+        (
+            None,
+            snapshot(
+                "Run <run> has no summary.json: it has not finished.\n"
+                "Go on with it: --resume --name new"
+            ),
+        ),
+        (
+            '{"rows": [',
+            snapshot(
+                "<run>/summary.json is damaged: it does not hold a JSON object.\n"
+                "Have it written again: --resume --name new"
+            ),
+        ),
+        (
+            "[]",
+            snapshot(
+                "<run>/summary.json is damaged: it does not hold a JSON object.\n"
+                "Have it written again: --resume --name new"
+            ),
+        ),
+        (
+            "\udcff",
+            snapshot(
+                "<run>/summary.json is damaged: it does not hold a JSON object.\n"
+                "Have it written again: --resume --name new"
+            ),
+        ),
+        (
+            '{"rows": []}',
+            snapshot(
+                "<run>/summary.json was written by another version of this program, or is damaged: it lacks "
+                "title.\n"
+                "Have it written again: --resume --name new"
+            ),
+        ),
     ],
 )
 def test_results_that_cannot_be_read_are_told_and_nothing_old_stands(
@@ -242,36 +285,54 @@ def test_results_that_cannot_be_read_are_told_and_nothing_old_stands(
     ):
         cleared = next(shown)
         assert cleared == nothing if nothing else cleared["visible"] is False
-        with pytest.raises(UserError, match=f"{message}(.|\n)*--resume --name new"):
+        with pytest.raises(UserError) as caught:
             next(shown)
-    with pytest.raises(UserError, match=message):
+        assert plain(caught.value, run=runs_dir / "new") == message
+    with pytest.raises(UserError) as caught:
         results.results(runs_dir, "new")
-    with pytest.raises(UserError, match=message):
+    assert plain(caught.value, run=runs_dir / "new") == message
+    with pytest.raises(UserError) as caught:
         tab.opened("new")
+    assert plain(caught.value, run=runs_dir / "new") == message
 
 
 def test_rows_of_another_version_are_told(runs_dir: Path) -> None:
     summary = results.results(runs_dir, "new")
     del summary["rows"][0]["p_value"]
     write_json(runs_dir / "new" / "summary.json", summary)
-    with pytest.raises(UserError, match="another version"):
+    with pytest.raises(UserError) as caught:
         results.results(runs_dir, "new")
+    assert plain(caught.value, run=runs_dir / "new") == snapshot(
+        "<run>/summary.json was written by another version of this program, or is damaged: it lacks "
+        "p_value.\n"
+        "Have it written again: --resume --name new"
+    )
 
 
 def test_a_damaged_config_is_told(runs_dir: Path, tab: results.Results) -> None:
     (runs_dir / "new" / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="config.json is damaged(.|\n)*from a copy"):
+    with pytest.raises(UserError) as caught:
         last(tab.show("new"))
+    assert plain(caught.value, run=runs_dir / "new") == snapshot(
+        "<run>/config.json is damaged: it does not hold a JSON object.\n"
+        "Put the file back from a copy, or delete the folder <run>."
+    )
 
 
 def test_a_run_that_is_gone_is_told_by_the_event(tab: results.Results) -> None:
     event = guarded(tab.show)("gone<b>")
     next(event)
-    with pytest.raises(gr.Error, match="cannot be the name of a run") as told:
+    with pytest.raises(gr.Error) as told:
         next(event)
-    assert "<b>" not in str(told.value)
-    with pytest.raises(UserError, match="There is no run gone"):
+    assert plain(told.value.message, runs=tab.runs_dir) == snapshot(
+        "&#34;gone&lt;b&gt;&#34; cannot be the name of a run: use letters, digits, &#34;.&#34;, &#34;_&#34; "
+        "and &#34;-&#34; only, at most 100, and no name of a Windows device, so that it stays inside <runs>."
+    )
+    with pytest.raises(UserError) as caught:
         tab.opened("gone")
+    assert plain(caught.value, runs=tab.runs_dir) == snapshot(
+        'There is no run gone in <runs>. Did you mean "new"?'
+    )
 
 
 def test_a_run_opens_from_another_tab(tab: results.Results) -> None:
@@ -299,7 +360,7 @@ def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
 
 def test_another_choice_takes_the_old_report_away_before_the_new_one_is_read(tab: results.Results) -> None:
     parts, download, comparison = tab.clear("old")
-    assert parts == "<p>Reading the results of old …</p>"
+    assert plain(parts) == snapshot("<p>Reading the results of old …</p>")
     assert (download["value"], download["interactive"], comparison["visible"]) == (None, False, False)
     assert tab.clear(None)[0] == results.EMPTY
     assert "&lt;b&gt;" in tab.clear("<b>")[0]

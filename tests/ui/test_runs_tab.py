@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 import pytest
 import yaml
+from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.verdict import as_json
 from lowmem_rmu.errors import UserError
@@ -20,6 +21,7 @@ from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_
 from lowmem_rmu.turns import one_at_a_time, take_ticket
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.runs import COLUMNS, RunsTab, rows
+from tests.texts import plain
 
 VERDICT = {"forgotten": "yes", "kept": "partly", "sentences": []}
 
@@ -84,12 +86,12 @@ def listed(runs_dir: Path) -> dict[str, list[str]]:
 def test_every_run_has_a_row(runs_dir: Path, busy: RunFolder) -> None:
     found = rows(runs_dir)
     assert all(len(row) == len(COLUMNS) for row in found)
-    assert [row[:4] for row in found] == [
+    assert [row[:4] for row in found] == snapshot([
         ["busy", "running", "tiny", "–"],
         ["finished", "done", "tiny", "Forgotten: yes. Kept: partly. Audit: not audited."],
         ["stopped", "stopped; it can go on", "tiny", "–"],
         ["refused", "failed", "zephyr-7b", "–"],
-    ]
+    ])
 
 
 def test_a_runs_folder_that_is_not_there_is_an_empty_list(tmp_path: Path) -> None:
@@ -118,9 +120,9 @@ def test_a_damaged_run_spoils_no_list_and_can_be_deleted(tab: RunsTab, runs_dir:
 def test_the_list_names_what_the_audit_found(runs_dir: Path) -> None:
     audit = as_json("finished", 60, True, 1.0, 0.3, [])
     write_json(runs_dir / "finished/audit.json", audit | {"verdict": {"mark": "hidden", "sentences": []}})
-    assert rows(runs_dir)[0][3] == "Forgotten: yes. Kept: partly. Audit: hidden."
+    assert rows(runs_dir)[0][3] == snapshot("Forgotten: yes. Kept: partly. Audit: hidden.")
     (runs_dir / "finished/audit.json").write_text("{")
-    assert rows(runs_dir)[0][3] == "Forgotten: yes. Kept: partly. Audit: not readable."
+    assert rows(runs_dir)[0][3] == snapshot("Forgotten: yes. Kept: partly. Audit: not readable.")
 
 
 @pytest.mark.parametrize("verdict", [{}, {"forgotten": "yes"}, [], "yes", 3])
@@ -168,7 +170,7 @@ def test_deleting_asks_first_and_says_how_much_goes(tab: RunsTab, runs_dir: Path
     question, words, asked_about = tab.ask("finished")
     assert asked_about == "finished"
     assert question["visible"] is True
-    assert words == "Delete **finished** (0.0 MB)? This cannot be undone."
+    assert words == snapshot("Delete **finished** (0.0 MB)? This cannot be undone.")
     assert (runs_dir / "finished").exists()
     table, run, question = tab.delete("finished")
     assert not (runs_dir / "finished").exists()
@@ -188,27 +190,35 @@ def test_renaming_keeps_the_run_chosen(tab: RunsTab, runs_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "  "])
 def test_a_new_name_has_to_be_typed(tab: RunsTab, name: str) -> None:
-    with pytest.raises(UserError, match=r"^Type the new name first\.$"):
+    with pytest.raises(UserError) as caught:
         tab.rename("stopped", name)
+    assert plain(caught.value) == snapshot("Type the new name first.")
 
 
 @pytest.mark.parametrize("act", ["resume", "ask", "delete"])
 def test_a_run_has_to_be_chosen(tab: RunsTab, act: str) -> None:
-    with pytest.raises(UserError, match=r"^Choose a run first\.$"):
+    with pytest.raises(UserError) as caught:
         getattr(tab, act)(None)
-    with pytest.raises(UserError, match="There is no run gone in "):
+    assert plain(caught.value, runs=tab.runs_dir) == snapshot("Choose a run first.")
+    with pytest.raises(UserError) as caught:
         getattr(tab, act)("gone")
+    assert plain(caught.value, runs=tab.runs_dir) == snapshot(
+        "There is no run gone in <runs>. There is: finished, stopped."
+    )
 
 
 def test_what_is_under_way_is_left_alone(tab: RunsTab, busy: RunFolder) -> None:
     for act, said in (
-        (lambda: tab.delete("busy"), "Run busy is under way: stop it before it is deleted."),
-        (lambda: tab.rename("busy", "idle"), "Run busy is under way: stop it before it is renamed."),
-        (lambda: tab.resume("busy"), "Run busy is under way already."),
+        (lambda: tab.delete("busy"), snapshot("Run busy is under way: stop it before it is deleted.")),
+        (
+            lambda: tab.rename("busy", "idle"),
+            snapshot("Run busy is under way: stop it before it is renamed."),
+        ),
+        (lambda: tab.resume("busy"), snapshot("Run busy is under way already.")),
     ):
         with pytest.raises(UserError) as caught:
             act()
-        assert str(caught.value) == said
+        assert plain(caught.value) == said
     assert yaml.safe_load(tab.settings_of("busy"))["title"] == "Vergiß"
 
 

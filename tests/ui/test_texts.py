@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from inline_snapshot import snapshot
 
 from lowmem_rmu.data.corpora import load_samples, read_documents
 from lowmem_rmu.errors import UserError
@@ -23,6 +24,7 @@ from lowmem_rmu.ui.texts import (
     topic_name,
     with_own_text,
 )
+from tests.texts import plain, text_with
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -81,8 +83,9 @@ def test_one_file_is_told_with_its_tokens_and_what_cannot_be_measured(
     text = "The compound Yarinoxol is amber."
     html = describe(dropped(("a.txt", text)), preset, FORGET)
     tokens = len(load_tokenizer(preset.model)(text)["input_ids"])
-    assert html.startswith(
-        f"<p><strong>1 file, 1 document, {tokens} tokens in 1 samples.</strong> All of it is trained on"
+    assert plain(text_with(html, "1 document"), tokens=f"{tokens} tokens") == snapshot(
+        "1 file, 1 document, <tokens> in 1 samples. All of it is trained on, so its loss on unseen text "
+        "cannot be told: give several files, or a .jsonl file with a text a line."
     )
     assert shown(html) == [f"{text} …"]
 
@@ -90,8 +93,10 @@ def test_one_file_is_told_with_its_tokens_and_what_cannot_be_measured(
 def test_files_of_every_kind_are_read(dropped: Dropped, preset: Preset) -> None:
     lines = '{"text": "third"}\n{"text": "fourth"}\n'
     html = describe(dropped(("a.txt", "first"), ("B.MD", "# second"), ("c.JSONL", lines)), preset, FORGET)
-    assert "3 files, 4 documents" in html
-    assert "10% of the documents are kept aside" in html
+    assert text_with(html, "4 documents") == snapshot(
+        "3 files, 4 documents, 17 tokens in 4 samples. 10% of the documents are kept aside, to see "
+        "afterwards whether unseen text is forgotten too."
+    )
     assert shown(html) == ["first …", "# second …", "third …"], "the beginnings of three"
 
 
@@ -122,7 +127,10 @@ def test_without_its_tokenizer_characters_are_counted(
     absent = preset.model_copy(
         update={"model": preset.model.model_copy(update={"name": str(tmp_path / "absent")})}
     )
-    assert "1 file, 1 document, 5 characters." in describe(dropped(("a.txt", "amber")), absent, FORGET)
+    assert text_with(describe(dropped(("a.txt", "amber")), absent, FORGET), "1 document") == snapshot(
+        "1 file, 1 document, 5 characters. All of it is trained on, so its loss on unseen text cannot be "
+        "told: give several files, or a .jsonl file with a text a line."
+    )
 
 
 # Fmt: skip.
@@ -131,42 +139,57 @@ def test_without_its_tokenizer_characters_are_counted(
     [
         (
             [("page.html", "<p>so</p>")],
-            "page.html is a formatted document, which is not read here.\nSave its text as .txt, in UTF-8.",
+            snapshot(
+                "page.html is a formatted document, which is not read here.\n"
+                "Save its text as .txt, in UTF-8."
+            ),
         ),
         (
             [("image.png", PNG)],
-            "image.png is a .png file, which is not read here.\nGive a .txt, .md, .jsonl file.",
+            snapshot("image.png is a .png file, which is not read here.\nGive a .txt, .md, .jsonl file."),
         ),
         (
             [("none", "no ending")],
-            "none is a file without a suffix, which is not read here.\nGive a .txt, .md, .jsonl file.",
+            snapshot(
+                "none is a file without a suffix, which is not read here.\n"
+                "Give a .txt, .md, .jsonl file."
+            ),
         ),
         (
             [("good.txt", "so"), ("image.txt", PNG)],
-            "image.txt is not UTF-8 text (byte 0).\nSave it as UTF-8.",
+            snapshot("image.txt is not UTF-8 text (byte 0).\nSave it as UTF-8."),
         ),
         (
             [("good.txt", "so"), ("wide.md", "so".encode("utf-16"))],
-            "wide.md is not UTF-8 text (byte 0).\nSave it as UTF-8.",
+            snapshot("wide.md is not UTF-8 text (byte 0).\nSave it as UTF-8."),
         ),
         (
             [("wide.txt", "so".encode("utf-16-le"))],
-            "wide.txt is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8.",
+            snapshot(
+                "wide.txt is not UTF-8 text (it holds NUL characters or half of a pair).\n"
+                "Save it as UTF-8."
+            ),
         ),
         (
             [("zeros.txt", bytes(99))],
-            "zeros.txt is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8.",
+            snapshot(
+                "zeros.txt is not UTF-8 text (it holds NUL characters or half of a pair).\n"
+                "Save it as UTF-8."
+            ),
         ),
-        ([("old.txt", "schön".encode("latin-1"))], "old.txt is not UTF-8 text (byte 3).\nSave it as UTF-8."),
+        (
+            [("old.txt", "schön".encode("latin-1"))],
+            snapshot("old.txt is not UTF-8 text (byte 3).\nSave it as UTF-8."),
+        ),
         (
             [("rows.jsonl", '{"text": "so"}\n{"body": "so"}')],
-            'rows.jsonl, line 2: expected a JSON object with the key "text".',
+            snapshot('rows.jsonl, line 2: expected a JSON object with the key "text".'),
         ),
-        ([("rows.jsonl", '{"text": 3}')], 'rows.jsonl, line 1: "text" is no text.'),
-        ([("rows.JSONL", "so")], 'rows.JSONL, line 1: expected a JSON object with the key "text".'),
+        ([("rows.jsonl", '{"text": 3}')], snapshot('rows.jsonl, line 1: "text" is no text.')),
+        ([("rows.JSONL", "so")], snapshot('rows.JSONL, line 1: expected a JSON object with the key "text".')),
         (
             [("empty.txt", ""), ("blank.md", " \n\t\n"), ("empty.jsonl", "")],
-            "There is no text in what you gave as the forget set.\nGive files that are not empty.",
+            snapshot("There is no text in what you gave as the forget set.\nGive files that are not empty."),
         ),
     ],
 )
@@ -174,11 +197,12 @@ def test_what_cannot_be_read_is_told_by_the_name_it_came_with(
     dropped: Dropped, preset: Preset, folder: RunFolder, files: list[tuple[str, str | bytes]], said: str
 ) -> None:
     paths = dropped(*files)
-    assert mistake(paths, preset) == said
+    assert plain(mistake(paths, preset)) == said
     for own in (Own(paths, [], "storms"), Own([], paths, "")):
         with pytest.raises(UserError) as caught:
             with_own_text(preset, own, folder)
-        assert str(caught.value) == said.replace(FORGET, "the forget set" if own.forget else "the retain set")
+        assert plain(str(caught.value).replace("the retain set", FORGET)) == said
+        assert own.forget or FORGET not in str(caught.value)
 
 
 def test_without_own_text_the_preset_stays(preset: Preset, folder: RunFolder) -> None:
@@ -296,12 +320,11 @@ def test_of_a_folder_only_the_data_is_taken(dropped: Dropped) -> None:
     assert [Path(file).name for file in texts_among(files)] == ["a.txt", "B.JSONL"]
     # Fmt: skip.
     assert left_out_of(files) == {
-        "README.md": "about the data",
-        ".hidden.txt": "hidden",
-        "c.parquet": "a Parquet file",
-        "LICENSE.txt": "about the data",
-    }
-    with pytest.raises(
-        UserError, match=r"There is no text in this folder\. It holds README\.md, \.hidden\.txt, c\.parquet\."
-    ):
+        "README.md": "about the data", ".hidden.txt": "hidden", "c.parquet": "a Parquet file", "LICENSE.txt": "about the data",
+    }  # fmt: skip
+    with pytest.raises(UserError) as caught:
         texts_among(files[2:])
+    assert plain(caught.value) == snapshot(
+        "There is no text in this folder. It holds README.md, .hidden.txt, c.parquet.\n"
+        "Give one with .txt, .md, .jsonl files."
+    )
