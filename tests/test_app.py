@@ -106,9 +106,10 @@ def test_the_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPa
 
 def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
     result = call("--device", "tpu", "--runs-dir", str(tmp_path))
-    assert (result.exit_code, plain(result.stderr)) == (2, snapshot(
-        'There is no device "tpu": choose auto, cpu, cuda or mps.\n'
-    ))
+    assert (result.exit_code, plain(result.stderr)) == (
+        2,
+        snapshot('There is no device "tpu": choose auto, cpu, cuda or mps.\n'),
+    )
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
@@ -141,17 +142,19 @@ def test_a_file_without_a_password_opens_nothing(tmp_path: Path, content: str) -
 
 def test_a_password_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     result = call("--auth-file", str(tmp_path / "none"))
-    assert (result.exit_code, plain(result.stderr, file=tmp_path / "none")) == (2, snapshot(
-        "--auth-file <file> cannot be read: No such file or directory.\n"
-    ))
+    assert (result.exit_code, plain(result.stderr, file=tmp_path / "none")) == (
+        2,
+        snapshot("--auth-file <file> cannot be read: No such file or directory.\n"),
+    )
 
 
 def test_one_password_only(tmp_path: Path) -> None:
     (tmp_path / "auth").write_text("me:secret")
     result = call("--auth", "me:other", "--auth-file", str(tmp_path / "auth"))
-    assert (result.exit_code, plain(result.stderr)) == (2, snapshot(
-        "--auth and --auth-file both name a password: give one of them.\n"
-    ))
+    assert (result.exit_code, plain(result.stderr)) == (
+        2,
+        snapshot("--auth and --auth-file both name a password: give one of them.\n"),
+    )
 
 
 @pytest.mark.parametrize("way", ["option", "file", "environment"])
@@ -172,16 +175,23 @@ def test_a_password_on_the_command_line_is_warned_of(
     assert result.exit_code == 0, result.output
     assert seen == [("you", "other") if way == "environment" else ("me", "secret")]
     warnings = [plain(line) for line in result.stderr.splitlines() if "--auth" in line]
-    assert warnings == (snapshot(
-        ["Other users of this machine can read --auth. Use --auth-file FILE or LOWMEM_RMU_AUTH instead."]
-    ) if way == "option" else [])
+    assert warnings == (
+        snapshot(
+            ["Other users of this machine can read --auth. Use --auth-file FILE or LOWMEM_RMU_AUTH instead."]
+        )
+        if way == "option"
+        else []
+    )
     assert "secret" not in result.stderr
 
 
 def test_what_is_no_host_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     result = call("--allowed-host", "a b", "--runs-dir", str(tmp_path / "runs"))
-    assert (result.exit_code, plain(result.stderr)) == (2, snapshot(
-        '--allowed-host "a b" is no host: give a name such as gpu.example.org, gpu.example.org:8443 or '
-        "https://gpu.example.org.\n"
-    ))
+    assert (result.exit_code, plain(result.stderr)) == (
+        2,
+        snapshot(
+            '--allowed-host "a b" is no host: give a name such as gpu.example.org, gpu.example.org:8443 or '
+            "https://gpu.example.org.\n"
+        ),
+    )
     assert not (tmp_path / "runs").exists()

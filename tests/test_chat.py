@@ -252,8 +252,7 @@ def test_an_answer_ends_in_the_middle_and_the_adapter_is_on_again(
         with pytest.raises(UserError) as caught:
             chat.answers(PROMPT, GREEDY)
         assert plain(caught.value) == snapshot(
-            "The chat model was unloaded meanwhile.\n"
-            "Send the prompt again: that loads it anew."
+            "The chat model was unloaded meanwhile.\nSend the prompt again: that loads it anew."
         )
     else:
         assert chat.answers(PROMPT, GREEDY)["base"]
@@ -303,29 +302,48 @@ def test_who_waits_for_the_turn_can_be_stopped(chat: ChatModel) -> None:
 @pytest.mark.parametrize(
     ("prompt", "sampling", "message"),
     [
-        (" ", GREEDY, snapshot(
-            "The prompt is empty.\n"
-            "Type a question, or choose one of the suggested prompts."
-        )),
-        (PROMPT, Sampling(max_new_tokens=256), snapshot(
-            "The length is 256, but the model reads at most 256 tokens, prompt and answer together."
-        )),
-        (PROMPT, Sampling(max_new_tokens=250), snapshot(
-            "The conversation is 13 tokens long with this prompt, and the answer may take 250 more: the "
-            "model reads at most 256.\n"
-            "Shorten the prompt, ask for a shorter answer, or start a new conversation."
-        )),
+        (
+            " ",
+            GREEDY,
+            snapshot("The prompt is empty.\nType a question, or choose one of the suggested prompts."),
+        ),
+        (
+            PROMPT,
+            Sampling(max_new_tokens=256),
+            snapshot(
+                "The length is 256, but the model reads at most 256 tokens, prompt and answer together."
+            ),
+        ),
+        (
+            PROMPT,
+            Sampling(max_new_tokens=250),
+            snapshot(
+                "The conversation is 13 tokens long with this prompt, and the answer may take 250 more: the "
+                "model reads at most 256.\n"
+                "Shorten the prompt, ask for a shorter answer, or start a new conversation."
+            ),
+        ),
         (PROMPT, Sampling(max_new_tokens=0), snapshot("The length is 0: give at least 1 token.")),
-        (PROMPT, Sampling(temperature=-1), snapshot(
-            "The temperature is -1: give 0 (always the likeliest word) or a number above it, for example 0.7."
-        )),
-        (PROMPT, Sampling(temperature=float("nan")), snapshot(
-            "The temperature is nan: give 0 (always the likeliest word) or a number above it, for example "
-            "0.7."
-        )),
-        (PROMPT, Sampling(max_new_tokens=8, seed=-1), snapshot(
-            "The seed is -1: give a whole number from 0 to 9223372036854775807."
-        )),
+        (
+            PROMPT,
+            Sampling(temperature=-1),
+            snapshot(
+                "The temperature is -1: give 0 (always the likeliest word) or a number above it, for example 0.7."
+            ),
+        ),
+        (
+            PROMPT,
+            Sampling(temperature=float("nan")),
+            snapshot(
+                "The temperature is nan: give 0 (always the likeliest word) or a number above it, for example "
+                "0.7."
+            ),
+        ),
+        (
+            PROMPT,
+            Sampling(max_new_tokens=8, seed=-1),
+            snapshot("The seed is -1: give a whole number from 0 to 9223372036854775807."),
+        ),
     ],
 )
 def test_what_cannot_be_answered_is_said_plainly(
@@ -342,8 +360,12 @@ def test_settings_are_checked_without_a_model_too() -> None:
         check_sampling(Sampling(temperature=float("inf")))
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[-1]['content'] }}", "{{ raise_exception('no system role') }}"])
-def test_a_system_prompt_is_never_lost_without_a_word(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+@pytest.mark.parametrize(
+    "template", [None, "{{ messages[-1]['content'] }}", "{{ raise_exception('no system role') }}"]
+)
+def test_a_system_prompt_is_never_lost_without_a_word(
+    tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> None:
     with pytest.raises(UserError) as caught:
         encode_prompt(with_template(tokenizer, template), messages_of("base", [], PROMPT, "Be brief."))
     assert plain(caught.value) == snapshot(

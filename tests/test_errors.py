@@ -239,8 +239,7 @@ def test_no_error_is_no_error(tmp_path: Path) -> None:
 def test_any_other_answer_of_the_hub_is_told_with_its_number_and_no_token() -> None:
     said = message(http_error(HfHubHTTPError, 503), "data set")
     assert plain(said) == snapshot(
-        "The Hub answered with error 503 when asked for the data set owner/name.\n"
-        "Try again in a while."
+        "The Hub answered with error 503 when asked for the data set owner/name.\nTry again in a while."
     )
 
 

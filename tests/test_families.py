@@ -91,6 +91,5 @@ def test_a_model_that_does_not_work_in_4_bit_is_refused_by_name(family: Family) 
     with pytest.raises(UserError) as caught:
         load_config(ModelSettings(name=str(family.folder)))
     assert plain(caught.value) == snapshot(
-        "A mamba model does not work in 4-bit.\n"
-        "Set model.quantisation=none."
+        "A mamba model does not work in 4-bit.\nSet model.quantisation=none."
     )

@@ -36,10 +36,10 @@ def test_a_prompt_that_the_model_cannot_read_is_refused_at_once(forgetful: RunFo
 
 def test_an_empty_prompt_is_refused(forgetful: RunFolder) -> None:
     code, _, said = chat(forgetful, "--prompt", " ")
-    assert (code, plain(said)) == (2, snapshot(
-        "The prompt is empty.\n"
-        "Type a question, or choose one of the suggested prompts.\n"
-    ))
+    assert (code, plain(said)) == (
+        2,
+        snapshot("The prompt is empty.\nType a question, or choose one of the suggested prompts.\n"),
+    )
 
 
 def test_a_typed_prompt_that_is_too_long_ends_nothing(forgetful: RunFolder) -> None:
@@ -61,7 +61,6 @@ def test_a_closed_input_is_said_before_anything_is_loaded(forgetful: RunFolder) 
     )
     assert result.returncode == 2
     assert plain("\n".join(result.stderr.splitlines()[-2:])) == snapshot(
-        "There is no standard input to type prompts into.\n"
-        "Give one with --prompt."
+        "There is no standard input to type prompts into.\nGive one with --prompt."
     )
     assert "Traceback" not in result.stderr

@@ -116,21 +116,18 @@ def test_results_of_another_model_or_of_other_questions_are_not_mixed(
     other = evaluate(run_folder, tmp_path / "a")
     assert other.exit_code == 2
     assert plain("\n".join(other.stderr.splitlines()[-2:]), folder=tmp_path / "a") == snapshot(
-        "The folder <folder> holds results of another model: tiny/model.\n"
-        "Give a new folder with --to."
+        "The folder <folder> holds results of another model: tiny/model.\nGive a new folder with --to."
     )
     others = evaluate(TINY / "model", tmp_path / "a", "--limit", "12")
     assert others.exit_code == 2
     assert plain("\n".join(others.stderr.splitlines()[-2:]), folder=tmp_path / "a") == snapshot(
-        "The folder <folder> holds results of other questions: limit differ.\n"
-        "Give a new folder with --to."
+        "The folder <folder> holds results of other questions: limit differ.\nGive a new folder with --to."
     )
     (tmp_path / "b").mkdir()
     (tmp_path / "b/letter.txt").write_text("Dear")
     refused = evaluate(TINY / "model", tmp_path / "b")
     assert plain("\n".join(refused.stderr.splitlines()[-2:]), folder=tmp_path / "b") == snapshot(
-        "The folder <folder> holds other files.\n"
-        "Give a new folder with --to."
+        "The folder <folder> holds other files.\nGive a new folder with --to."
     )
 
 
@@ -162,17 +159,21 @@ def test_changes_reach_their_task() -> None:
     [
         (("mmul",), snapshot('There is no task "mmul". Did you mean "mmlu"?')),
         ((" , ",), snapshot("--tasks names no task. There is: mmlu, wmdp_bio, wmdp_chem, wmdp_cyber.")),
-        (("wmdp_bio", 5), snapshot(
-            "The tasks cannot be asked so:\n"
-            "  tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"
-        )),
-        (("mmlu", None, ["mmlu.scorng=cloze"]), snapshot(
-            "The tasks cannot be asked so:\n"
-            "  tasks.mmlu.scorng: Extra inputs are not permitted"
-        )),
-        (("mmlu", None, ["mmlu"]), snapshot(
-            '--set "mmlu" is not of the form key.path=value, for example --set rmu.steps=50.'
-        )),
+        (
+            ("wmdp_bio", 5),
+            snapshot(
+                "The tasks cannot be asked so:\n"
+                "  tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"
+            ),
+        ),
+        (
+            ("mmlu", None, ["mmlu.scorng=cloze"]),
+            snapshot("The tasks cannot be asked so:\n  tasks.mmlu.scorng: Extra inputs are not permitted"),
+        ),
+        (
+            ("mmlu", None, ["mmlu"]),
+            snapshot('--set "mmlu" is not of the form key.path=value, for example --set rmu.steps=50.'),
+        ),
     ],
 )
 def test_tasks_that_cannot_be_asked(arguments: tuple[Any, ...], said: str) -> None:
@@ -184,11 +185,14 @@ def test_tasks_that_cannot_be_asked(arguments: tuple[Any, ...], said: str) -> No
 
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     result = evaluate("./nowhere", tmp_path / "a")
-    assert (result.exit_code, plain(result.stderr, folder=tmp_path / "a")) == (2, snapshot(
-        "Run folder: <folder>\n"
-        "The model folder ./nowhere does not exist.\n"
-        "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
-    ))
+    assert (result.exit_code, plain(result.stderr, folder=tmp_path / "a")) == (
+        2,
+        snapshot(
+            "Run folder: <folder>\n"
+            "The model folder ./nowhere does not exist.\n"
+            "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
+        ),
+    )
     assert not (tmp_path / "a").exists()
 
 
@@ -211,9 +215,10 @@ ENDPOINT = ("--endpoint", "http://localhost:1/v1")
 )
 def test_one_model_is_named_and_no_two(options: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, ["evaluate", *options])
-    assert (result.exit_code, plain(result.stderr)) == (2, snapshot(
-        "Which model? Give either a model or a run, or --endpoint URL with --model NAME.\n"
-    ))
+    assert (result.exit_code, plain(result.stderr)) == (
+        2,
+        snapshot("Which model? Give either a model or a run, or --endpoint URL with --model NAME.\n"),
+    )
 
 
 class AlwaysB(BaseHTTPRequestHandler):
@@ -261,22 +266,32 @@ def test_a_server_is_asked_and_its_answers_are_kept(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ("./a/quiz.jsonl,./b/quiz.jsonl", snapshot(
-            "--tasks names two tasks that would both be called quiz: ./a/quiz.jsonl, ./b/quiz.jsonl.\n"
-            "Rename one of them."
-        )),
-        ("./a/quiz.csv,./a/quiz.jsonl", snapshot(
-            "--tasks names two tasks that would both be called quiz: ./a/quiz.csv, ./a/quiz.jsonl.\n"
-            "Rename one of them."
-        )),
-        ("mmlu,./mmlu", snapshot(
-            "--tasks names two tasks that would both be called mmlu: mmlu, ./mmlu.\n"
-            "Rename one of them."
-        )),
-        ("./mmlu,mmlu", snapshot(
-            "--tasks names two tasks that would both be called mmlu: mmlu, ./mmlu.\n"
-            "Rename one of them."
-        )),
+        (
+            "./a/quiz.jsonl,./b/quiz.jsonl",
+            snapshot(
+                "--tasks names two tasks that would both be called quiz: ./a/quiz.jsonl, ./b/quiz.jsonl.\n"
+                "Rename one of them."
+            ),
+        ),
+        (
+            "./a/quiz.csv,./a/quiz.jsonl",
+            snapshot(
+                "--tasks names two tasks that would both be called quiz: ./a/quiz.csv, ./a/quiz.jsonl.\n"
+                "Rename one of them."
+            ),
+        ),
+        (
+            "mmlu,./mmlu",
+            snapshot(
+                "--tasks names two tasks that would both be called mmlu: mmlu, ./mmlu.\nRename one of them."
+            ),
+        ),
+        (
+            "./mmlu,mmlu",
+            snapshot(
+                "--tasks names two tasks that would both be called mmlu: mmlu, ./mmlu.\nRename one of them."
+            ),
+        ),
     ],
 )
 def test_two_tasks_of_one_name_do_not_replace_each_other(names: str, said: str) -> None:
@@ -315,18 +330,26 @@ def test_an_evaluation_records_what_it_read_and_left_out(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("base", "said"),
     [
-        (None, snapshot(
-            "The adapter <adapter> does not name the model that it belongs to.\n"
-            "Write it into its adapter_config.json, as base_model_name_or_path: a folder or a Hub id."
-        )),
-        ("./nowhere", snapshot(
-            "The model folder ./nowhere does not exist.\n"
-            "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
-            "The adapter <adapter> names ./nowhere as its base model."
-        )),
+        (
+            None,
+            snapshot(
+                "The adapter <adapter> does not name the model that it belongs to.\n"
+                "Write it into its adapter_config.json, as base_model_name_or_path: a folder or a Hub id."
+            ),
+        ),
+        (
+            "./nowhere",
+            snapshot(
+                "The model folder ./nowhere does not exist.\n"
+                "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
+                "The adapter <adapter> names ./nowhere as its base model."
+            ),
+        ),
     ],
 )
-def test_an_adapter_whose_base_is_not_to_be_had(run_folder: Path, tmp_path: Path, base: str | None, said: str) -> None:
+def test_an_adapter_whose_base_is_not_to_be_had(
+    run_folder: Path, tmp_path: Path, base: str | None, said: str
+) -> None:
     adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "alone"))
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})

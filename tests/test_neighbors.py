@@ -88,8 +88,7 @@ def test_a_model_that_answers_nothing_is_told(
     with pytest.raises(UserError) as caught:
         write_passages(model, tokenizer, ["trade"], 2)
     assert plain(caught.value) == snapshot(
-        "The model wrote nothing about trade.\n"
-        "Is it a chat model? Give text of your own instead."
+        "The model wrote nothing about trade.\nIs it a chat model? Give text of your own instead."
     )
 
 
@@ -121,15 +120,17 @@ def test_the_verb_overwrites_nothing_and_takes_json_lines_only(
     monkeypatch.chdir(tmp_path)
     Path("neighbors.jsonl").write_text("mine")
     code, _, said = neighbors_verb("trade")
-    assert (code, plain(said)) == (2, snapshot(
-        "neighbors.jsonl exists already.\n"
-        "Delete it, or choose another file with --to.\n"
-    ))
+    assert (code, plain(said)) == (
+        2,
+        snapshot("neighbors.jsonl exists already.\nDelete it, or choose another file with --to.\n"),
+    )
     code, _, said = neighbors_verb("trade", "--to", "mine.txt")
-    assert (code, plain(said)) == (2, snapshot(
-        "The passages are JSON lines, and a corpus is read by its ending.\n"
-        "Name the file mine.jsonl.\n"
-    ))
+    assert (code, plain(said)) == (
+        2,
+        snapshot(
+            "The passages are JSON lines, and a corpus is read by its ending.\nName the file mine.jsonl.\n"
+        ),
+    )
     assert Path("neighbors.jsonl").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 

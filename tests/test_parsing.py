@@ -35,9 +35,8 @@ def test_values_count_as_often_as_they_are_repeated() -> None:
     assert plain(problem_of(f"[{'1,' * MAX_VALUES}]")) == snapshot(
         "larger than 10,000 values, counting what aliases repeat"
     )
-    assert (
-        plain(problem_of(f"- &a [{'1,' * 99}]\n- [{'*a,' * 100}]"))
-        == snapshot("larger than 10,000 values, counting what aliases repeat")
+    assert plain(problem_of(f"- &a [{'1,' * 99}]\n- [{'*a,' * 100}]")) == snapshot(
+        "larger than 10,000 values, counting what aliases repeat"
     )
 
 

@@ -142,8 +142,7 @@ def test_an_unknown_preset_that_resembles_none_gets_all_names() -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "none.yaml"
     assert plain(complaint(path), path=path) == snapshot(
-        "Preset file <path> does not exist.\n"
-        "Check the path, or see the shipped presets with --list."
+        "Preset file <path> does not exist.\nCheck the path, or see the shipped presets with --list."
     )
 
 
@@ -157,18 +156,25 @@ def test_invalid_yaml_is_reported_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"title: \xff\n", snapshot(
-            "<path> cannot be read as a preset: 'utf-8' codec can't decode byte 0xff in position 7: invalid "
-            "start byte."
-        )),
-        (b"title: \x00\n", snapshot(
-            "<path> cannot be read as a preset: not valid YAML: unacceptable character #x0000: special "
-            "characters are not allowed\n"
-            '  in "<unicode string>", position 7.'
-        )),
-        (b"title: 2020-99-99\n", snapshot(
-            "<path> cannot be read as a preset: not valid YAML: month must be in 1..12."
-        )),
+        (
+            b"title: \xff\n",
+            snapshot(
+                "<path> cannot be read as a preset: 'utf-8' codec can't decode byte 0xff in position 7: invalid "
+                "start byte."
+            ),
+        ),
+        (
+            b"title: \x00\n",
+            snapshot(
+                "<path> cannot be read as a preset: not valid YAML: unacceptable character #x0000: special "
+                "characters are not allowed\n"
+                '  in "<unicode string>", position 7.'
+            ),
+        ),
+        (
+            b"title: 2020-99-99\n",
+            snapshot("<path> cannot be read as a preset: not valid YAML: month must be in 1..12."),
+        ),
     ],
 )
 def test_what_yaml_cannot_read_is_reported_with_the_file(tmp_path: Path, content: bytes, said: str) -> None:
@@ -225,48 +231,86 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
     ("old", "new", "expected"),
     [
         ("title: A test", "title: 3", snapshot("line 1: title: should be a valid string (it is 3)")),
-        ("adapter_layers: [1, 2, 3]", "adapter_layers: 2", snapshot(
-            "line 6: rmu.adapter_layers: should be a valid list (it is 2)"
-        )),
-        ("adapter_layers: [1, 2, 3]", "adapter_layers: []", snapshot(
-            "line 6: rmu.adapter_layers: List should have at least 1 item after validation, not 0 (it is a "
-            "list)"
-        )),
-        ("[1, 2, 3]", "[1, two]", snapshot(
-            "line 6: rmu.adapter_layers.1: should be a valid integer, unable to parse string as an integer "
-            "(it is 'two')"
-        )),
-        ("[1, 2, 3]", "[2, 3, 4, 5]", snapshot(
-            "line 4: rmu: adapter_layers [4, 5] lie above target_layer 3 and could not learn anything"
-        )),
+        (
+            "adapter_layers: [1, 2, 3]",
+            "adapter_layers: 2",
+            snapshot("line 6: rmu.adapter_layers: should be a valid list (it is 2)"),
+        ),
+        (
+            "adapter_layers: [1, 2, 3]",
+            "adapter_layers: []",
+            snapshot(
+                "line 6: rmu.adapter_layers: List should have at least 1 item after validation, not 0 (it is a "
+                "list)"
+            ),
+        ),
+        (
+            "[1, 2, 3]",
+            "[1, two]",
+            snapshot(
+                "line 6: rmu.adapter_layers.1: should be a valid integer, unable to parse string as an integer "
+                "(it is 'two')"
+            ),
+        ),
+        (
+            "[1, 2, 3]",
+            "[2, 3, 4, 5]",
+            snapshot(
+                "line 4: rmu: adapter_layers [4, 5] lie above target_layer 3 and could not learn anything"
+            ),
+        ),
         ("[1, 2, 3]", "[-1, 2]", snapshot("line 4: rmu: adapter_layers count from 0")),
         ("[1, 2, 3]", "[1, 1]", snapshot("line 4: rmu: adapter_layers names a layer twice")),
-        ("alpha: 100", "alpha: 100\n    steering: random", snapshot(
-            "line 8: topics.plants: steering: random takes a steering_coefficient"
-        )),
-        ("alpha: 100", "alpha: 100\n    steering: contrastive", snapshot(
-            "line 8: topics.plants: steering: contrastive takes a steering_coefficient"
-        )),
-        ("alpha: 100", "alpha: 100\n    steering_coefficient: 6.5", snapshot(
-            "line 8: topics.plants: steering: adaptive finds its own steering_coefficient: leave it out, or "
-            "set steering: random"
-        )),
-        ("target_layer: 3", "target_layer: 3\n  steps: 0", snapshot(
-            "line 6: rmu.steps: should be greater than or equal to 1 (it is 0)"
-        )),
-        ("./plants.txt", "./plants.txt\n      title_matches: '(a'", snapshot(
-            "line 11: topics.plants.corpus.title_matches: is no regular expression: missing ), unterminated "
-            "subpattern at position 0"
-        )),
-        ("./plants.txt", "./plants.txt\n      held_out: 1", snapshot(
-            "line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)"
-        )),
-        ("./plants.txt", "./plants.txt\n      share: 0.3", snapshot(
-            "line 8: topics.plants: corpus.share counts in the retain set only: leave it out of a topic"
-        )),
-        ("- source: owner/data", "- {source: owner/data, share: 0.3}", snapshot(
-            "line 12: retain: every corpus has a share: leave it out of one at least, which gets the rest"
-        )),
+        (
+            "alpha: 100",
+            "alpha: 100\n    steering: random",
+            snapshot("line 8: topics.plants: steering: random takes a steering_coefficient"),
+        ),
+        (
+            "alpha: 100",
+            "alpha: 100\n    steering: contrastive",
+            snapshot("line 8: topics.plants: steering: contrastive takes a steering_coefficient"),
+        ),
+        (
+            "alpha: 100",
+            "alpha: 100\n    steering_coefficient: 6.5",
+            snapshot(
+                "line 8: topics.plants: steering: adaptive finds its own steering_coefficient: leave it out, or "
+                "set steering: random"
+            ),
+        ),
+        (
+            "target_layer: 3",
+            "target_layer: 3\n  steps: 0",
+            snapshot("line 6: rmu.steps: should be greater than or equal to 1 (it is 0)"),
+        ),
+        (
+            "./plants.txt",
+            "./plants.txt\n      title_matches: '(a'",
+            snapshot(
+                "line 11: topics.plants.corpus.title_matches: is no regular expression: missing ), unterminated "
+                "subpattern at position 0"
+            ),
+        ),
+        (
+            "./plants.txt",
+            "./plants.txt\n      held_out: 1",
+            snapshot("line 11: topics.plants.corpus.held_out: should be less than 1 (it is 1)"),
+        ),
+        (
+            "./plants.txt",
+            "./plants.txt\n      share: 0.3",
+            snapshot(
+                "line 8: topics.plants: corpus.share counts in the retain set only: leave it out of a topic"
+            ),
+        ),
+        (
+            "- source: owner/data",
+            "- {source: owner/data, share: 0.3}",
+            snapshot(
+                "line 12: retain: every corpus has a share: leave it out of one at least, which gets the rest"
+            ),
+        ),
         (
             "- source: owner/data",
             "- {source: a/b, share: 0.6}\n    - {source: c/d, share: 0.4}\n    - source: e/f",
@@ -274,12 +318,16 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
                 "line 12: retain: the shares of the corpora add up to 1: together they must stay below 1"
             ),
         ),
-        ("retain:\n  corpora:\n    - source: owner/data", "retain: [1]", snapshot(
-            "line 12: retain: should be a valid dictionary (it is a list)"
-        )),
+        (
+            "retain:\n  corpora:\n    - source: owner/data",
+            "retain: [1]",
+            snapshot("line 12: retain: should be a valid dictionary (it is a list)"),
+        ),
     ],
 )
-def test_a_wrong_value_is_reported_with_line_place_and_reason(tmp_path: Path, old: str, new: str, expected: str) -> None:
+def test_a_wrong_value_is_reported_with_line_place_and_reason(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
     assert old in GOOD
     heading, mistake = complaint(write(tmp_path, GOOD.replace(old, new))).splitlines()
     assert str(tmp_path) in heading
@@ -449,21 +497,24 @@ BOMB = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("x0: &x0 [a, b]\n" + BOMB, snapshot(
-            "<path>, line 5: larger than 10,000 values, counting what aliases repeat."
-        )),
+        (
+            "x0: &x0 [a, b]\n" + BOMB,
+            snapshot("<path>, line 5: larger than 10,000 values, counting what aliases repeat."),
+        ),
         ("title: " + "[" * 100_000, snapshot("<path>, line 1: nested more than 50 levels deep.")),
         ("title: &a {b: *a}", snapshot("<path>, line 1: recursive: the alias *a stands within its anchor.")),
         ("seed: " + "9" * 5_000, snapshot("<path>, line 1: a number of more than 100 characters.")),
         ("seed: 0x" + "f" * 5_000, snapshot("<path>, line 1: a number of more than 100 characters.")),
         ("seed: 1" + ":1" * 5_000 + ".5", snapshot("<path>, line 1: a number of more than 100 characters.")),
         ("#" * 600_000, snapshot("<path> cannot be read as a preset: longer than 500,000 characters.")),
-        ("title: a\nmodel: {}\ntitle: b", snapshot(
-            '<path>, line 3: not valid YAML: the key "title" is given twice.'
-        )),
-        ("title: !!bool x", snapshot(
-            "<path> cannot be read as a preset: not valid YAML: a value does not fit its tag."
-        )),
+        (
+            "title: a\nmodel: {}\ntitle: b",
+            snapshot('<path>, line 3: not valid YAML: the key "title" is given twice.'),
+        ),
+        (
+            "title: !!bool x",
+            snapshot("<path> cannot be read as a preset: not valid YAML: a value does not fit its tag."),
+        ),
     ],
     ids=["aliases", "depth", "recursion", "digits", "hexadecimal", "sexagesimal", "size", "twice", "tag"],
 )
@@ -594,8 +645,7 @@ def test_a_learning_rate_that_can_only_diverge_is_refused(good: Path) -> None:
         "  --set rmu.learning_rate: should be less than or equal to 1 (it is 1e+30)"
     )
     assert plain(complaint(good, "rmu.learning_rate=.inf")) == snapshot(
-        "What was given has 1 mistake:\n"
-        "  --set rmu.learning_rate: should be a finite number (it is inf)"
+        "What was given has 1 mistake:\n  --set rmu.learning_rate: should be a finite number (it is inf)"
     )
 
 

@@ -209,7 +209,9 @@ def report(
 def sentences(page: Page) -> list[str]:
     """The text of paragraphs, captions and remarks, cut at tags."""
     return [
-        " ".join(data.split()) for path, data in page.texts if {"p", "figcaption", "small"} & set(path.split("/")) and data.strip()
+        " ".join(data.split())
+        for path, data in page.texts
+        if {"p", "figcaption", "small"} & set(path.split("/")) and data.strip()
     ]
 
 
@@ -232,15 +234,17 @@ def test_page_has_everything_in_order(tmp_path: Path) -> None:
     page, html = report(tmp_path, summary(), steps(20))
     title, *headings = [data for path, data in page.texts if path.endswith(("/h1", "/h2"))]
     assert title == f"Forget it {HOSTILE}"
-    assert headings == snapshot([
-        "Questions, base and unlearned",
-        "Reading unseen text",
-        "The same prompt to both",
-        "How training went",
-        "Time and memory",
-        "What this does not show",
-        "To repeat this run",
-    ])
+    assert headings == snapshot(
+        [
+            "Questions, base and unlearned",
+            "Reading unseen text",
+            "The same prompt to both",
+            "How training went",
+            "Time and memory",
+            "What this does not show",
+            "To repeat this run",
+        ]
+    )
     assert "21 November 2026, 03:00 UTC" in html
     answers = [data for path, data in page.texts if path.endswith("section/dl/div/dd")]
     assert answers == snapshot(["Yes, not audited", "Partly", "Not audited"])
@@ -382,7 +386,11 @@ def test_same_folder_same_bytes(tmp_path: Path) -> None:
 
 def test_a_sample_is_told_wherever_its_numbers_are(tmp_path: Path) -> None:
     page, html = report(tmp_path, {**summary(), "rows": averages(), "limit": 100})
-    assert html.count("limit: 100") == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags) == 2
+    assert (
+        html.count("limit: 100")
+        == sum(attributes.get("class") == "accuracy" for _, attributes in page.tags)
+        == 2
+    )
     sampled = [cells for cells in page.cells if cells[0].startswith("mmlu")]
     assert len(sampled) == 6
     assert all("100 of 14,042" in " ".join(cells) for cells in sampled)
@@ -422,14 +430,18 @@ def test_base_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metrics", [None, []])
 def test_without_training_and_questions(tmp_path: Path, metrics: list[dict[str, Any]] | None) -> None:
-    page, _ = report(tmp_path / "empty/run", {**summary(), "rows": [], "texts": [], "samples": [], "stages": []}, metrics)
+    page, _ = report(
+        tmp_path / "empty/run", {**summary(), "rows": [], "texts": [], "samples": [], "stages": []}, metrics
+    )
     assert "svg" not in {tag for tag, _ in page.tags}
     whole, _ = report(tmp_path / "whole/run", summary(), steps(4))
-    assert only_in(page, whole) == snapshot([
-        "was measured; what it was to forget is",
-        ". No training is recorded in this run. It ran on AMD EPYC (cpu) on 21 November 2026, 03:00 UTC.",
-        "No multiple-choice questions were asked in this run.",
-    ])
+    assert only_in(page, whole) == snapshot(
+        [
+            "was measured; what it was to forget is",
+            ". No training is recorded in this run. It ran on AMD EPYC (cpu) on 21 November 2026, 03:00 UTC.",
+            "No multiple-choice questions were asked in this run.",
+        ]
+    )
 
 
 def test_diverged_and_partial_metrics(tmp_path: Path) -> None:
@@ -444,22 +456,30 @@ def test_what_the_guard_saw_is_drawn(tmp_path: Path) -> None:
     metrics = steps(6)
     without, _ = report(tmp_path / "without/run", summary(), metrics)
     for row in metrics[1::2]:
-        row |= {"retain_kl": 0.1, "question_kl": None, "topic_kl": 2.0, "topic_question_kl": None, "letters": ""}
+        row |= {
+            "retain_kl": 0.1,
+            "question_kl": None,
+            "topic_kl": 2.0,
+            "topic_question_kl": None,
+            "letters": "",
+        }
     run = make_run(tmp_path / "with/run", summary(), metrics)
     config = run.config
     config["settings"]["rmu"] = {"guard_limit": 0.25, "sinks": "masked"}
     write_json(run.path / "config.json", config)
     html = write_report(run).read_text(encoding="utf-8")
-    assert only_in(Page(html), without) == snapshot([
-        (
-            "Every few steps a guard compared the model with base on text and questions that training does "
-            "not see: text and questions to keep should stay near zero, the topic should move away."
-        ),
-        (
-            "Divergence of the unlearned model’s predictions from base, KL(base, unlearned) in nats per "
-            "token. The limit for text and questions to keep is 0.25."
-        ),
-    ])
+    assert only_in(Page(html), without) == snapshot(
+        [
+            (
+                "Every few steps a guard compared the model with base on text and questions that training does "
+                "not see: text and questions to keep should stay near zero, the topic should move away."
+            ),
+            (
+                "Divergence of the unlearned model’s predictions from base, KL(base, unlearned) in nats per "
+                "token. The limit for text and questions to keep is 0.25."
+            ),
+        ]
+    )
     assert "Text to keep" in html
 
 
@@ -474,12 +494,14 @@ def test_attention_sinks_are_counted(tmp_path: Path) -> None:
     metrics = [step | {"sinks": 8, "tokens": 1000} for step in steps(4)]
     some, _ = report(tmp_path / "some/run", summary(), metrics)
     none, _ = report(tmp_path / "none/run", summary(), steps(4))
-    assert only_in(some, none) == snapshot([
-        (
-            "32 of the 4,000 positions were attention sinks: their signal is many times as large as the rest "
-            "of their text’s, and the model relies on it."
-        ),
-    ])
+    assert only_in(some, none) == snapshot(
+        [
+            (
+                "32 of the 4,000 positions were attention sinks: their signal is many times as large as the rest "
+                "of their text’s, and the model relies on it."
+            ),
+        ]
+    )
 
 
 def test_wide_ranges_of_loss_are_logarithmic(tmp_path: Path) -> None:
@@ -566,13 +588,15 @@ def audited_report(folder: Path, audit: dict[str, Any]) -> tuple[Page, str]:
 def test_an_audit_is_told_beside_models_of_which_the_truth_is_known(tmp_path: Path) -> None:
     page, html = audited_report(tmp_path, audited())
     without, _ = report(tmp_path / "without" / tmp_path.name, summary(), steps(4))
-    assert [sentence for sentence in only_in(page, without) if "60" in sentence] == snapshot([
-        (
-            "What a model no longer answers may be gone, or only hidden. So the unlearned model was "
-            "attacked, and each attack’s model was measured on the same 60 questions about what was "
-            "forgotten: how much of what was lost does it bring back?"
-        ),
-    ])
+    assert [sentence for sentence in only_in(page, without) if "60" in sentence] == snapshot(
+        [
+            (
+                "What a model no longer answers may be gone, or only hidden. So the unlearned model was "
+                "attacked, and each attack’s model was measured on the same 60 questions about what was "
+                "forgotten: how much of what was lost does it bring back?"
+            ),
+        ]
+    )
     headings = [data for path, data in page.texts if path.endswith("/h2")]
     assert headings[2:4] == snapshot(["Gone, or only hidden?", "The same prompt to both"])
     assert [data for path, data in page.texts if path.endswith("section/dl/div/dd")] == snapshot(
@@ -584,7 +608,11 @@ def test_an_audit_is_told_beside_models_of_which_the_truth_is_known(tmp_path: Pa
     assert page.rows_of("relearningdoes it come back?brought back") == [
         ["relearningdoes it come back?brought back", "100.0", "30.0", "90.0", "89% 80 to 97", "brought back"]
     ]
-    assert page.rows_of("wordingis it the words?inconclusive")[0][3:] == ["50.0", "−4% any share", "inconclusive"]
+    assert page.rows_of("wordingis it the words?inconclusive")[0][3:] == [
+        "50.0",
+        "−4% any share",
+        "inconclusive",
+    ]
     assert page.rows_of("suffixdo odd words do it?")[0][1] == snapshot(
         "not run: it would take about 3.0 min, and 0 s of the budget are left"
     )
@@ -634,4 +662,8 @@ def test_the_page_of_the_app_has_the_same_section(tmp_path: Path) -> None:
     [heading] = [data for path, data in section.texts if path.endswith("/h2")]
     assert heading in render_parts(run)
     assert heading not in before
-    assert section.rows_of("Verdict") == Page(render_parts(run)).rows_of("Verdict") == [["Verdict", "hidden", "hidden"]]
+    assert (
+        section.rows_of("Verdict")
+        == Page(render_parts(run)).rows_of("Verdict")
+        == [["Verdict", "hidden", "hidden"]]
+    )

@@ -233,8 +233,7 @@ def test_measuring_without_an_adapter_says_which_stage_comes_first(tmp_path: Pat
     result = run_tiny(tmp_path, "early", "--stages", "evaluate-unlearned")
     assert result.exit_code == 2
     assert plain("\n".join(result.stderr.splitlines()[-2:]), runs=tmp_path) == snapshot(
-        "<runs>/early/adapter holds no adapter.\n"
-        "Run the unlearn stage first."
+        "<runs>/early/adapter holds no adapter.\nRun the unlearn stage first."
     )
 
 
@@ -498,14 +497,22 @@ def test_runs_that_start_within_a_second_get_names_of_their_own(
 
 
 @pytest.mark.usefixtures("before")
-@pytest.mark.parametrize(("more", "said"), [([], snapshot(
-    "Run <run> is waiting for its turn already.\n"
-    "Choose another --name.\n"
-)), (["--resume"], snapshot(
-    "Run <run> is under way already, in process <process>.\n"
-    "Wait until it has ended, or stop it first.\n"
-))])
-def test_what_another_process_does_is_not_done_twice(finished: Path, tmp_path: Path, more: list[str], said: str) -> None:
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], snapshot("Run <run> is waiting for its turn already.\nChoose another --name.\n")),
+        (
+            ["--resume"],
+            snapshot(
+                "Run <run> is under way already, in process <process>.\n"
+                "Wait until it has ended, or stop it first.\n"
+            ),
+        ),
+    ],
+)
+def test_what_another_process_does_is_not_done_twice(
+    finished: Path, tmp_path: Path, more: list[str], said: str
+) -> None:
     if more:
         shutil.copytree(finished, tmp_path / "other")
     result = run_tiny(tmp_path, "other", *more)
@@ -544,8 +551,7 @@ def test_a_run_whose_folder_is_deleted_ends_with_one_message(
     result = run_tiny(tmp_path, "gone", "--stages", "unlearn")
     assert result.exit_code == 2
     assert plain("\n".join(result.stderr.splitlines()[-2:]), run=tmp_path / "gone") == snapshot(
-        "The folder <run> was deleted or moved while it was in use.\n"
-        "The work on it has ended."
+        "The folder <run> was deleted or moved while it was in use.\nThe work on it has ended."
     )
     assert not (tmp_path / "gone").exists()
 
@@ -595,9 +601,9 @@ def test_a_stop_ends_the_waiting(tmp_path: Path, reserved: bool) -> None:
     result = run_tiny(tmp_path, "mine", *([] if reserved else ["--resume"]))
     assert result.exit_code == 130
     first, last = result.stderr.splitlines()
-    assert plain(first, runs=tmp_path) == snapshot(
-        "Waiting: other in <runs> before this run."
-    ), "once, though it looks again and again"
+    assert plain(first, runs=tmp_path) == snapshot("Waiting: other in <runs> before this run."), (
+        "once, though it looks again and again"
+    )
     problem, command, _ = last.partition("python -m lowmem_rmu.run ")
     assert plain(problem + command) == snapshot(
         "Stopped. Nothing is lost; go on with: python -m lowmem_rmu.run"
@@ -623,8 +629,7 @@ def test_a_waiting_run_says_so_whenever_the_others_change(
     for before in (["a", "b"], ["a", "b"], ["b"], ["b"]):
         waiting.tell(before)
     assert plain(capsys.readouterr().err, runs=tmp_path) == snapshot(
-        "Waiting: a, b in <runs> before this run.\n"
-        "Waiting: b in <runs> before this run.\n"
+        "Waiting: a, b in <runs> before this run.\nWaiting: b in <runs> before this run.\n"
     )
     assert not (tmp_path / "mine/status.json").exists()
 
@@ -654,7 +659,11 @@ def test_why_a_run_of_the_app_could_not_begin_stays_in_its_folder(tmp_path: Path
     folder.write_status("queue", 0, 0, "waiting")
     result = run_tiny(tmp_path, "mine", "--set", TOO_LARGE)
     assert (result.exit_code, plain(result.stderr.strip())) == (2, REFUSED)
-    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == ["prepare", "failed", REFUSED]
+    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == [
+        "prepare",
+        "failed",
+        REFUSED,
+    ]
     assert folder.is_reserved
 
 
@@ -716,13 +725,22 @@ with friendly_exit(), interrupts.watched():
     ("stops", "said", "code"),
     [
         ("interrupts.asked", "", 0),
-        ("False", snapshot(
-            "Stopped at once. Go on from the last checkpoint with the same command and --resume.\n"
-        ), 130),
+        (
+            "False",
+            snapshot("Stopped at once. Go on from the last checkpoint with the same command and --resume.\n"),
+            130,
+        ),
     ],
 )
-def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals, stops: str, said: str, code: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", LISTENS.format(stops=stops)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_the_first_signal_asks_and_the_second_ends(
+    number: signal.Signals, stops: str, said: str, code: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENS.format(stops=stops)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == "ready\n"
@@ -786,66 +804,104 @@ def cut_short(folder: Path) -> Path:
 
 
 MISTAKES = [
-    (["tyni"], snapshot(
-        'There is no preset "tyni". Did you mean "tiny"?\n'
-        "See them all with --list, or give the path of a YAML file.\n"
-    )),
+    (
+        ["tyni"],
+        snapshot(
+            'There is no preset "tyni". Did you mean "tiny"?\n'
+            "See them all with --list, or give the path of a YAML file.\n"
+        ),
+    ),
     ([], snapshot("Which preset? For example: python -m lowmem_rmu.run tiny\nSee them all with --list.\n")),
-    (["tiny", "--set", "rmu.stpes=3", "--set", "topics.locks.alpha=-1"], snapshot(
-        "What was given has 2 mistakes:\n"
-        '  --set rmu.stpes: unknown key. Did you mean "steps"?\n'
-        "  --set topics.locks.alpha: should be greater than or equal to 0 (it is -1)\n"
-    )),
-    (["tiny", "--set", "rmu.steps=many"], snapshot(
-        "What was given has 1 mistake:\n"
-        "  --set rmu.steps: should be a valid integer, unable to parse string as an integer (it is 'many')\n"
-    )),
-    (["tiny", "--set", "rmu.target_layer=40"], snapshot(
-        "rmu.target_layer is 40, but the model has 8 layers: 0 to 7.\n"
-        "The paper steers about a quarter of the way up: try 2.\n"
-    )),
-    (["tiny", "--set", "rmu.adapter_layers=[0,4]"], snapshot(
-        "What was given has 1 mistake:\n"
-        "  --set rmu: adapter_layers [4] lie above target_layer 2 and could not learn anything\n"
-    )),
-    (["tiny", "--set", "rmu.modules=[down_prj]"], snapshot(
-        'rmu.modules names "down_prj", which no adapter layer has. Did you mean "down_proj" or "o_proj" or '
-        '"v_proj"?\n'
-    )),
-    (["tiny", "--set", "rmu.batch_size=1000"], snapshot(
-        "The corpus of topics.compounds gives 99 samples, fewer than one batch of 1000.\n"
-        "Add text, or lower rmu.batch_size.\n"
-    )),
+    (
+        ["tiny", "--set", "rmu.stpes=3", "--set", "topics.locks.alpha=-1"],
+        snapshot(
+            "What was given has 2 mistakes:\n"
+            '  --set rmu.stpes: unknown key. Did you mean "steps"?\n'
+            "  --set topics.locks.alpha: should be greater than or equal to 0 (it is -1)\n"
+        ),
+    ),
+    (
+        ["tiny", "--set", "rmu.steps=many"],
+        snapshot(
+            "What was given has 1 mistake:\n"
+            "  --set rmu.steps: should be a valid integer, unable to parse string as an integer (it is 'many')\n"
+        ),
+    ),
+    (
+        ["tiny", "--set", "rmu.target_layer=40"],
+        snapshot(
+            "rmu.target_layer is 40, but the model has 8 layers: 0 to 7.\n"
+            "The paper steers about a quarter of the way up: try 2.\n"
+        ),
+    ),
+    (
+        ["tiny", "--set", "rmu.adapter_layers=[0,4]"],
+        snapshot(
+            "What was given has 1 mistake:\n"
+            "  --set rmu: adapter_layers [4] lie above target_layer 2 and could not learn anything\n"
+        ),
+    ),
+    (
+        ["tiny", "--set", "rmu.modules=[down_prj]"],
+        snapshot(
+            'rmu.modules names "down_prj", which no adapter layer has. Did you mean "down_proj" or "o_proj" or '
+            '"v_proj"?\n'
+        ),
+    ),
+    (
+        ["tiny", "--set", "rmu.batch_size=1000"],
+        snapshot(
+            "The corpus of topics.compounds gives 99 samples, fewer than one batch of 1000.\n"
+            "Add text, or lower rmu.batch_size.\n"
+        ),
+    ),
     (["tiny", "--device", "tpu"], snapshot('There is no device "tpu": choose auto, cpu, cuda or mps.\n')),
-    (["tiny", "--stages", "unlern"], snapshot(
-        'There is no stage "unlern". Did you mean "unlearn" or "evaluate-unlearned"?\n'
-    )),
-    (["tiny", "--stages", ","], snapshot(
-        "--stages names no stage. There is: evaluate-base, unlearn, evaluate-unlearned, report.\n"
-    )),
-    (["tiny", "--name", "../outside"], snapshot(
-        '"../outside" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at most 100, '
-        "and no name of a Windows device, so that it stays inside <runs>.\n"
-    )),
-    (["tiny", "--resume"], snapshot(
-        "There is no run of tiny in <runs> to go on with.\n"
-        "Start one without --resume.\n"
-    )),
-    (["tiny", "--set", "model.name=./nowhere"], snapshot(
-        "The model folder <here>/nowhere does not exist.\n"
-        "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
-    )),
-    (["tiny", "--stages", "report", "--name", "mine"], snapshot(
-        "Run folder: <runs>/mine\n"
-        "report ...\n"
-        "<runs>/mine holds no measurement of the base model to report on.\n"
-        "Add evaluate-base to --stages.\n"
-    )),
+    (
+        ["tiny", "--stages", "unlern"],
+        snapshot('There is no stage "unlern". Did you mean "unlearn" or "evaluate-unlearned"?\n'),
+    ),
+    (
+        ["tiny", "--stages", ","],
+        snapshot("--stages names no stage. There is: evaluate-base, unlearn, evaluate-unlearned, report.\n"),
+    ),
+    (
+        ["tiny", "--name", "../outside"],
+        snapshot(
+            '"../outside" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at most 100, '
+            "and no name of a Windows device, so that it stays inside <runs>.\n"
+        ),
+    ),
+    (
+        ["tiny", "--resume"],
+        snapshot("There is no run of tiny in <runs> to go on with.\nStart one without --resume.\n"),
+    ),
+    (
+        ["tiny", "--set", "model.name=./nowhere"],
+        snapshot(
+            "The model folder <here>/nowhere does not exist.\n"
+            "Give a folder with config.json, *.safetensors and tokenizer files, or a Hub id.\n"
+        ),
+    ),
+    (
+        ["tiny", "--stages", "report", "--name", "mine"],
+        snapshot(
+            "Run folder: <runs>/mine\n"
+            "report ...\n"
+            "<runs>/mine holds no measurement of the base model to report on.\n"
+            "Add evaluate-base to --stages.\n"
+        ),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None)
-def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(arguments: list[str], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    MISTAKES,
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
     result = call(*arguments, "--runs-dir", str(tmp_path / "runs"))
     assert result.exit_code == 2, result.output
     assert plain(result.stderr, runs=tmp_path / "runs", here=Path.cwd()) == said
@@ -856,10 +912,13 @@ def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(arguments: li
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_asked_for_where_there_is_none(tmp_path: Path) -> None:
     result = call("tiny", "--device", "cuda", "--runs-dir", str(tmp_path))
-    assert (result.exit_code, plain(result.stderr)) == (2, snapshot(
-        "--device cuda: PyTorch sees no CUDA GPU: try `nvidia-smi`, or install PyTorch's CUDA build.\n"
-        "Without one: --device cpu (slow for large models).\n"
-    ))
+    assert (result.exit_code, plain(result.stderr)) == (
+        2,
+        snapshot(
+            "--device cuda: PyTorch sees no CUDA GPU: try `nvidia-smi`, or install PyTorch's CUDA build.\n"
+            "Without one: --device cpu (slow for large models).\n"
+        ),
+    )
 
 
 def test_a_checkpoint_that_is_cut_short_leaves_no_run_behind(tmp_path: Path) -> None:
@@ -877,10 +936,13 @@ def test_a_checkpoint_that_is_cut_short_leaves_no_run_behind(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 4}\n', snapshot(
-            "<file>, line 1: the answer 4 is out of range: give 0 to 3 (0 is the first choice), or a letter "
-            "A to D.\n"
-        )),
+        (
+            '{"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 4}\n',
+            snapshot(
+                "<file>, line 1: the answer 4 is out of range: give 0 to 3 (0 is the first choice), or a letter "
+                "A to D.\n"
+            ),
+        ),
         ("", snapshot("The question file <file> is empty.\n")),
     ],
 )
@@ -896,9 +958,10 @@ def test_an_empty_corpus_is_told_with_its_file(tmp_path: Path) -> None:
     file = tmp_path / "nothing.txt"
     file.write_text("  \n")
     result = run_tiny(tmp_path / "runs", "x", "--set", f"topics.locks.corpus.source={file}")
-    assert (result.exit_code, plain(result.stderr, file=file)) == (2, snapshot(
-        "The corpus <file> is empty: 0 documents, none of them with text to train on.\n"
-    ))
+    assert (result.exit_code, plain(result.stderr, file=file)) == (
+        2,
+        snapshot("The corpus <file> is empty: 0 documents, none of them with text to train on.\n"),
+    )
 
 
 def test_what_is_read_and_left_out_is_said_and_recorded(tmp_path: Path) -> None:
@@ -920,14 +983,18 @@ def test_what_is_read_and_left_out_is_said_and_recorded(tmp_path: Path) -> None:
     )
     result = run_tiny(tmp_path / "runs", "said", *more)
     assert result.exit_code == 0, result.output
-    read = [plain(line) for line in result.stderr.splitlines() if "owls_test.jsonl" in line or "0.txt" in line]
-    assert read == snapshot([
-        (
-            "Read for topics.locks.corpus: 9 files (0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 4 more). Left out: "
-            "README.md (about the data), b.parquet (a Parquet file)."
-        ),
-        "Read for evaluation.tasks.q: 1 file (owls_test.jsonl). Left out: owls_dev.jsonl (of the split dev).",
-    ])
+    read = [
+        plain(line) for line in result.stderr.splitlines() if "owls_test.jsonl" in line or "0.txt" in line
+    ]
+    assert read == snapshot(
+        [
+            (
+                "Read for topics.locks.corpus: 9 files (0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 4 more). Left out: "
+                "README.md (about the data), b.parquet (a Parquet file)."
+            ),
+            "Read for evaluation.tasks.q: 1 file (owls_test.jsonl). Left out: owls_dev.jsonl (of the split dev).",
+        ]
+    )
     data = json.loads((tmp_path / "runs/said/config.json").read_text())["data"]
     [record] = data["topics.locks.corpus"]
     assert (record["files"], record["left_out"]) == (
@@ -955,20 +1022,25 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> No
 def test_an_existing_run_is_not_overwritten(finished: Path) -> None:
     before = (finished / "config.json").read_bytes()
     result = run_tiny(finished.parent, finished.name)
-    assert (result.exit_code, plain(result.stderr, run=finished)) == (2, snapshot(
-        "Run <run> exists already.\n"
-        "Choose another --name, or go on with it: --resume --name first\n"
-    ))
+    assert (result.exit_code, plain(result.stderr, run=finished)) == (
+        2,
+        snapshot(
+            "Run <run> exists already.\nChoose another --name, or go on with it: --resume --name first\n"
+        ),
+    )
     assert (finished / "config.json").read_bytes() == before
 
 
 def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = run_tiny(tmp_path / "file", "x")
-    assert (result.exit_code, plain(result.stderr, runs=tmp_path / "file")) == (2, snapshot(
-        "The runs folder <runs> cannot be written: Not a directory.\n"
-        "Choose another place with --runs-dir.\n"
-    ))
+    assert (result.exit_code, plain(result.stderr, runs=tmp_path / "file")) == (
+        2,
+        snapshot(
+            "The runs folder <runs> cannot be written: Not a directory.\n"
+            "Choose another place with --runs-dir.\n"
+        ),
+    )
 
 
 def test_weights_that_are_not_finite_after_the_last_step_get_no_verdict(
@@ -1059,18 +1131,20 @@ def test_what_base_does_not_know_is_said_before_training(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     before = result.stderr[: result.stderr.index("unlearn 6/6")]
     *notes, _, _ = json.loads((tmp_path / "odd/summary.json").read_text())["notes"]
-    assert [without_numbers(note) for note in notes] == snapshot([
-        (
-            "The base model answers N% of the N questions about what is to be forgotten, which is no better "
-            "than guessing (N%): they cannot show that it forgets. Choose a model that knows the topic, or "
-            "other questions."
-        ),
-        (
-            "To the base model the retain text is much less likely than the text of compounds (perplexity N, "
-            "the retain text N): it does not look like ordinary text, and what does may then be forgotten "
-            "with the topic. Give running text such as articles or books."
-        ),
-    ])
+    assert [without_numbers(note) for note in notes] == snapshot(
+        [
+            (
+                "The base model answers N% of the N questions about what is to be forgotten, which is no better "
+                "than guessing (N%): they cannot show that it forgets. Choose a model that knows the topic, or "
+                "other questions."
+            ),
+            (
+                "To the base model the retain text is much less likely than the text of compounds (perplexity N, "
+                "the retain text N): it does not look like ordinary text, and what does may then be forgotten "
+                "with the topic. Give running text such as articles or books."
+            ),
+        ]
+    )
     assert all(note in before for note in notes)
 
 
@@ -1129,8 +1203,7 @@ def test_a_full_disk_keeps_what_there_is_and_says_so(
     result = run_tiny(tmp_path, "full")
     assert result.exit_code == 2
     assert plain("\n".join(result.stderr.splitlines()[-2:]), run=tmp_path / "full") == snapshot(
-        "The disk that holds <run> is full.\n"
-        "Make room, then go on with --resume --name full."
+        "The disk that holds <run> is full.\nMake room, then go on with --resume --name full."
     )
     assert (tmp_path / "full/evaluation/base.json").exists()
 
@@ -1156,12 +1229,17 @@ def test_the_plan_of_every_preset_needs_no_network_and_loads_no_weights(
 
 
 def test_the_plan_downloads_only_what_is_loaded() -> None:
-    whole, cut = (call("zephyr-7b", "--plan", "--device", "cpu", *stages).stdout for stages in ((), ("--stages", "unlearn")))
+    whole, cut = (
+        call("zephyr-7b", "--plan", "--device", "cpu", *stages).stdout
+        for stages in ((), ("--stages", "unlearn"))
+    )
     downloads = [plain(line) for plan in (whole, cut) for line in plan.splitlines() if "3.49 GiB" in line]
-    assert downloads == snapshot([
-        "Download   about 13.49 GiB of weights in 16 bits (in whole files), unless they are cached",
-        "Download   about 3.49 GiB of weights in 16 bits (in whole files), unless they are cached",
-    ])  # the second: a quarter of the layers, and the embeddings
+    assert downloads == snapshot(
+        [
+            "Download   about 13.49 GiB of weights in 16 bits (in whole files), unless they are cached",
+            "Download   about 3.49 GiB of weights in 16 bits (in whole files), unless they are cached",
+        ]
+    )  # the second: a quarter of the layers, and the embeddings
 
 
 def test_the_list_shows_every_preset() -> None:
@@ -1250,7 +1328,10 @@ def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_column
         },
     )
     lines = printed(text_table({"texts": texts}))
-    assert line_of("compounds", lines).split(maxsplit=2)[2] == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
+    assert (
+        line_of("compounds", lines).split(maxsplit=2)[2]
+        == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
+    )
     assert plain(lines[-1]) == snapshot("KL from base to unlearned in nats a token: retain 0.0312 ± 0.0021")
     alone = printed(text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
     assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]

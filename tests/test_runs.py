@@ -50,8 +50,7 @@ def test_a_name_that_is_taken_is_refused_with_the_way_on(tmp_path: Path) -> None
     with pytest.raises(UserError) as caught:
         RunFolder.create(tmp_path, "mine")
     assert plain(caught.value, runs=tmp_path) == snapshot(
-        "Run <runs>/mine exists already.\n"
-        "Choose another --name, or go on with it: --resume --name mine"
+        "Run <runs>/mine exists already.\nChoose another --name, or go on with it: --resume --name mine"
     )
 
 
@@ -80,8 +79,7 @@ def test_a_place_that_cannot_be_written_is_named_with_the_option_that_changes_it
     with pytest.raises(UserError) as caught:
         RunFolder.create(tmp_path / "runs", "mine")
     assert plain(caught.value, run=tmp_path / "runs/mine", runs=tmp_path / "runs") == snapshot(
-        "Run folder <run> cannot be written: File exists.\n"
-        "Choose another place with --runs-dir."
+        "Run folder <run> cannot be written: File exists.\nChoose another place with --runs-dir."
     )
 
 
@@ -273,27 +271,39 @@ def test_answers_that_lost_a_line_or_flipped_a_bit_are_noticed(tmp_path: Path) -
     assert len(run.read_answers("base")) == 3
     whole = run.answers("base").read_text()
     for content, said in (
-        ("".join(whole.splitlines(keepends=True)[:2]), snapshot(
-            "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
-            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-            "mine"
-        )),
-        (whole[:-20], snapshot(
-            "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
-            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-            "mine"
-        )),
-        (whole.replace("-4.0", "-4.5", 1), snapshot(
-            "<run>/evaluation/answers_base.jsonl is damaged, or was changed: its sha256 is not the one that "
-            "the run recorded.\n"
-            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-            "mine"
-        )),
-        (whole.replace("-4.0", "-4x0", 1), snapshot(
-            "<run>/evaluation/answers_base.jsonl, line 1, is damaged: it does not hold a JSON object.\n"
-            "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-            "mine"
-        )),
+        (
+            "".join(whole.splitlines(keepends=True)[:2]),
+            snapshot(
+                "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+                "mine"
+            ),
+        ),
+        (
+            whole[:-20],
+            snapshot(
+                "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+                "mine"
+            ),
+        ),
+        (
+            whole.replace("-4.0", "-4.5", 1),
+            snapshot(
+                "<run>/evaluation/answers_base.jsonl is damaged, or was changed: its sha256 is not the one that "
+                "the run recorded.\n"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+                "mine"
+            ),
+        ),
+        (
+            whole.replace("-4.0", "-4x0", 1),
+            snapshot(
+                "<run>/evaluation/answers_base.jsonl, line 1, is damaged: it does not hold a JSON object.\n"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
+                "mine"
+            ),
+        ),
     ):
         run.answers("base").write_text(content)
         with pytest.raises(UserError) as caught:
@@ -399,8 +409,7 @@ def test_a_folder_that_holds_anything_else_keeps_its_name(tmp_path: Path, name: 
         with pytest.raises(UserError) as caught:
             RunFolder.create(tmp_path, "mine")
         assert plain(caught.value, runs=tmp_path) == snapshot(
-            "Run <runs>/mine exists already.\n"
-            "Choose another --name, or go on with it: --resume --name mine"
+            "Run <runs>/mine exists already.\nChoose another --name, or go on with it: --resume --name mine"
         )
     assert (run.path / name).exists()
 
@@ -464,8 +473,7 @@ def test_work_whose_folder_is_deleted_ends_with_one_message(tmp_path: Path) -> N
         run.remove()
         add_lines(run.metrics, [{}])
     assert plain(caught.value, run=run.path) == snapshot(
-        "The folder <run> was deleted or moved while it was in use.\n"
-        "The work on it has ended."
+        "The folder <run> was deleted or moved while it was in use.\nThe work on it has ended."
     )
 
 

@@ -115,8 +115,7 @@ def test_a_runs_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught, one_at_a_time(tmp_path / "file"):
         pass
     assert plain(caught.value, runs=tmp_path / "file") == snapshot(
-        "The runs folder <runs> cannot be written: Not a directory.\n"
-        "Choose another place with --runs-dir."
+        "The runs folder <runs> cannot be written: Not a directory.\nChoose another place with --runs-dir."
     )
 
 
@@ -180,8 +179,7 @@ def test_a_free_name_is_neither_a_run_s_nor_that_of_a_waiting_process(tmp_path: 
     with pytest.raises(UserError) as caught:
         check_free(tmp_path, "tiny-2")
     assert plain(caught.value, runs=tmp_path) == snapshot(
-        "Run <runs>/tiny-2 is waiting for its turn already.\n"
-        "Choose another --name."
+        "Run <runs>/tiny-2 is waiting for its turn already.\nChoose another --name."
     )
     waits.kill()
     waits.wait()

@@ -24,7 +24,9 @@ def without_numbers(text: object) -> str:
     return plain(re.sub(r"\d[\d,.]*(?<=\d)", "N", str(text)))
 
 
-BLOCK = re.compile(r"</?(?:p|div|ul|ol|li|table|caption|tr|t[hd]|h\d|dl|d[td]|summary|section|pre|blockquote|br)\b[^>]*>")
+BLOCK = re.compile(
+    r"</?(?:p|div|ul|ol|li|table|caption|tr|t[hd]|h\d|dl|d[td]|summary|section|pre|blockquote|br)\b[^>]*>"
+)
 
 
 def text_with(html: str, key: str) -> str:

@@ -336,8 +336,7 @@ def test_every_event_is_guarded_and_private(tab: ChatTab) -> None:
             next(each.fn for each in events if each.name == "send")("newest", "", "", 0, 8, 0, Conversation())
         )
     assert plain(caught.value.message) == snapshot(
-        "The prompt is empty.\n"
-        "Type a question, or choose one of the suggested prompts."
+        "The prompt is empty.\nType a question, or choose one of the suggested prompts."
     )
 
 
@@ -379,8 +378,7 @@ def test_load_and_unload_say_what_they_do(tab: ChatTab) -> None:
     with pytest.raises(UserError) as caught:
         next(tab.load(None))
     assert plain(caught.value) == snapshot(
-        "No run is chosen.\n"
-        "Choose one above. There is none yet? Start one in the Unlearn tab."
+        "No run is chosen.\nChoose one above. There is none yet? Start one in the Unlearn tab."
     )
 
 

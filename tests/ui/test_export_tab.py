@@ -109,8 +109,7 @@ def test_an_export_from_the_page(tab: ExportTab, forgetful: RunFolder, tmp_path:
     with pytest.raises(UserError) as caught:
         tab.start("forgetful", "adapter", "q8_0")
     assert plain(caught.value, place=place_of(forgetful, "adapter", "q8_0")) == snapshot(
-        "This export is there already, in <place>.\n"
-        "Delete that folder to have it made again."
+        "This export is there already, in <place>.\nDelete that folder to have it made again."
     )
 
 

@@ -360,8 +360,7 @@ def test_a_reserved_run_that_never_began_is_started_anew(stand_in: Callable[[str
 def test_a_reserved_folder_without_settings_has_nothing_to_go_on_with(tmp_path: Path) -> None:
     folder = jobs.reserve(tmp_path, "tiny", "mine")
     assert plain(mistake(jobs.resume, folder)) == snapshot(
-        "Run mine holds no settings to go on with.\n"
-        "Delete it, and start a new one."
+        "Run mine holds no settings to go on with.\nDelete it, and start a new one."
     )
     assert tickets(tmp_path) == []
 
@@ -398,8 +397,7 @@ def test_a_finished_run_is_not_run_again(
     runs_dir = stand_in("time.sleep(60)")
     run = RunFolder(Path(shutil.copytree(forgetful.path, runs_dir / "mine")))
     assert plain(mistake(jobs.resume, run)) == snapshot(
-        "Run mine is finished: nothing of it is left to do.\n"
-        "See its results, or start a new run."
+        "Run mine is finished: nothing of it is left to do.\nSee its results, or start a new run."
     )
     assert tickets(runs_dir) == []
     # What is missing or damaged can be made again.

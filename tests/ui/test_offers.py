@@ -196,12 +196,14 @@ def test_all_mistakes_are_told_at_once_without_the_command_line_s_words() -> Non
     said = mistake("tiny", {"rmu.steps": 0, "rmu.rank": None}, "rmu.stpes=3\ntopics.locks.alpha=-1")
     first, *rest = said.splitlines()
     assert first == snapshot("What was given has 4 mistakes:"), "none of them is in the preset's file"
-    assert sorted(rest) == snapshot([
-        "  rmu.rank: should be a valid integer (it is None)",
-        "  rmu.steps: should be greater than or equal to 1 (it is 0)",
-        '  rmu.stpes: unknown key. Did you mean "steps"?',
-        "  topics.locks.alpha: should be greater than or equal to 0 (it is -1)",
-    ])
+    assert sorted(rest) == snapshot(
+        [
+            "  rmu.rank: should be a valid integer (it is None)",
+            "  rmu.steps: should be greater than or equal to 1 (it is 0)",
+            '  rmu.stpes: unknown key. Did you mean "steps"?',
+            "  topics.locks.alpha: should be greater than or equal to 0 (it is -1)",
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,11 +286,13 @@ def test_a_mistake_names_the_field_or_the_line_that_it_was_typed_into() -> None:
         offers.chosen("tiny", {"rmu.steps": 0, "rmu.rank": 0}, "rmu.rank=-1\nrmu.batch_size=0", labels)
     first, *rest = on_the_page(caught.value).splitlines()
     assert first == snapshot("What was given has 3 mistakes:")
-    assert sorted(rest) == snapshot([
-        "  Steps, rmu.steps: should be greater than or equal to 1 (it is 0)",
-        "  rmu.batch_size: should be greater than or equal to 1 (it is 0)",
-        "  rmu.rank: should be greater than or equal to 1 (it is -1)",
-    ])
+    assert sorted(rest) == snapshot(
+        [
+            "  Steps, rmu.steps: should be greater than or equal to 1 (it is 0)",
+            "  rmu.batch_size: should be greater than or equal to 1 (it is 0)",
+            "  rmu.rank: should be greater than or equal to 1 (it is -1)",
+        ]
+    )
 
 
 # Fmt: skip.

@@ -155,8 +155,7 @@ def test_presets_and_states_can_be_sent_as_json(endpoint: Callable[..., Any]) ->
         (
             ("start", "tiny", "new", "rmu.steps=0"),
             snapshot(
-                "What was given has 1 mistake:\n"
-                "  rmu.steps: should be greater than or equal to 1 (it is 0)"
+                "What was given has 1 mistake:\n  rmu.steps: should be greater than or equal to 1 (it is 0)"
             ),
         ),
         (

@@ -151,12 +151,14 @@ def test_a_folder_without_runs_says_what_to_do(tmp_path: Path) -> None:
 def test_a_run_is_shown_with_its_report_to_keep(tab: results.Results) -> None:
     html, download = last(tab.show("new"))
     assert html.startswith('<div class="rmu-results">')
-    assert re.findall(r"<h2>(.*?)</h2>", html) == snapshot([
-        "Questions, base and unlearned",
-        "How training went",
-        "The same prompt to both",
-        "What this does not show",
-    ])
+    assert re.findall(r"<h2>(.*?)</h2>", html) == snapshot(
+        [
+            "Questions, base and unlearned",
+            "How training went",
+            "The same prompt to both",
+            "What this does not show",
+        ]
+    )
     assert re.findall(r"<dd class=\"(\w+)\">", html) == ["partly", "partly", "unknown"]
     assert cells(html, "compounds")[:3] == ["compounds5-shot", "90.0% ± 3.0", "25.0% ± 4.0"]
     assert html.count("<svg") == 3 * 2
@@ -237,8 +239,7 @@ def test_a_run_beside_itself_is_refused(tab: results.Results) -> None:
         (
             None,
             snapshot(
-                "Run <run> has no summary.json: it has not finished.\n"
-                "Go on with it: --resume --name new"
+                "Run <run> has no summary.json: it has not finished.\nGo on with it: --resume --name new"
             ),
         ),
         (

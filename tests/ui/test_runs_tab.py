@@ -86,12 +86,14 @@ def listed(runs_dir: Path) -> dict[str, list[str]]:
 def test_every_run_has_a_row(runs_dir: Path, busy: RunFolder) -> None:
     found = rows(runs_dir)
     assert all(len(row) == len(COLUMNS) for row in found)
-    assert [row[:4] for row in found] == snapshot([
-        ["busy", "running", "tiny", "–"],
-        ["finished", "done", "tiny", "Forgotten: yes. Kept: partly. Audit: not audited."],
-        ["stopped", "stopped; it can go on", "tiny", "–"],
-        ["refused", "failed", "zephyr-7b", "–"],
-    ])
+    assert [row[:4] for row in found] == snapshot(
+        [
+            ["busy", "running", "tiny", "–"],
+            ["finished", "done", "tiny", "Forgotten: yes. Kept: partly. Audit: not audited."],
+            ["stopped", "stopped; it can go on", "tiny", "–"],
+            ["refused", "failed", "zephyr-7b", "–"],
+        ]
+    )
 
 
 def test_a_runs_folder_that_is_not_there_is_an_empty_list(tmp_path: Path) -> None:

@@ -140,8 +140,7 @@ def test_without_its_tokenizer_characters_are_counted(
         (
             [("page.html", "<p>so</p>")],
             snapshot(
-                "page.html is a formatted document, which is not read here.\n"
-                "Save its text as .txt, in UTF-8."
+                "page.html is a formatted document, which is not read here.\nSave its text as .txt, in UTF-8."
             ),
         ),
         (
@@ -151,8 +150,7 @@ def test_without_its_tokenizer_characters_are_counted(
         (
             [("none", "no ending")],
             snapshot(
-                "none is a file without a suffix, which is not read here.\n"
-                "Give a .txt, .md, .jsonl file."
+                "none is a file without a suffix, which is not read here.\nGive a .txt, .md, .jsonl file."
             ),
         ),
         (
@@ -166,15 +164,13 @@ def test_without_its_tokenizer_characters_are_counted(
         (
             [("wide.txt", "so".encode("utf-16-le"))],
             snapshot(
-                "wide.txt is not UTF-8 text (it holds NUL characters or half of a pair).\n"
-                "Save it as UTF-8."
+                "wide.txt is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8."
             ),
         ),
         (
             [("zeros.txt", bytes(99))],
             snapshot(
-                "zeros.txt is not UTF-8 text (it holds NUL characters or half of a pair).\n"
-                "Save it as UTF-8."
+                "zeros.txt is not UTF-8 text (it holds NUL characters or half of a pair).\nSave it as UTF-8."
             ),
         ),
         (

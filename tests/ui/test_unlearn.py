@@ -113,8 +113,7 @@ def begin(
         (
             {"changes": {"rmu.steps": 0}},
             snapshot(
-                "What was given has 1 mistake:\n"
-                "  rmu.steps: should be greater than or equal to 1 (it is 0)"
+                "What was given has 1 mistake:\n  rmu.steps: should be greater than or equal to 1 (it is 0)"
             ),
         ),
         (
