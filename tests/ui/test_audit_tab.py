@@ -102,8 +102,10 @@ def test_an_audit_from_the_page_is_stopped_and_gone_on_with(tab: AuditTab, own_r
     told, found, seen = tab.tick("mine", seen)
     assert plain(told) == snapshot("<p><strong>Done</strong></p>"), own_run.audit_output.read_text()
     assert "10 questions" in found
-    [cell] = re.findall("not run: [^<]*", found)
-    assert without_numbers(cell) == snapshot()
+    [cell] = {cell for cell in re.findall("not run: [^<]*", found) if re.search(r"\d", cell)}
+    assert without_numbers(cell) == snapshot(
+        "not run: it would take about N min, and N s of the budget are left"
+    )
     assert tab.tick("mine", seen) == (gr.skip(), gr.skip(), gr.skip())
     heading = re.findall("<h2>(.*?)</h2>", found)[0]
     assert heading in (own_run.path / "report.html").read_text()

@@ -348,4 +348,7 @@ def test_others_are_let_in_with_a_password_only(arguments: list[str]) -> None:
         check=False,
     )
     assert result.returncode == 2
-    assert plain(result.stderr) == snapshot()
+    assert plain(result.stderr) == snapshot(
+        "Others could reach this page: give --auth-file FILE, or set LOWMEM_RMU_AUTH, or leave out --share "
+        "and --host.\n"
+    )
