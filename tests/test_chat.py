@@ -252,7 +252,7 @@ def test_an_answer_ends_in_the_middle_and_the_adapter_is_on_again(
         with pytest.raises(UserError) as caught:
             chat.answers(PROMPT, GREEDY)
         assert plain(caught.value) == snapshot(
-            "The chat model was unloaded meanwhile.\nSend the prompt again: that loads it anew."
+            "The chat model was unloaded meanwhile.\nSend the prompt again: that loads it again."
         )
     else:
         assert chat.answers(PROMPT, GREEDY)["base"]
@@ -328,15 +328,16 @@ def test_who_waits_for_the_turn_can_be_stopped(chat: ChatModel) -> None:
             PROMPT,
             Sampling(temperature=-1),
             snapshot(
-                "The temperature is -1: give 0 (always the likeliest word) or a number above it, for example 0.7."
+                "The temperature is -1: give 0 (always the likeliest word) or a number above it, for example "
+                "0.7."
             ),
         ),
         (
             PROMPT,
             Sampling(temperature=float("nan")),
             snapshot(
-                "The temperature is nan: give 0 (always the likeliest word) or a number above it, for example "
-                "0.7."
+                "The temperature is nan: give 0 (always the likeliest word) or a number above it, for "
+                "example 0.7."
             ),
         ),
         (

@@ -163,7 +163,8 @@ def test_changes_reach_their_task() -> None:
             ("wmdp_bio", 5),
             snapshot(
                 "The tasks cannot be asked so:\n"
-                "  tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with 0"
+                "  tasks.wmdp_bio: num_fewshot 5 takes an examples_split; this task has none, so ask it with "
+                "0"
             ),
         ),
         (

@@ -159,8 +159,8 @@ def test_invalid_yaml_is_reported_with_its_line(tmp_path: Path) -> None:
         (
             b"title: \xff\n",
             snapshot(
-                "<path> cannot be read as a preset: 'utf-8' codec can't decode byte 0xff in position 7: invalid "
-                "start byte."
+                "<path> cannot be read as a preset: 'utf-8' codec can't decode byte 0xff in position 7: "
+                "invalid start byte."
             ),
         ),
         (
@@ -240,16 +240,16 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
             "adapter_layers: [1, 2, 3]",
             "adapter_layers: []",
             snapshot(
-                "line 6: rmu.adapter_layers: List should have at least 1 item after validation, not 0 (it is a "
-                "list)"
+                "line 6: rmu.adapter_layers: List should have at least 1 item after validation, not 0 (it is "
+                "a list)"
             ),
         ),
         (
             "[1, 2, 3]",
             "[1, two]",
             snapshot(
-                "line 6: rmu.adapter_layers.1: should be a valid integer, unable to parse string as an integer "
-                "(it is 'two')"
+                "line 6: rmu.adapter_layers.1: should be a valid integer, unable to parse string as an "
+                "integer (it is 'two')"
             ),
         ),
         (
@@ -275,8 +275,8 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
             "alpha: 100",
             "alpha: 100\n    steering_coefficient: 6.5",
             snapshot(
-                "line 8: topics.plants: steering: adaptive finds its own steering_coefficient: leave it out, or "
-                "set steering: random"
+                "line 8: topics.plants: steering: adaptive finds its own steering_coefficient: leave it out, "
+                "or set steering: random"
             ),
         ),
         (
@@ -288,8 +288,8 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
             "./plants.txt",
             "./plants.txt\n      title_matches: '(a'",
             snapshot(
-                "line 11: topics.plants.corpus.title_matches: is no regular expression: missing ), unterminated "
-                "subpattern at position 0"
+                "line 11: topics.plants.corpus.title_matches: is no regular expression: missing ), "
+                "unterminated subpattern at position 0"
             ),
         ),
         (
@@ -476,7 +476,7 @@ def test_settings_of_another_version_are_named_with_their_run(good: Path) -> Non
     assert plain(caught.value) == snapshot(
         "runs/a was written by another version of lowmem-rmu: this one does not know its settings of "
         "rmu.momentum, title.\n"
-        "Read it with the version that its config.json names, or make the run anew."
+        "Read it with the version that its config.json names, or make the run again."
     )
 
 

@@ -634,7 +634,7 @@ def test_the_ways_of_an_attack_are_folded_and_its_text_stays_text(tmp_path: Path
     assert "Next to nothing." in folded
     assert page.rows_of("unseen text, 25 steps") == [["unseen text, 25 steps", "90.0", "89% 80 to 97"]]
     took = text_with(page, "1 min 01 s")
-    assert took == snapshot("It took 1 min 01 s (30.0 s were foretold) and 0.90 GB at its peak.")
+    assert took == snapshot("It took 1 min 01 s (estimate: 30.0 s) and 0.90 GB at its peak.")
     assert took in " ".join(folded.split())
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert "were not tried" not in html

@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 from typer.testing import CliRunner
 
+from lowmem_rmu import status
 from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.cli.errors import resume_command
 from lowmem_rmu.cli.progress import Interrupts, Lines
@@ -250,7 +251,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_stopped(
         "Stopped. Nothing is lost; go on with: python -m lowmem_rmu.run"
     )
     assert "--resume" in shlex.split(arguments)
-    assert RunFolder(tmp_path / "stopped").read_status()["state"] == "stopped"
+    assert RunFolder(tmp_path / "stopped").read_status().state == "stopped"
     assert len(read_lines(tmp_path / "stopped/metrics.jsonl")) == 1
     assert run_tiny(tmp_path, "stopped", "--resume").exit_code == 0
     assert losses(tmp_path / "stopped") == losses(finished)
@@ -608,7 +609,7 @@ def test_a_stop_ends_the_waiting(tmp_path: Path, reserved: bool) -> None:
     assert plain(problem + command) == snapshot(
         "Stopped. Nothing is lost; go on with: python -m lowmem_rmu.run"
     )
-    assert [folder.read_status()[key] for key in ("stage", "state")] == ["queue", "stopped"]
+    assert [getattr(folder.read_status(), key) for key in ("stage", "state")] == ["queue", "stopped"]
     assert [ticket.name for ticket in tickets(tmp_path)] == ["other"]
 
 
@@ -659,7 +660,7 @@ def test_why_a_run_of_the_app_could_not_begin_stays_in_its_folder(tmp_path: Path
     folder.write_status("queue", 0, 0, "waiting")
     result = run_tiny(tmp_path, "mine", "--set", TOO_LARGE)
     assert (result.exit_code, plain(result.stderr.strip())) == (2, REFUSED)
-    assert [folder.read_status()[key] for key in ("stage", "state", "error")] == [
+    assert [getattr(folder.read_status(), key) for key in ("stage", "state", "error")] == [
         "prepare",
         "failed",
         REFUSED,
@@ -777,16 +778,16 @@ def test_signals_that_come_while_a_run_is_stopping_lose_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int, said: str
 ) -> None:
     """As the app sends them where a run takes its time: here in the very moment in which it writes that it has stopped."""
-    write = RunFolder.write_status
+    write = status.write_status
 
-    def interrupted(self: RunFolder, stage: str, step: int, total: int, state: str, *more: Any) -> None:
+    def interrupted(path: Path, stage: str, step: int, total: int, state: str, *more: Any) -> None:
         for _ in range(signals if state == "stopped" else 0):
             os.kill(os.getpid(), signal.SIGTERM)
-        write(self, stage, step, total, state, *more)
+        write(path, stage, step, total, state, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(Lines, "asks_to_stop", lambda self: self.stage == "unlearn")
-        patched.setattr(RunFolder, "write_status", interrupted)
+        patched.setattr(status, "write_status", interrupted)
         result = run_tiny(tmp_path, "both", "--stages", "unlearn")
     assert result.exit_code == 130, result.output
     last, _, _ = result.stderr.splitlines()[-1].partition("python -m")
@@ -824,7 +825,8 @@ MISTAKES = [
         ["tiny", "--set", "rmu.steps=many"],
         snapshot(
             "What was given has 1 mistake:\n"
-            "  --set rmu.steps: should be a valid integer, unable to parse string as an integer (it is 'many')\n"
+            "  --set rmu.steps: should be a valid integer, unable to parse string as an integer (it is "
+            "'many')\n"
         ),
     ),
     (
@@ -844,8 +846,8 @@ MISTAKES = [
     (
         ["tiny", "--set", "rmu.modules=[down_prj]"],
         snapshot(
-            'rmu.modules names "down_prj", which no adapter layer has. Did you mean "down_proj" or "o_proj" or '
-            '"v_proj"?\n'
+            'rmu.modules names "down_prj", which no adapter layer has. Did you mean "down_proj" or "o_proj" '
+            'or "v_proj"?\n'
         ),
     ),
     (
@@ -867,8 +869,8 @@ MISTAKES = [
     (
         ["tiny", "--name", "../outside"],
         snapshot(
-            '"../outside" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at most 100, '
-            "and no name of a Windows device, so that it stays inside <runs>.\n"
+            '"../outside" cannot be the name of a run: use letters, digits, ".", "_" and "-" only, at most '
+            "100, and no name of a Windows device, so that it stays inside <runs>.\n"
         ),
     ),
     (
@@ -939,8 +941,8 @@ def test_a_checkpoint_that_is_cut_short_leaves_no_run_behind(tmp_path: Path) -> 
         (
             '{"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 4}\n',
             snapshot(
-                "<file>, line 1: the answer 4 is out of range: give 0 to 3 (0 is the first choice), or a letter "
-                "A to D.\n"
+                "<file>, line 1: the answer 4 is out of range: give 0 to 3 (0 is the first choice), or a "
+                "letter A to D.\n"
             ),
         ),
         ("", snapshot("The question file <file> is empty.\n")),
@@ -1176,14 +1178,14 @@ def test_out_of_memory_says_what_to_lower_and_by_how_much(
     assert result.exit_code == 2
     message = result.stderr[result.stderr.index("Out of memory") :]
     assert re.sub(r"[\d.]+ [MG]iB", "N MiB", message) == snapshot(
-        "Out of memory in the stage unlearn: the plan foretells N MiB, N MiB are free on cpu now.\n"
+        "Out of memory in the stage unlearn: the estimate is N MiB, N MiB are free on cpu now.\n"
         "Any one of these needs less:\n"
         "  --set rmu.cache_gib=0: N MiB\n"
         "  --set rmu.batch_size=2 --set rmu.retain_batch_size=4: N MiB\n"
         "  --set rmu.activation_checkpointing=true: N MiB\n"
         "  --stages unlearn: N MiB\n"
     )
-    assert RunFolder(tmp_path / "oom").read_status()["state"] == "failed"
+    assert RunFolder(tmp_path / "oom").read_status().state == "failed"
 
 
 @pytest.mark.parametrize(
@@ -1332,7 +1334,7 @@ def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_column
         line_of("compounds", lines).split(maxsplit=2)[2]
         == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
     )
-    assert plain(lines[-1]) == snapshot("KL from base to unlearned in nats a token: retain 0.0312 ± 0.0021")
+    assert plain(lines[-1]) == snapshot("KL from base to unlearned in nats/token: retain 0.0312 ± 0.0021")
     alone = printed(text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
     assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]
     assert not any("KL" in line for line in alone)

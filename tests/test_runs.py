@@ -275,33 +275,33 @@ def test_answers_that_lost_a_line_or_flipped_a_bit_are_noticed(tmp_path: Path) -
             "".join(whole.splitlines(keepends=True)[:2]),
             snapshot(
                 "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
-                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-                "mine"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume "
+                "--name mine"
             ),
         ),
         (
             whole[:-20],
             snapshot(
                 "<run>/evaluation/answers_base.jsonl is damaged: it holds 2 answers, but 3 were scored.\n"
-                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-                "mine"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume "
+                "--name mine"
             ),
         ),
         (
             whole.replace("-4.0", "-4.5", 1),
             snapshot(
-                "<run>/evaluation/answers_base.jsonl is damaged, or was changed: its sha256 is not the one that "
-                "the run recorded.\n"
-                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-                "mine"
+                "<run>/evaluation/answers_base.jsonl is damaged, or was changed: its sha256 is not the one "
+                "that the run recorded.\n"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume "
+                "--name mine"
             ),
         ),
         (
             whole.replace("-4.0", "-4x0", 1),
             snapshot(
                 "<run>/evaluation/answers_base.jsonl, line 1, is damaged: it does not hold a JSON object.\n"
-                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume --name "
-                "mine"
+                "Delete it and <run>/evaluation/base.json, and have the questions asked again: --resume "
+                "--name mine"
             ),
         ),
     ):
