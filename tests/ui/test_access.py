@@ -203,8 +203,8 @@ def test_names_that_the_user_allows(allowed: str, host: str, origin: str, is_ser
 def test_what_is_no_host_cannot_be_allowed(text: str) -> None:
     with pytest.raises(UserError) as caught:
         Sites.bound("127.0.0.1", 7860, [text])
-    assert plain(caught.value, text=f'"{text}"') == snapshot(
-        "--allowed-host <text> is no host: give a name such as gpu.example.org, gpu.example.org:8443 or "
+    assert plain(caught.value, given=f'"{text}"') == snapshot(
+        "--allowed-host <given> is no host: give a name such as gpu.example.org, gpu.example.org:8443 or "
         "https://gpu.example.org."
     )
 
