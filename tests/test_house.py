@@ -314,6 +314,24 @@ assert not heavy, heavy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_waits_for_its_turn_has_loaded_no_heavy_library(tmp_path: Path) -> None:
+    code = """
+from contextlib import contextmanager
+from pathlib import Path
+from lowmem_rmu.cli import run
+from lowmem_rmu.presets import load_preset
+@contextmanager
+def device_turn(*given):
+    print(sorted({"torch", "transformers", "datasets", "peft"} & sys.modules.keys()))
+    raise SystemExit(3)
+    yield
+run.device_turn = device_turn
+run.main_job("tiny", load_preset("tiny"), Path("runs"), None, "cpu", ["unlearn"], False)
+"""
+    result = in_new_process(code, tmp_path)
+    assert (result.returncode, result.stdout) == (3, "[]\n"), result.stderr
+
+
 def test_importing_every_module_prints_and_writes_nothing(tmp_path: Path) -> None:
     result = in_new_process(
         f"{QUIET}\nfor name in {sorted(MODULES)}: importlib.import_module(name)", tmp_path

@@ -47,6 +47,7 @@ from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.presets import load_preset, preset_names
 from lowmem_rmu.records import Answer
 from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
+from lowmem_rmu.status import StatusWriter
 from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.unlearning.checkpoint import trainable
 from lowmem_rmu.unlearning.trainer import Trainer
@@ -1101,7 +1102,8 @@ def test_a_guarded_run_says_which_weights_it_kept_and_resumes_to_the_same(
     )
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(RunFolder, "stop_asked", property(lambda self: len(read_lines(self.metrics)) == 3))
+        metrics = tmp_path / "parts/metrics.jsonl"
+        stopped.setattr(StatusWriter, "asks_to_stop", lambda self: len(read_lines(metrics)) == 3)
         assert run_tiny(tmp_path, "parts", *GUARDED).exit_code != 0
     assert run_tiny(tmp_path, "parts", *GUARDED, "--resume").exit_code == 0
     assert_same_adapter(tmp_path / "whole", tmp_path / "parts")

@@ -97,18 +97,18 @@ def main_job(
 
     Returns None in the other processes of `accelerate launch`, which take their share of the questions only.
     """
-    # Heavy libraries load only once there is work for them.
-    from lowmem_rmu.distributed import Distributed
-    from lowmem_rmu.evaluation.workers import work
-    from lowmem_rmu.inputs import read_inputs
-    from lowmem_rmu.model.fit import check_fits
-    from lowmem_rmu.model.loading import resolve_device
-    from lowmem_rmu.model.spec import ModelSpec
-    from lowmem_rmu.pipeline import RunContext, is_done, run_config, run_stages
-    from lowmem_rmu.status import StatusWriter
-
     existing = find_run(runs_dir, name, preset_name, preset) if resume else None
     with device_turn(runs_dir, name, preset_name, existing) as path:
+        # A run that waits for its turn stays small: the heavy libraries load only now.
+        from lowmem_rmu.distributed import Distributed
+        from lowmem_rmu.evaluation.workers import work
+        from lowmem_rmu.inputs import read_inputs
+        from lowmem_rmu.model.fit import check_fits
+        from lowmem_rmu.model.loading import resolve_device
+        from lowmem_rmu.model.spec import ModelSpec
+        from lowmem_rmu.pipeline import RunContext, is_done, run_config, run_stages
+        from lowmem_rmu.status import StatusWriter
+
         if existing is not None:
             # The model may have a new commit on the Hub since the run began.
             preset = read_preset(existing)
