@@ -331,6 +331,7 @@ def test_a_wrong_value_is_reported_with_line_place_and_reason(
     assert old in GOOD
     heading, mistake = complaint(write(tmp_path, GOOD.replace(old, new))).splitlines()
     assert str(tmp_path) in heading
+    assert "has 1 mistake:" in heading
     assert plain(mistake.strip()) == expected
 
 
@@ -343,8 +344,9 @@ def test_a_wrong_value_is_one_complaint_from_the_file_and_from_set(
         write(tmp_path, GOOD.replace("alpha: 100", f"alpha: 100\n    steering_coefficient: {value}"))
     )
     for text, label in ((from_set, "--set"), (from_file, "line 12:")):
-        _, mistake = text.splitlines()
-        assert mistake.startswith(f"  {label} topics.plants.steering_coefficient: ")
+        heading, mistake = text.splitlines()
+        assert "has 1 mistake:" in heading
+        assert mistake.startswith(f"  {label} topics.plants.steering_coefficient: should be ")
 
 
 def test_overrides_replace_numbers_words_and_items_of_lists(good: Path) -> None:
@@ -562,6 +564,7 @@ def test_a_message_shortens_what_was_given(good: Path) -> None:
 def test_a_path_that_cannot_be_one_is_named_with_its_setting(good: Path, path: str) -> None:
     said = complaint(write(good.parent, GOOD.replace("./plants.txt", '"' + path.replace("\0", "\\0") + '"')))
     assert said.startswith("topics.plants.corpus.source: ")
+    assert "cannot be read: " in said
     assert "\0" not in said
 
 
@@ -635,7 +638,8 @@ def test_every_number_has_a_finite_range(good: Path, path: str, value: str) -> N
         assert load_preset(str(good), [f"{path}={value}"]).rmu.seed == -1  # torch takes it
         return
     text = complaint(good, f"{path}=[{value}]" if NUMERIC[path] else f"{path}={value}")
-    _, mistake = text.splitlines()
+    heading, mistake = text.splitlines()
+    assert "has 1 mistake:" in heading
     assert f"--set {path.split('.')[0]}" in mistake
 
 

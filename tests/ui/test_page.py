@@ -190,7 +190,7 @@ def test_too_little_memory_is_told_before_anything_is_made(
     monkeypatch.setattr(
         "lowmem_rmu.model.fit.memory_available", lambda device: 2**20
     )  # a full machine cannot be had otherwise
-    assert "1 MiB" in refused(endpoint, "start", "tiny", "new", "")
+    assert "1 MiB are free on cpu." in refused(endpoint, "start", "tiny", "new", "")
     assert not (runs_dir / "new").exists()
 
 

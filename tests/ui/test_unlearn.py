@@ -212,7 +212,7 @@ def test_what_rests_cannot_be_stopped(tab: UnlearnTab) -> None:
 
 def test_the_plan_follows_fields_and_lines(tab: UnlearnTab) -> None:
     unchanged = tab.show_plan("tiny", "", *values())
-    assert "<strong>" in unchanged
+    assert "<strong>Fits here</strong>" in unchanged
     assert tab.show_plan("tiny", "", *values(rmu__rank=64.0)) != unchanged
     assert tab.show_plan("tiny", "rmu.batch_size=64", *values()) != unchanged
     assert text_with(tab.show_plan("tiny", "", *values(rmu__rank=0)), "rmu.rank") == snapshot(
