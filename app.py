@@ -141,7 +141,6 @@ def launch(
     page = build_page(runs_dir, on, model)
     try:
         with room_made(model, runs_dir, on):
-            # Fmt: skip.
             page.launch(
                 server_name=f"[{host}]" if ":" in host else host,
                 server_port=port,

@@ -25,7 +25,6 @@ from lowmem_rmu.runs import RunFolder
 from tests.families import FAMILIES, Family
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
-# Fmt: skip.
 QUICK = [
     "rmu.target_layer=3",
     "rmu.adapter_layers=[1, 2, 3]",
@@ -119,7 +118,6 @@ def small_model_folder(
     save_random: Callable[[PretrainedConfig, Path], Path],
 ) -> Path:
     """A Mistral checkpoint of six layers with random weights (large enough that layers matter), and the tiny tokenizer."""
-    # Fmt: skip.
     config = MistralConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -141,7 +139,6 @@ def small_mixtral_folder(
     save_random: Callable[[PretrainedConfig, Path], Path],
 ) -> Path:
     """The same with a mixture of four experts, of which a token takes two."""
-    # Fmt: skip.
     config = MixtralConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -6,7 +6,6 @@ from typing import Any
 
 from lowmem_rmu.presets import ModelSettings
 
-# Fmt: skip.
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,

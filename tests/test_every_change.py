@@ -34,7 +34,6 @@ pytestmark = pytest.mark.skipif(
 
 TINY = Path(__file__).resolve().parent.parent / "lowmem_rmu/tiny"
 CONTEXT = multiprocessing.get_context("forkserver")
-# Fmt: skip.
 VARYING = {
     "seconds",
     "questions_per_second",

@@ -226,7 +226,6 @@ def test_all_mistakes_are_reported_at_once_with_line_and_suggestion(tmp_path: Pa
     )
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -541,7 +540,6 @@ def test_places_that_share_an_anchor_can_be_changed_one_by_one(tmp_path: Path) -
 
 def test_a_message_shortens_what_was_given(good: Path) -> None:
     long = "z" * 10_000
-    # Fmt: skip.
     for said in (
         complaint(good, f"rmu.steps={long}"),
         complaint(good, f"{long}=1"),

@@ -70,7 +70,6 @@ def row(
     is_group: bool = False,
 ) -> dict[str, Any]:
     measured = unlearned is not None
-    # Fmt: skip.
     return {
         "task": task,
         "group": group,
@@ -110,7 +109,6 @@ def summary(members: int = 3) -> dict[str, Any]:
         row(f"subject_{n}", "adjacent" if n == 0 else "kept", 0.9, 0.91, group="subjects")
         for n in range(members)
     ]
-    # Fmt: skip.
     text = {
         "name": "cyclones",
         "role": "forgotten",

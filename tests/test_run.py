@@ -66,7 +66,6 @@ SHORT = (
     "cpu",
 )
 SETTINGS = [part for part in SHORT if "=" in part]
-# Fmt: skip.
 METRICS = {
     "step",
     "topic",
@@ -490,7 +489,6 @@ def test_runs_that_start_within_a_second_get_names_of_their_own(
         )
         assert result.exit_code == 0, result.output
         assert len(RunFolder.all(tmp_path)) == number + 1
-    # Fmt: skip.
     assert sorted(run.path.name for run in RunFolder.all(tmp_path)) == [
         "tiny-20270101-000000",
         "tiny-20270101-000000-2",
@@ -1322,7 +1320,6 @@ def test_the_table_says_which_subjects_a_limit_left_without_a_question() -> None
 def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_columns() -> None:
     before = {"loss": 3.0, "stderr": 0.03, "tokens": 123456, "bits_per_byte": 1.5}
     after = {"loss": 13.5, "stderr": 0.04, "tokens": 123456, "bits_per_byte": 6.75}
-    # Fmt: skip.
     texts = compare_texts(
         {"compounds": "forgotten", "retain": "kept"},
         {"compounds": before, "retain": before},

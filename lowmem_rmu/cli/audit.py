@@ -54,10 +54,7 @@ def audit(
     quiet_libraries()
     with friendly_exit():
         # Heavy libraries load only once there is work for them.
-        from lowmem_rmu.audit.suite import (
-            ATTACKS,
-            Settings,
-        )
+        from lowmem_rmu.audit.suite import ATTACKS, Settings
 
         folder = RunFolder.open(run_folder.parent, run_folder.resolve().name)
         names = [name.strip() for name in attacks.split(",") if name.strip()] or list(ATTACKS)

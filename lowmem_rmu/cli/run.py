@@ -52,7 +52,7 @@ def run(
     list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Load a model in 4-bit, measures it, make it forget, measures it again and write a report."""
+    """Load a model in 4-bit, measure it, make it forget, measure it again and write a report."""
     quiet_libraries()
     with friendly_exit():
         if list_:

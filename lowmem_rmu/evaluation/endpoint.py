@@ -386,8 +386,8 @@ def _top(logprobs: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _letters(top: list[tuple[str, float]]) -> list[float] | None:
-    """Return a letter has the log-probability of the best token that is this letter but for spaces; None
-    where no token is any letter.
+    """Return log-probabilities of the letters: each has that of the best token that is this letter but for
+    spaces; None where no token is any letter.
 
     A letter that is not among the tokens gets an upper bound: what is just below the least likely of them.
     """

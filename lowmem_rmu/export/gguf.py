@@ -147,8 +147,8 @@ def _shapes(spec: ModelSpec, config: PretrainedConfig) -> dict[str, tuple[int, .
 
 
 def _stored_as(name: str, shape: tuple[int, ...], kind: Kind) -> GGMLQuantizationType:
-    """Return vectors are in float32. With q4_0, embeddings and head are q8_0: they suffer most (in
-    llama.cpp's own mixture they are q6_K).
+    """Return how each tensor is stored: vectors in float32. With q4_0, embeddings and head are q8_0: they
+    suffer most (in llama.cpp's own mixture they are q6_K).
     """
     if len(shape) == 1:
         return GGMLQuantizationType.F32

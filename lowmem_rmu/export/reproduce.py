@@ -192,7 +192,7 @@ def _record(run: RunFolder, preset: Preset, settings: dict[str, Any]) -> dict[st
 
 
 def _corpus_record(corpus: Corpus) -> dict[str, Any]:
-    """Return the sha256 is of the documents as they are read, each as a line of JSON."""
+    """Return the sha256 of the documents as they are read, each as a line of JSON."""
     name = Path(corpus.source).name if is_local(corpus.source) else corpus.source
     try:
         documents = read_documents(corpus)

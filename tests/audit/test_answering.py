@@ -55,7 +55,6 @@ def test_many_answers_at_once_are_those_of_the_chat(answering: Audited, side: st
     assert all(alone)
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("text", "right"),
     [

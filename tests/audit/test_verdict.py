@@ -31,7 +31,6 @@ BACK, NOTHING, UNCLEAR = condition(0.3, 0.6), condition(-0.1, 0.2), condition(0.
 NOT_RUN = Result("suffix", "?", "not run", "no time")
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("best", "finding"),
     [

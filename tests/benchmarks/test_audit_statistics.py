@@ -2,7 +2,6 @@
 
 import pytest
 
-# Fmt: skip.
 from benchmarks.audit_statistics import (
     ATTACKS,
     Audited,

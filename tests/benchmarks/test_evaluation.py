@@ -17,7 +17,6 @@ MMLU = ROOT / "tests/data/mmlu"
 
 
 def test_it_prints_both_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    # Fmt: skip.
     main(
         model=str(ROOT / "lowmem_rmu/tiny/model"),
         data=MMLU,

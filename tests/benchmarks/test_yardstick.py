@@ -55,7 +55,6 @@ def follow_the_paper(
 
 
 def engine(settings: ModelSettings, **changes: Any) -> Trainer:
-    # Fmt: skip.
     rmu = Rmu(
         **{
             "target_layer": TARGET,

@@ -90,7 +90,6 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    # Fmt: skip.
     [
         ("a.txt", "no mark in front".encode("utf-16-le")),
         ("a.md", bytes(64)),
@@ -405,7 +404,6 @@ def files(folder: Path, **contents: str | bytes) -> Path:
 
 
 def test_a_data_set_s_folder_is_read_without_what_is_about_the_data(tmp_path: Path) -> None:
-    # Fmt: skip.
     folder = files(
         tmp_path,
         a__txt="A",
@@ -457,7 +455,6 @@ def test_a_readme_is_a_document_where_it_is_what_was_named(tmp_path: Path) -> No
     )
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -126,7 +126,6 @@ def test_a_bad_json_line_is_named_with_file_and_line(tmp_path: Path) -> None:
     assert mistake(path).startswith(f"{path}, line 3: no valid JSON: ")
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

@@ -59,7 +59,6 @@ def row(
         return alone
     change = round(questions * unlearned) - round(questions * base)
     lost, gained = max(0, -change) + also, max(0, change) + also
-    # Fmt: skip.
     return replace(
         alone,
         unlearned=unlearned,
@@ -304,7 +303,6 @@ def test_samples_are_told_with_what_they_are_of_and_summed_up() -> None:
         question_set("quiz", 4),
     ]
     rows = compare_tasks(sets, right(sets), right(sets))
-    # Fmt: skip.
     assert [(each.task, each.questions, each.sampled_from) for each in rows] == [
         ("m", 5, 103),
         ("m_a", 2, 100),
@@ -794,7 +792,6 @@ def test_few_sequences_leave_a_text_inconclusive() -> None:
     )
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("rises", "whole"),
     [

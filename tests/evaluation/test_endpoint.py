@@ -251,7 +251,6 @@ def test_a_served_model_answers_as_the_same_model_in_memory(
     assert 0 < sum(row.correct for row in evaluated.answers) < 12
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("path", "told"),
     [
@@ -395,7 +394,6 @@ def test_without_log_probabilities_the_letter_that_was_written_counts(
     assert [request.top for request in server.asked] == ([20, 5, *[None] * 11] if refuses else [20] * 11)
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("text", "chosen"),
     [
@@ -422,7 +420,6 @@ def test_only_a_letter_is_an_answer(
     assert chosen is not None or not any(row.correct for row in evaluated.answers)
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("top", "expected", "chosen"),
     [
@@ -583,7 +580,6 @@ def test_where_nobody_listens_the_address_is_named(serve: Serve, sets: list[Ques
 NO_LOGPROB = {"content": [{"top_logprobs": [{"token": "A"}]}]}
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("response", "message"),
     [
@@ -833,7 +829,6 @@ def test_no_proxy_comes_between_this_machine_and_itself(
     assert (len(proxy.asked), len(server.asked)) == (0, 11)
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("url", "message"),
     [

@@ -38,7 +38,6 @@ def results(*sets: QuestionSet) -> dict[str, Any]:
 
 
 def test_groups_lie_in_each_other_as_their_questions_do() -> None:
-    # Fmt: skip.
     found = results(
         a_set("wmdp_bio", averages=("wmdp",)),
         a_set("wmdp_cyber", averages=("wmdp",)),

@@ -65,7 +65,6 @@ def ask_both(
     ]
     ours = evaluate(load_model(settings, torch.device("cpu")), load_tokenizer(settings), sets, 2048)
     quiet_harness()
-    # Fmt: skip.
     theirs = simple_evaluate(
         harness_model(str(model), "cpu", "float32", 4),
         tasks=[mmlu(data, subjects, num_fewshot, FORMS[scoring])],

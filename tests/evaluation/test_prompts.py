@@ -39,7 +39,6 @@ def test_the_cloze_form_with_an_example() -> None:
 def test_the_digest_names_the_prompt_and_nothing_else() -> None:
     same = prompt(replace(ASKED, name="other", role="forgotten"), replace(QUESTION, gold=0))
     assert same.digest == prompt(ASKED, QUESTION).digest
-    # Fmt: skip.
     others = [
         prompt(replace(ASKED, about="gates"), QUESTION),
         prompt(replace(ASKED, examples=(EXAMPLE,)), QUESTION),

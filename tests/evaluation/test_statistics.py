@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-# Fmt: skip.
 from lowmem_rmu.evaluation.statistics import (
     NOISE,
     change_bounds,

@@ -29,7 +29,6 @@ RMU = {
 def save_run(folder: Path, settings: ModelSettings, **rmu: Any) -> RunFolder:
     """A finished run on the model, whose adapter is random."""
     corpus = Corpus(source="./nowhere")
-    # Fmt: skip.
     preset = Preset(
         title="made up",
         model=settings,

@@ -194,7 +194,6 @@ def test_the_hashes_are_what_sha256sum_takes_and_the_cards_own(forgetful: RunFol
         check=False,
     )
     assert checked.returncode == 0, checked.stderr
-    # Fmt: skip.
     assert [line.partition(":")[0] for line in checked.stdout.splitlines()] == [
         "README.md",
         "adapter_config.json",

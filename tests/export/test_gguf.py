@@ -31,7 +31,6 @@ SAME_NAME = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# Fmt: skip.
 IN_A_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -162,7 +161,6 @@ def test_rows_that_no_block_divides_stay_in_f16(tmp_path: Path, save_random: Sav
 def test_the_shape_is_told(tmp_path: Path) -> None:
     write_gguf(TINY, to := tmp_path / "my-tiny.gguf", "bf16")
     settings = settings_in(to)
-    # Fmt: skip.
     expected = {
         "general.architecture": "llama",
         "general.type": "model",
@@ -423,7 +421,6 @@ def test_an_adapter_alone_is_the_same_update(tmp_path: Path, small_settings: Mod
     adapter = random_adapter(tmp_path / "adapter", small_settings, rmu_of())
     write_gguf_adapter(adapter, Path(small_settings.name), to := tmp_path / "adapter.gguf")
     settings, stored = settings_in(to), read_back(to)
-    # Fmt: skip.
     assert {
         name: settings[name]
         for name in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha")

@@ -56,7 +56,6 @@ MODELS = [
 ]
 ANSWER = 24  # tokens
 WINDOW, WINDOWS = 256, 16  # tokens, and how many times that
-# Fmt: skip.
 TRICKY = [
     "",
     " ",
@@ -387,7 +386,6 @@ def merging(adapter: Path, peft: PeftModel) -> Callable[[str, Tensor], Tensor]:
     return change
 
 
-# Fmt: skip.
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "biases": {"attention_bias": True, "mlp_bias": True},

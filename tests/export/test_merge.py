@@ -244,7 +244,6 @@ def test_what_belongs_to_a_model_comes_along_and_nothing_else(
 ) -> None:
     model = shutil.copytree(sharded, tmp_path / "model")
     (model / "additional_chat_templates").mkdir()
-    # Fmt: skip.
     belongs = {
         "generation_config.json",
         "special_tokens_map.json",

@@ -33,7 +33,6 @@ HEADED = HEADER.format("{{ message['role'] }}") + "{{ message['content'] | trim 
 LLAMA3 = EACH + HEADED + ASKED + HEADER.format("assistant") + "{% endif %}"
 INST = "{% if message['role'] == 'user' %}{{ '[INST] ' + content + ' [/INST]' }}{% else %}{{ ' ' + content + eos_token }}{% endif %}{% endfor %}"
 SYSTEM_FIRST = "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}{% endif %}"
-# Fmt: skip.
 LLAMA2 = (
     SYSTEM_FIRST + EACH + "{% if loop.first and system is defined %}"
     "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
@@ -53,7 +52,6 @@ TEMPLATES = {
     "llama 2": LLAMA2,
     "mistral": "{{ bos_token }}" + MISTRAL,
 }
-# Fmt: skip.
 SYSTEM_WITH_THE_LAST_PROMPT = (
     SYSTEM_FIRST + EACH + "{% set content = message['content'] %}{% if loop.last and system is defined %}"
     "{% set content = system + '\\n\\n' + content %}{% endif %}" + INST

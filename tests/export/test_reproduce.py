@@ -159,7 +159,6 @@ def test_own_texts_come_along_and_are_read_the_same(own: Path, tmp_path: Path) -
         exclude={"corpus"}
     )
     documents = [b'"First"\n', b'"Second \\u00fc"\n', b'"Third"\n']
-    # Fmt: skip.
     assert record(tmp_path / "reproduce")["corpora"]["retain.corpora.0"] == {
         "source": "notes",
         "documents": 3,

@@ -128,7 +128,6 @@ def test_trained_modules_are_those_of_the_named_layers() -> None:
         vocab_size=10,
     )
     model = skeleton(config)
-    # Fmt: skip.
     assert trained_modules(
         model, rmu_of(trainable="weights", modules=["down_proj", "q_proj"], adapter_layers=[1])
     ) == [

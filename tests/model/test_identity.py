@@ -50,7 +50,6 @@ def test_precision_device_and_versions_decide(
     small_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ModelSettings(name=str(small_model_folder), quantisation="nf4")
-    # Fmt: skip.
     found = [
         digest(small_model_folder),
         digest(small_model_folder, dtype="bfloat16"),

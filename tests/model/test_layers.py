@@ -24,7 +24,6 @@ from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.presets import ModelSettings, Rmu
 from tests.families import Family
 
-# Fmt: skip.
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,

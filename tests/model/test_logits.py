@@ -10,7 +10,6 @@ from lowmem_rmu.model.logits import POSITIONS, logits_at
 from lowmem_rmu.presets import ModelSettings, Rmu
 from tests.families import Family
 
-# Fmt: skip.
 SHAPE = {
     "vocab_size": 100,
     "hidden_size": 32,

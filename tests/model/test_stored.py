@@ -17,7 +17,6 @@ from lowmem_rmu.presets import ModelSettings
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    # Fmt: skip.
     tensors = {
         "matrix": torch.randn(200, 7),
         "half": torch.randn(5, 4).half(),

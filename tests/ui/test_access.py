@@ -77,7 +77,6 @@ def test_the_machine_s_own_names_work(host: str) -> None:
     )
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     "host",
     [
@@ -102,7 +101,6 @@ def test_any_other_host_is_refused_whatever_it_asks_for(host: str, path: str) ->
     assert "--allowed-host NAME:PORT" in answer.text
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     "origin",
     [
@@ -143,7 +141,6 @@ def test_programs_name_no_origin_and_are_served() -> None:
 def test_from_elsewhere_a_person_may_open_the_page_and_nothing_else(site: str) -> None:
     opened = {"sec_fetch_site": site, "sec_fetch_mode": "navigate", "sec_fetch_dest": "document"}
     assert asked(gate(), "/?__theme=dark", **opened).status == 200
-    # Fmt: skip.
     for path, changed in (
         ("/config", {}),
         ("/logout", {}),

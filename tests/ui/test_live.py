@@ -198,7 +198,6 @@ def test_curves_by_step_and_topic(run: RunFolder) -> None:
         "line": ["b", "a", "b"],
     }
     assert list(retain["value"]) == [0.25] * 3
-    # Fmt: skip.
     assert sorted(zip(norms["line"], norms["step"], strict=True)) == [
         ("forget set", 1),
         ("forget set", 2),

@@ -295,7 +295,6 @@ def test_a_mistake_names_the_field_or_the_line_that_it_was_typed_into() -> None:
     )
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("line", "said"),
     [

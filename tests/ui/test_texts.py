@@ -133,7 +133,6 @@ def test_without_its_tokenizer_characters_are_counted(
     )
 
 
-# Fmt: skip.
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -314,7 +313,6 @@ def test_of_a_folder_only_the_data_is_taken(dropped: Dropped) -> None:
         ("LICENSE.txt", "so"),
     )
     assert [Path(file).name for file in texts_among(files)] == ["a.txt", "B.JSONL"]
-    # Fmt: skip.
     assert left_out_of(files) == {
         "README.md": "about the data", ".hidden.txt": "hidden", "c.parquet": "a Parquet file", "LICENSE.txt": "about the data",
     }  # fmt: skip
