@@ -158,18 +158,27 @@ def format_figures(figures: dict[str, float | str]) -> str:
 
 
 def wait_for(watcher: Watcher, folder: Path, job: str) -> Callable[[list[str]], None]:
-    """Return what a job does while others come first: show which, whenever that changes, and stop when asked
-    to.
+    """Return what a job does while others come first: show which, and stop when the watcher asks to.
 
     The returned function raises Stopped.
     """
-    shown: list[str] = []
+    show = show_waiting(watcher.noted, f"before this {job}")
 
     def wait(before: list[str]) -> None:
         if watcher.asks_to_stop():
             raise Stopped(folder, "the same command")
-        if before != shown:
-            shown[:] = before
-            watcher.noted(f"Waiting: {', '.join(before)} before this {job}.")
+        show(before)
 
     return wait
+
+
+def show_waiting(show: Callable[[str], None], where: str) -> Callable[[list[str]], None]:
+    """Return a function that shows which jobs a waiting one comes after, whenever that changes."""
+    shown: list[str] = []
+
+    def show_changes(before: list[str]) -> None:
+        if before != shown:
+            shown[:] = before
+            show(f"Waiting: {', '.join(before)} {where}.")
+
+    return show_changes

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.plan import print_left_out, print_plan
 from lowmem_rmu.cli.presets import presets_table
-from lowmem_rmu.cli.progress import watched
+from lowmem_rmu.cli.progress import show_waiting, watched
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.cli.tables import accuracy_table, text_table
 from lowmem_rmu.console import Console, print_json
@@ -188,28 +189,23 @@ def forget_old_stop(stop: Path) -> None:
 
 
 class Waiting:
-    """What a run does while others come first: says so when their number changes, and hears when it is to
-    stop.
-    """
+    """What a run does while others come first: show which, whenever that changes, and stop when asked to."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.before = path, list[str]()
+        self.folder = RunFolder(path)
+        printed = partial(print, file=sys.stderr, flush=True)
+        self._show = show_waiting(printed, f"in {path.parent} before this run")
 
     def check_stop(self) -> None:
         """Raise Stopped where a stop was asked for before the run's turn came."""
-        if (self.path / "stop").exists():
-            RunFolder(self.path).write_status("queue", 0, 0, "stopped")
-            raise Stopped(self.path)
+        if self.folder.stop_asked:
+            self.folder.write_status("queue", 0, 0, "stopped")
+            raise Stopped(self.folder.path)
 
     def tell(self, before: list[str]) -> None:
+        """Show the runs that come before this one. Raises Stopped."""
         self.check_stop()
-        if before != self.before:
-            self.before = before
-            print(
-                f"Waiting: {', '.join(before)} in {self.path.parent} before this run.",
-                file=sys.stderr,
-                flush=True,
-            )
+        self._show(before)
 
 
 @contextmanager
