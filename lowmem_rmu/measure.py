@@ -39,7 +39,7 @@ from lowmem_rmu.presets import (
     resolve_paths,
     short_name,
 )
-from lowmem_rmu.records import Answer, Object, intact_record, read_json
+from lowmem_rmu.records import Answer, Object, checked_json, intact_record
 from lowmem_rmu.runs import (
     RunFolder,
     Stopped,
@@ -301,7 +301,7 @@ def claim(to: Path, name: str, digest: str, evaluation: Evaluation) -> None:
         data = sources_record(find_task_sources(evaluation))
         write_json(config, mine | {"data": data, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         return
-    there = read_json(config, Claimed, "Give a new folder with --to.")
+    there = checked_json(config, Claimed, "Give a new folder with --to.")
     if there.get("digest") != digest:
         raise UserError(
             f"The folder {to} holds results of another model: {there.get('model', 'a run')}.",

@@ -184,7 +184,7 @@ def read_record(path: Path, kind: type[T], what_next: str | Fix) -> T:
     return _parsed(_read_bytes(path, what_next), kind, str(path), what_next)
 
 
-def read_json(path: Path, shape: Any, what_next: str | Fix) -> Any:
+def checked_json(path: Path, shape: Any, what_next: str | Fix) -> Any:
     """Read a JSON file whose content fits `shape` as it is: keys beyond the shape are kept.
 
     Raises UserError, which ends with `what_next`.
@@ -266,7 +266,7 @@ class Recorded(dict[str, Any]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            read_json(path, Config, f"Put the file back from a copy, or delete the folder {path.parent}.")
+            checked_json(path, Config, f"Put the file back from a copy, or delete the folder {path.parent}.")
         )
         self.path = path
 

@@ -27,9 +27,9 @@ from lowmem_rmu.records import (
     StepRow,
     as_json,
     check_digest,
+    checked_json,
     intact_record,
     intact_rows,
-    read_json,
     read_record,
     read_rows,
 )
@@ -474,7 +474,7 @@ class RunFolder:
         path = self.evaluation(side)
         if not path.exists():
             return None
-        scores = read_json(
+        scores = checked_json(
             path, Scores, Fix("Delete it, and have it written again from the answers: {action}", self._resume)
         )
         return dict(scores)

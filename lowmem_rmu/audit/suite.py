@@ -36,7 +36,7 @@ from lowmem_rmu.model.fit import is_out_of_memory
 from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memory_in_use, plan, reset_peak
 from lowmem_rmu.model.saved import read_adapter_settings
 from lowmem_rmu.presets import Preset, differences, read_preset
-from lowmem_rmu.records import Object, read_json
+from lowmem_rmu.records import Object, checked_json
 from lowmem_rmu.runs import RunFolder, Stopped, Watcher, write_json
 
 ATTACKS: dict[str, Attack] = {
@@ -124,7 +124,7 @@ def planned(
     if settings.limit is not None or not forgotten.tasks:
         return settings
     if power is None and not again and earlier.exists():
-        recorded = read_json(earlier, Object, Fix("Discard that audit: {action}", AuditAgain()))
+        recorded = checked_json(earlier, Object, Fix("Discard that audit: {action}", AuditAgain()))
         return replace(settings, limit=recorded.get("limit"))
     needed = questions_for_gone(forgotten.base, forgotten.unlearned, power or POWER) or MANY
     limit = -(-needed // len(forgotten.tasks))
@@ -171,7 +171,7 @@ def claim(place: Path, result: Path, settings: Settings, again: bool) -> None:
         shutil.rmtree(place, ignore_errors=True)
         result.unlink(missing_ok=True)
     what_next = Fix("Discard what that audit found: {action}", AuditAgain(str(place.parent)))
-    if path.exists() and (different := sorted(differences(read_json(path, Object, what_next), mine))):
+    if path.exists() and (different := sorted(differences(checked_json(path, Object, what_next), mine))):
         # Settings without a result of an attack bind nothing: that audit was stopped before it came to one.
         if not result.exists() and all(file.stem == MEASURED for file in place.glob("*.jsonl")):
             claim(place, result, settings, again=True)

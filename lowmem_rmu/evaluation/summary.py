@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import Row
-from lowmem_rmu.records import Object, StageCost, read_json
+from lowmem_rmu.records import Object, StageCost, checked_json
 from lowmem_rmu.runs import RunFolder, write_json
 
 GRADES = {
@@ -201,7 +201,7 @@ def read_summary(run: RunFolder) -> dict[str, Any]:
             Fix("Go on with it: {action}", again),
         )
     what_next = Fix("Have it written again: {action}", again)
-    summary: dict[str, Any] = read_json(path, Summary, what_next)
+    summary: dict[str, Any] = checked_json(path, Summary, what_next)
     summary["rows"] = [ADDED_LATER | row for row in summary["rows"]]
     row_fields = {field.name for field in fields(Row)}
     if lacking := [name for row in summary["rows"] for name in row_fields - row.keys()]:
@@ -225,7 +225,7 @@ def read_audit(run: RunFolder) -> dict[str, Any] | None:
 def read_audit_file(path: Path) -> dict[str, Any]:
     """Return the same by the path of the file."""
     again = Fix("Audit it again: {action}", AuditAgain(str(path.parent)))
-    audit: dict[str, Any] = read_json(path, AuditFile, again)
+    audit: dict[str, Any] = checked_json(path, AuditFile, again)
     # Earlier versions had other words for the same.
     audit["verdict"]["mark"] = EARLIER_WORDS.get(audit["verdict"]["mark"], audit["verdict"]["mark"])
     for found in audit["attacks"]:
@@ -247,7 +247,7 @@ def audit_mark(run: RunFolder) -> str:
 def note_audit(run: RunFolder) -> None:
     """Write the audit's mark into the run's `summary.json`, where there is one that can be read."""
     with suppress(UserError):
-        summary = read_json(run.path / "summary.json", Object, "")
+        summary = checked_json(run.path / "summary.json", Object, "")
         write_json(run.path / "summary.json", summary | {"audit": audit_mark(run)})
 
 

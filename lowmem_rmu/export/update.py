@@ -18,7 +18,7 @@ from lowmem_rmu.model.source import locate
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.stored import StoredTensor
 from lowmem_rmu.presets import ModelSettings, read_preset
-from lowmem_rmu.records import read_json
+from lowmem_rmu.records import checked_json
 from lowmem_rmu.runs import RunFolder
 
 Base = Literal["original", "dequantised"]
@@ -134,7 +134,7 @@ def _check_same(
     """
     if not run.matrices.exists():
         return False
-    recorded = read_json(
+    recorded = checked_json(
         run.matrices,
         dict[str, str],
         "Delete it to export without the check that the checkpoint is still the same.",

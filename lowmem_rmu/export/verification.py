@@ -49,7 +49,7 @@ from lowmem_rmu.model.memory import gib, memory_available, plan
 from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.presets import ModelSettings, Preset, Role, read_preset
-from lowmem_rmu.records import Answer, read_json
+from lowmem_rmu.records import Answer, checked_json
 from lowmem_rmu.runs import RunFolder, write_json
 
 FILE = "verification.json"
@@ -171,7 +171,7 @@ def read_verification(artefact: Path) -> dict[str, Any] | None:
     path = artefact / FILE
     if not path.exists():
         return None
-    found: dict[str, Any] = read_json(path, Verification, "Export the run again.")
+    found: dict[str, Any] = checked_json(path, Verification, "Export the run again.")
     found["mark"] = in_todays_words(found["mark"])
     for checked in found["checked"]:
         checked["mark"] = in_todays_words(checked["mark"])

@@ -11,7 +11,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from lowmem_rmu.errors import Fix, ResumeRun, UserError, with_more
-from lowmem_rmu.records import DIGESTS, check_digest, file_digest, read_json
+from lowmem_rmu.records import DIGESTS, check_digest, checked_json, file_digest
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WHOLE_FORWARD = ("XLORA", "POLY")
@@ -52,10 +52,10 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
             "Run the unlearn stage first.",
         )
     what_next = _what_next(folder)
-    settings: dict[str, Any] = read_json(folder / CONFIG, AdapterSettings, what_next)
+    settings: dict[str, Any] = checked_json(folder / CONFIG, AdapterSettings, what_next)
     _check_kind(folder, settings)
     if settings["peft_type"] == "LORA":
-        read_json(folder / CONFIG, LoraSettings, what_next)
+        checked_json(folder / CONFIG, LoraSettings, what_next)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLED_WEIGHTS).is_file():
             raise UserError(
@@ -115,7 +115,7 @@ def _check_recorded(folder: Path, what_next: str | Fix) -> None:
     digests = folder.parent / DIGESTS
     if folder.name != "adapter" or not digests.is_file():
         return
-    recorded = read_json(digests, dict[str, str], "Delete it to use the adapter without this check.")
+    recorded = checked_json(digests, dict[str, str], "Delete it to use the adapter without this check.")
     on_purpose = f"If you changed it on purpose, delete {digests}."
     for name in (CONFIG, WEIGHTS):
         check_digest(folder / name, recorded.get(f"adapter/{name}"), with_more(what_next, on_purpose))

@@ -19,7 +19,7 @@ from lowmem_rmu.evaluation.summary import (
     read_audit,
     recovered_in_words,
 )
-from lowmem_rmu.records import Object, read_json
+from lowmem_rmu.records import Object, checked_json
 from lowmem_rmu.runs import RunFolder, write_json
 from tests.texts import plain
 
@@ -110,7 +110,7 @@ def test_the_mark_is_noted_in_the_summary_and_changes_nothing_else(tmp_path: Pat
     write_json(tmp_path / "summary.json", {"title": "mine", "audit": "not audited"})
     write_json(run.audit_result, an_audit())
     note_audit(run)
-    assert read_json(tmp_path / "summary.json", Object, "") == {"title": "mine", "audit": "hidden"}
+    assert checked_json(tmp_path / "summary.json", Object, "") == {"title": "mine", "audit": "hidden"}
 
 
 @pytest.mark.parametrize(
