@@ -92,7 +92,7 @@ def main(
     from lowmem_rmu.cli.errors import friendly_exit
     from lowmem_rmu.cli.startup import quiet_libraries
     from lowmem_rmu.errors import UserError
-    from lowmem_rmu.runs import make_private
+    from lowmem_rmu.runs.files import make_private
     from lowmem_rmu.ui.access import Access, Sites, Token
 
     quiet_libraries()
@@ -133,9 +133,9 @@ def launch(
 
     from lowmem_rmu.errors import UserError
     from lowmem_rmu.model.loading import resolve_device
-    from lowmem_rmu.ui.chat import LoadedModel, room_made
     from lowmem_rmu.ui.login import Login
     from lowmem_rmu.ui.page import FONTS, TRANSLATIONS, build_page, style
+    from lowmem_rmu.ui.tabs.chat import LoadedModel, room_made
 
     on, model = resolve_device(device), LoadedModel()
     page = build_page(runs_dir, on, model)

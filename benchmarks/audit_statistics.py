@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 from lowmem_rmu.audit.power import power_of_gone, questions_for_gone
 from lowmem_rmu.audit.recovery import Values, attack_recovery, fairly_best, fieller
 from lowmem_rmu.audit.verdict import Condition, Finding, Mark, Result, finding_of, mark_of
+from lowmem_rmu.config.schema import Role
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.evaluation.compare import TOLERATED, Row, verdict
 from lowmem_rmu.evaluation.multiple_choice import CHANCE
 from lowmem_rmu.evaluation.statistics import LUCK, by_luck, mcnemar
-from lowmem_rmu.presets import Role
 
 ATTACKS, WAYS = 6, 10
 Rule = Callable[[Row], bool]

@@ -34,15 +34,15 @@ from benchmarks.harness import harness_model, mmlu, quiet_harness
 from benchmarks.rmu_step import PeakMemory
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.schema import ModelSettings, Task, known_tasks
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import QuestionSet, load_task
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.evaluation.multiple_choice import ask, evaluate
 from lowmem_rmu.evaluation.scorer import find_batch_tokens
+from lowmem_rmu.memory.estimate import gib
 from lowmem_rmu.model.loading import resolve_device
-from lowmem_rmu.model.memory import gib
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import ModelSettings, Task, known_tasks
 
 T = TypeVar("T")
 BATCH_SIZES = (1, 4, 8, 16)  # of the harness, tried out on about so many questions, so often:

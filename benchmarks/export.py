@@ -37,16 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 from benchmarks.shapes import RandomWeight
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.model.changes import BEFORE, FIRST_FACTOR, SECOND_FACTOR, adapted_digests
 from lowmem_rmu.model.loading import skeleton
 from lowmem_rmu.model.saved import WEIGHTS
-from lowmem_rmu.model.shards import INDEX
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.model.stored import checkpoint_tensors
 from lowmem_rmu.pipeline import run_config
-from lowmem_rmu.presets import Preset, load_preset
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.weights.shards import INDEX
+from lowmem_rmu.weights.stored import checkpoint_tensors
 
 KINDS = {
     "copy": "shutil.copytree",

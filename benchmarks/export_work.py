@@ -17,8 +17,8 @@ def work_of(kind: str, run: Path, model: Path, to: Path) -> Callable[[], object]
     """Do the work that is timed, with its libraries imported."""
     if kind == "copy":
         return lambda: shutil.copytree(model, to)
-    from lowmem_rmu.export.merge import merge
-    from lowmem_rmu.runs import RunFolder
+    from lowmem_rmu.export.merge.streamed import merge
+    from lowmem_rmu.runs.folder import RunFolder
 
     return lambda: merge(RunFolder(run), to, link=kind == "links")
 

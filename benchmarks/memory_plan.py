@@ -30,16 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.run import parse_stages
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Corpus, Preset, Task
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.inputs import read_inputs
-from lowmem_rmu.model import shards
+from lowmem_rmu.memory.estimate import StageNeed, gib, memory_in_use, plan, reset_peak
 from lowmem_rmu.model.loading import keep_layers, resolve_device
-from lowmem_rmu.model.memory import StageNeed, gib, memory_in_use, plan, reset_peak
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
-from lowmem_rmu.presets import Corpus, Preset, Task, load_preset
-from lowmem_rmu.runs import STAGES, RunFolder, write_json
-from lowmem_rmu.status import StatusWriter
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import STAGES, RunFolder
+from lowmem_rmu.runs.status import StatusWriter
+from lowmem_rmu.weights import shards
 
 TINY = Path(__file__).resolve().parent.parent / "lowmem_rmu/tiny"
 

@@ -34,12 +34,13 @@ from benchmarks.shapes import random_model
 from benchmarks.yardstick import Padded, Yardstick
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Corpus, Preset, Rmu, Topic
 from lowmem_rmu.console import prepare_streams
+from lowmem_rmu.memory.estimate import gib, memory_available
 from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.loading import resolve_device, skeleton
-from lowmem_rmu.model.memory import gib, memory_available
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import Corpus, Preset, Rmu, Topic, load_preset
 from lowmem_rmu.unlearning.steering import unit_vector
 from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 

@@ -5,10 +5,10 @@ steps on unseen text of the topic.
     python benchmarks/robustness.py --variant "" --variant "rmu.rank=64" --learning-rate 3e-3
 
 Each variant is unlearned by the pipeline's own stage and relearned by the audit's own attack
-(`lowmem_rmu/audit/relearning.py`: a fresh LoRA of rank 16 in every linear module of every layer, AdamW,
-batches of 8, the learning rate given). Only questions are asked that the text does not tell about: what comes
-back was there. A preset without questions is measured on held-out text, in nats/token; what base gains by
-the same steps is no part of what makes half.
+(`lowmem_rmu/audit/attacks/relearning.py`: a fresh LoRA of rank 16 in every linear module of every layer,
+AdamW, batches of 8, the learning rate given). Only questions are asked that the text does not tell about:
+what comes back was there. A preset without questions is measured on held-out text, in nats/token; what base
+gains by the same steps is no part of what makes half.
 """
 
 import sys
@@ -24,11 +24,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script runs from anywhere
 
-from lowmem_rmu.audit import relearning
-from lowmem_rmu.audit.audited import SIDES, Audited, prepare
+from lowmem_rmu.audit.attacks import relearning
+from lowmem_rmu.audit.context import SIDES, Audited, prepare
 from lowmem_rmu.audit.knowledge import Knowledge, Questions, Texts, evenly, held_out_documents
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.corpora import tokenise
 from lowmem_rmu.data.questions import QuestionSet
@@ -37,9 +39,9 @@ from lowmem_rmu.inputs import read_inputs
 from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
-from lowmem_rmu.presets import Preset, load_preset
-from lowmem_rmu.runs import RunFolder, write_json
-from lowmem_rmu.status import Silent, StatusWriter
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.status import Silent, StatusWriter
 
 LOWEST_LAYER = " ".join(
     [

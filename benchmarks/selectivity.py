@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import ModelSettings, Preset
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import LETTERS
 from lowmem_rmu.errors import UserError
@@ -39,10 +41,10 @@ from lowmem_rmu.model.loading import resolve_device
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.neighbors import save_passages, write_passages
 from lowmem_rmu.pipeline import RunContext, run_config, run_stages
-from lowmem_rmu.presets import ModelSettings, Preset, load_preset
-from lowmem_rmu.records import Answer, StepRow
-from lowmem_rmu.runs import STAGES, RunFolder, write_json
-from lowmem_rmu.status import Silent, StatusWriter
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import STAGES, RunFolder
+from lowmem_rmu.runs.records import Answer, StepRow
+from lowmem_rmu.runs.status import Silent, StatusWriter
 from lowmem_rmu.unlearning.guard import Check, best_of
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_rmu.model.loading import build_model, skeleton
-from lowmem_rmu.model.shards import freed_memory_returned, is_needed
+from lowmem_rmu.weights.shards import freed_memory_returned, is_needed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from lowmem_rmu.turns import world_size
+from lowmem_rmu.runs.queue import world_size
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=7)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_rmu.config.schema import Preset, Role
 from lowmem_rmu.data.corpora import GUARDED, FormShares, Samples, load_samples, mix, spread
 from lowmem_rmu.data.questions import LETTERS, QuestionSet, load_questions
 from lowmem_rmu.data.sources import Sources, corpora_of, find_sources
 from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import Preset, Role
 from lowmem_rmu.unlearning.guard import GuardData, Kind
 from lowmem_rmu.unlearning.steering import cues
 from lowmem_rmu.unlearning.trainer import TrainingData

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from lowmem_rmu.config.loading import override
+from lowmem_rmu.config.paths import as_path, is_local, resolve_paths, short_name
+from lowmem_rmu.config.schema import Evaluation, ModelSettings, known_tasks
 from lowmem_rmu.data.questions import QuestionSet, load_questions, unasked_subjects
 from lowmem_rmu.data.sources import find_task_sources, sources_record
 from lowmem_rmu.distributed import Distributed
@@ -26,30 +29,11 @@ from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.identity import content_digest
 from lowmem_rmu.model.saved import CONFIG, WEIGHTS, read_adapter_settings
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import (
-    Evaluation,
-    ModelSettings,
-    as_path,
-    differences,
-    is_local,
-    known_tasks,
-    override,
-    read_preset,
-    recorded_evaluation,
-    resolve_paths,
-    short_name,
-)
-from lowmem_rmu.records import Answer, Object, checked_json, intact_record
-from lowmem_rmu.runs import (
-    RunFolder,
-    Stopped,
-    Watcher,
-    add_lines,
-    make_private,
-    read_lines,
-    write_json,
-    write_lines,
-)
+from lowmem_rmu.runs.files import add_lines, make_private, read_lines, write_json, write_lines
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.recorded import differences, read_preset, recorded_evaluation
+from lowmem_rmu.runs.records import Answer, Object, checked_json, intact_record
+from lowmem_rmu.runs.status import Stopped, Watcher
 
 
 @dataclass(frozen=True)

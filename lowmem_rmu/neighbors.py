@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_rmu.chat import encode_prompt
+from lowmem_rmu.chat.generation import encode_prompt
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.errors import UserError
 

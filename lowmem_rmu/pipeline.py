@@ -21,7 +21,10 @@ import torch
 from peft import PeftModel
 
 from lowmem_rmu import __version__
-from lowmem_rmu.chat import Sampling, answer
+from lowmem_rmu.chat.conversation import Sampling
+from lowmem_rmu.chat.generation import answer
+from lowmem_rmu.config.paths import short_name
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.data.questions import unasked_subjects
 from lowmem_rmu.data.sources import Sources, sources_record
 from lowmem_rmu.distributed import Distributed
@@ -35,22 +38,22 @@ from lowmem_rmu.evaluation.perplexity import divergence, text_loss
 from lowmem_rmu.evaluation.summary import audit_mark
 from lowmem_rmu.evaluation.workers import announce, dismiss
 from lowmem_rmu.inputs import SIDE_OF, Inputs
+from lowmem_rmu.memory.advice import is_out_of_memory, out_of_memory
+from lowmem_rmu.memory.estimate import memory_in_use, reset_peak
 from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter
 from lowmem_rmu.model.changes import adapted_digests
-from lowmem_rmu.model.fit import is_out_of_memory, out_of_memory
 from lowmem_rmu.model.loading import describe_weights
-from lowmem_rmu.model.memory import memory_in_use, reset_peak
 from lowmem_rmu.model.saved import adapter_digests
-from lowmem_rmu.model.shards import give_back_freed_memory
-from lowmem_rmu.model.source import commit_of
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import Preset, short_name
-from lowmem_rmu.records import DIGESTS, StageCost, as_json
-from lowmem_rmu.report import write_report
-from lowmem_rmu.runs import RunFolder, Stopped, folder_replaced, remove_leftovers, write_json, write_lines
-from lowmem_rmu.status import StatusWriter
+from lowmem_rmu.report.html import write_report
+from lowmem_rmu.runs.files import folder_replaced, remove_leftovers, write_json, write_lines
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.records import DIGESTS, StageCost, as_json
+from lowmem_rmu.runs.status import StatusWriter, Stopped
 from lowmem_rmu.unlearning.guard import GuardData
 from lowmem_rmu.unlearning.trainer import Trainer
+from lowmem_rmu.weights.shards import give_back_freed_memory
+from lowmem_rmu.weights.source import commit_of
 
 PACKAGES = (
     "torch",

@@ -20,8 +20,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 from lowmem_rmu.cli import run as command_line
-from lowmem_rmu.presets import ModelSettings
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.config.schema import ModelSettings
+from lowmem_rmu.runs.folder import RunFolder
 from tests.families import FAMILIES, Family
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"
@@ -54,7 +54,7 @@ MODEL_FIXTURES = {
     "tiny",
 }
 """Fixtures that load or train a model."""
-MODEL_FOLDERS = {"audit", "benchmarks", "export", "model", "tiny", "unlearning"}
+MODEL_FOLDERS = {"audit", "benchmarks", "export", "memory", "model", "tiny", "unlearning", "weights"}
 """Folders all of whose tests count as `model`, as most of them do."""
 MODEL_FILES = {
     "test_chat.py",
@@ -68,7 +68,7 @@ MODEL_FILES = {
     "test_neighbors.py",
     "test_report.py",
     "test_run.py",
-    "test_turns.py",
+    "test_queue.py",
 }
 """Files whose tests start processes or work with models."""
 
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each test its tier: `unit`, `model`, `app` or `browser`."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        folder = item.path.parent.name
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if "browser" in fixtures:
             tier = "browser"
         elif folder == "ui" or item.path.name == "test_app.py":

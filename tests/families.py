@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_rmu.presets import ModelSettings
+from lowmem_rmu.config.schema import ModelSettings
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,

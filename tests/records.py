@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 
 
 def answer_row(**fields: Any) -> Answer:

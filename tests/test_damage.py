@@ -17,18 +17,20 @@ from markupsafe import Markup
 from typer.testing import CliRunner
 
 from lowmem_rmu import __main__ as verbs
-from lowmem_rmu import chat, inputs, report
+from lowmem_rmu import inputs
 from lowmem_rmu.audit import suite
+from lowmem_rmu.chat import session
 from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.export import reproduce, verification
-from lowmem_rmu.model import fit
+from lowmem_rmu.memory import advice as fit
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.report import charts
+from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.ui import jobs, live
-from lowmem_rmu.ui.export import verification_html
-from lowmem_rmu.ui.results import choices
-from lowmem_rmu.ui.runs import rows
+from lowmem_rmu.ui.tabs.export import verification_html
+from lowmem_rmu.ui.tabs.results import choices
+from lowmem_rmu.ui.tabs.runs import rows
 
 CPU = ["--device", "cpu"]
 SAFETENSORS = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
@@ -164,16 +166,16 @@ def spoilable(forgetful: RunFolder, tmp_path_factory: pytest.TempPathFactory) ->
         patch.setattr(verification, "load_questions", cached(verification.load_questions))
         patch.setattr(reproduce, "read_documents", lambda corpus: ["text"])
         patch.setattr(reproduce, "checkpoint_files", lambda base: [])
-        patch.setattr(chat, "ModelSpec", LoadedBase)
+        patch.setattr(session, "ModelSpec", LoadedBase)
         patch.setattr(
-            chat,
+            session,
             "load_adapter",
             lambda model, folder: loaded.setdefault("adapted", load_adapter(model, folder)),
         )
         patch.setattr(
             verification, "_ask_adapter", lambda artefact, measured, device, progress: measured.unlearned
         )
-        patch.setattr(report, "_svg", lambda name, draw, width: Markup("<svg></svg>"))
+        patch.setattr(charts, "as_svg", lambda name, draw, width: Markup("<svg></svg>"))
         for verb in (audited, exported("--format", "adapter")):
             result = verb(run)
             assert result.exit_code == 0, result.output
@@ -195,7 +197,7 @@ def cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def command_load(run: RunFolder) -> Any:
     from lowmem_rmu.model.loading import load_model
-    from lowmem_rmu.presets import recorded_preset
+    from lowmem_rmu.runs.recorded import recorded_preset
 
     return load_model(recorded_preset(run.config["settings"], run.path).model, torch.device("cpu"))
 

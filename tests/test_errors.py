@@ -14,9 +14,10 @@ from huggingface_hub.errors import (
 )
 from inline_snapshot import snapshot
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Corpus
 from lowmem_rmu.data.corpora import read_documents
 from lowmem_rmu.errors import UserError, causes, hub_errors, nearest, shown
-from lowmem_rmu.presets import Corpus, load_preset
 from tests.texts import plain
 
 TOKEN = "hf_aVerySecretToken"

@@ -21,12 +21,13 @@ import safetensors.torch
 import torch
 import yaml
 
-from lowmem_rmu import report
 from lowmem_rmu.cli.run import main_job
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.evaluation.kept import BASE_ANSWERS
-from lowmem_rmu.presets import load_preset
-from lowmem_rmu.runs import STAGES, read_lines
+from lowmem_rmu.report import charts
+from lowmem_rmu.runs.files import read_lines
+from lowmem_rmu.runs.folder import STAGES
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="folders are told by their descriptors in /proc"
@@ -151,7 +152,7 @@ def go_through(runs_dir: Path, preset_file: str) -> None:
     """Start the run, or go on with it: whichever a user would, for a run is there once it has its config.json."""
     torch.set_num_threads(1)
     quiet_libraries()
-    report._svg = lambda *arguments, **named: ""  # type: ignore[assignment]  # drawing takes seconds and writes nothing
+    charts.as_svg = lambda *arguments, **named: ""  # type: ignore[assignment]  # drawing takes seconds and writes nothing
     resume = (runs_dir / "run/config.json").exists()
     with original_open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         main_job("small", load_preset(preset_file), runs_dir, "run", "cpu", list(STAGES), resume)
@@ -242,7 +243,7 @@ def differences_of(copies: list[Path], whole: dict[str, Any], changes: list[str]
 def test_a_run_that_dies_at_any_change_goes_on_as_if_it_had_not(
     every: int, tmp_path: Path, preset_file: str
 ) -> None:
-    CONTEXT.set_forkserver_preload(["lowmem_rmu.pipeline", "lowmem_rmu.report"])
+    CONTEXT.set_forkserver_preload(["lowmem_rmu.pipeline", "lowmem_rmu.report.html"])
     runs_dir, copied = tmp_path / "runs", tmp_path / "copies"
     runs_dir.mkdir()
     in_process(make_recorded, runs_dir, copied, go_through, runs_dir, preset_file)

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowmem_rmu.chat import ChatModel, Sampling
+from lowmem_rmu.chat.conversation import Sampling
+from lowmem_rmu.chat.session import ChatModel
 from lowmem_rmu.cli import run as command_line
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.export.merge import merge
+from lowmem_rmu.export.merge.streamed import merge
 from lowmem_rmu.model.loading import load_config
-from lowmem_rmu.presets import ModelSettings
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
 from tests.families import NO_4_BIT, Family
 from tests.texts import plain
 

@@ -15,7 +15,7 @@ import pytest
 
 from lowmem_rmu.cli.run import main_job
 from lowmem_rmu.cli.startup import quiet_libraries
-from lowmem_rmu.presets import load_preset
+from lowmem_rmu.config.loading import load_preset
 
 KILLS = 20
 SETTINGS = [

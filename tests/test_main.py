@@ -10,7 +10,7 @@ from inline_snapshot import snapshot
 from typer.testing import CliRunner
 
 from lowmem_rmu.__main__ import app
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
 from tests.texts import plain
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from lowmem_rmu.__main__ import app
 from lowmem_rmu.cli.progress import Lines
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.measure import check_base, choose_tasks, find_subject
-from lowmem_rmu.runs import read_lines, write_json
+from lowmem_rmu.runs.files import read_lines, write_json
 from tests.texts import plain
 
 TINY = Path(__file__).parent.parent / "lowmem_rmu/tiny"

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from lowmem_rmu import neighbors
 from lowmem_rmu.__main__ import app
+from lowmem_rmu.config.schema import Corpus, ModelSettings
 from lowmem_rmu.data.corpora import read_documents
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.neighbors import BATCH, REQUESTS, NeighborPassage, save_passages, write_passages
-from lowmem_rmu.presets import Corpus, ModelSettings
 from tests.texts import plain
 
 

@@ -33,22 +33,23 @@ from safetensors.torch import load_file
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 from typer.testing import CliRunner
 
-from lowmem_rmu import status
 from lowmem_rmu.cli import run as command_line
 from lowmem_rmu.cli.errors import resume_command
 from lowmem_rmu.cli.progress import Interrupts, Lines
 from lowmem_rmu.cli.tables import accuracy_table, text_table
+from lowmem_rmu.config.loading import load_preset, preset_names
 from lowmem_rmu.data.questions import Question, QuestionSet, load_questions, stratified, unasked_subjects
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
-from lowmem_rmu.presets import load_preset, preset_names
-from lowmem_rmu.records import Answer
-from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
-from lowmem_rmu.status import StatusWriter
-from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
+from lowmem_rmu.runs import status
+from lowmem_rmu.runs.files import read_lines, write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.queue import one_at_a_time, take_ticket, tickets
+from lowmem_rmu.runs.records import Answer
+from lowmem_rmu.runs.status import StatusWriter, Stopped
 from lowmem_rmu.unlearning.checkpoint import trainable
 from lowmem_rmu.unlearning.trainer import Trainer
 from tests.records import answer_row

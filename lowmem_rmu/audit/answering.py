@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.audit.audited import Audited
+from lowmem_rmu.audit.context import Audited
 from lowmem_rmu.audit.knowledge import evenly
-from lowmem_rmu.chat import encode_prompt, messages_of
+from lowmem_rmu.chat.conversation import messages_of
+from lowmem_rmu.chat.generation import encode_prompt
 from lowmem_rmu.data.corpora import pad
 from lowmem_rmu.data.questions import Question
 from lowmem_rmu.evaluation.scorer import Request, Scorer, plan_batches

@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.audit.recovery import Values, less_what_base_gains
+from lowmem_rmu.config.schema import Corpus
 from lowmem_rmu.data.corpora import read_documents, split_held_out
 from lowmem_rmu.data.tokens import encode_texts
 from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.evaluation.multiple_choice import CHANCE, Asked, Work, answer, by_prompt
 from lowmem_rmu.evaluation.perplexity import sequence_losses
-from lowmem_rmu.presets import Corpus
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 
 RARE = 0.05
 """A word of a question that so large a share of the questions at most has says what the question is about."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowmem_rmu.audit.audited import Audited
+from lowmem_rmu.audit.context import Audited
 from lowmem_rmu.model.layers import decoder_layers
 
 

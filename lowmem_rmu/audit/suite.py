@@ -13,31 +13,27 @@ from typing import Any
 import torch
 
 from lowmem_rmu import __version__
-from lowmem_rmu.audit import (
-    ablation,
-    collateral,
-    prompting,
-    relearning,
-    representation,
-    requantisation,
-    suffix,
-)
-from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
-from lowmem_rmu.audit.audited import QUESTIONS, RANK, SIDES, Audited, linear_names, prepare
+from lowmem_rmu.audit.attacks import ablation, collateral, prompting, relearning, representation, suffix
+from lowmem_rmu.audit.attacks import requantization as requantisation
+from lowmem_rmu.audit.attacks.attack import Attack, Cost, Pieces, Tried
+from lowmem_rmu.audit.context import QUESTIONS, RANK, SIDES, Audited, linear_names, prepare
 from lowmem_rmu.audit.power import Power, questions_for_gone
 from lowmem_rmu.audit.recovery import Values, attack_recovery, recovery
 from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError, nearest
 from lowmem_rmu.evaluation.compare import Pairs, compare_tasks
 from lowmem_rmu.evaluation.statistics import LUCK, MANY, POWER
 from lowmem_rmu.evaluation.summary import read_audit_file
 from lowmem_rmu.export.verification import read_run
-from lowmem_rmu.model.fit import is_out_of_memory
-from lowmem_rmu.model.memory import FLOAT32, Needs, gib, memory_available, memory_in_use, plan, reset_peak
+from lowmem_rmu.memory.advice import is_out_of_memory
+from lowmem_rmu.memory.estimate import FLOAT32, Needs, gib, memory_available, memory_in_use, plan, reset_peak
 from lowmem_rmu.model.saved import read_adapter_settings
-from lowmem_rmu.presets import Preset, differences, read_preset
-from lowmem_rmu.records import Object, checked_json
-from lowmem_rmu.runs import RunFolder, Stopped, Watcher, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.recorded import differences, read_preset
+from lowmem_rmu.runs.records import Object, checked_json
+from lowmem_rmu.runs.status import Stopped, Watcher
 
 ATTACKS: dict[str, Attack] = {
     module.ATTACK.name: module.ATTACK

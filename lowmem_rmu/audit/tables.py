@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lowmem_rmu.audit.suite import Estimate, duration
 from lowmem_rmu.evaluation.summary import known_in_words, recovered_in_words
-from lowmem_rmu.model.memory import gib
+from lowmem_rmu.memory.estimate import gib
 
 
 def cost_table(estimates: list[Estimate]) -> Table:

@@ -12,9 +12,9 @@ from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.progress import wait_for, watched
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import Console, print_json
-from lowmem_rmu.runs import RunFolder, Stopped, present
-from lowmem_rmu.status import StatusWriter
-from lowmem_rmu.turns import turn
+from lowmem_rmu.runs.folder import RunFolder, present
+from lowmem_rmu.runs.queue import turn
+from lowmem_rmu.runs.status import StatusWriter, Stopped
 
 if TYPE_CHECKING:
     from lowmem_rmu.audit.suite import Settings
@@ -81,7 +81,7 @@ def run_attacks(
     from lowmem_rmu.audit.tables import audit_tables, cost_table
     from lowmem_rmu.evaluation.summary import note_audit
     from lowmem_rmu.model.loading import resolve_device
-    from lowmem_rmu.report import write_report
+    from lowmem_rmu.report.html import write_report
 
     chosen_device = resolve_device(device)
     chosen = Audit.choose(names)

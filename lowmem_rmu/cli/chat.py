@@ -11,7 +11,7 @@ from lowmem_rmu.cli.errors import friendly_exit
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import printable
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
 
 
 def chat(
@@ -28,7 +28,9 @@ def chat(
     quiet_libraries()
     with friendly_exit():
         # Heavy libraries load only once there is work for them.
-        from lowmem_rmu.chat import Sampling, both_sides, check_conversation, load_run
+        from lowmem_rmu.chat.conversation import Sampling
+        from lowmem_rmu.chat.generation import both_sides, check_conversation
+        from lowmem_rmu.chat.session import load_run
         from lowmem_rmu.model.loading import resolve_device
 
         if prompt is None and sys.stdin is None:

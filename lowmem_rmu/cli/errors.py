@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowmem_rmu.console import printable
 from lowmem_rmu.errors import UserError, command_line
-from lowmem_rmu.runs import Stopped
+from lowmem_rmu.runs.status import Stopped
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 

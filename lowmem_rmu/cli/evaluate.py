@@ -11,10 +11,10 @@ from lowmem_rmu.cli.plan import print_left_out
 from lowmem_rmu.cli.progress import watched
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.cli.tables import accuracy_table
+from lowmem_rmu.config.schema import Evaluation
 from lowmem_rmu.console import Console, print_json
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Evaluation
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
 
 EVALUATIONS = Path("evaluations")
 

@@ -12,9 +12,9 @@ from lowmem_rmu.cli.progress import wait_for, watched
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.console import Console
 from lowmem_rmu.errors import UserError, command_line
-from lowmem_rmu.runs import RunFolder, Stopped, present
-from lowmem_rmu.status import StatusWriter
-from lowmem_rmu.turns import turn
+from lowmem_rmu.runs.folder import RunFolder, present
+from lowmem_rmu.runs.queue import turn
+from lowmem_rmu.runs.status import StatusWriter, Stopped
 
 if TYPE_CHECKING:
     from lowmem_rmu.export.formats import Wanted

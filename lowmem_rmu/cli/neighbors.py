@@ -44,10 +44,10 @@ def neighbors(
             )
         to.parent.mkdir(parents=True, exist_ok=True)
 
+        from lowmem_rmu.config.loading import load_preset
         from lowmem_rmu.model.loading import resolve_device
         from lowmem_rmu.model.spec import ModelSpec
         from lowmem_rmu.neighbors import save_passages, write_passages
-        from lowmem_rmu.presets import load_preset
 
         spec = ModelSpec(load_preset(preset, set_ or []).model)
         tokenizer = spec.tokenizer

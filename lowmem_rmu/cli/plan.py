@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from lowmem_rmu.cli.presets import millions
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.console import Console
-from lowmem_rmu.presets import Preset
 
 if TYPE_CHECKING:
     from lowmem_rmu.data.sources import Sources
@@ -18,9 +18,9 @@ def print_plan(preset: Preset, device: str, stages: list[str]) -> None:
     """Print what would be loaded, downloaded and trained, and the memory that each stage needs."""
     from lowmem_rmu.data.sources import find_sources, sentences
     from lowmem_rmu.inputs import needs_text
+    from lowmem_rmu.memory.estimate import gib, memory_available
+    from lowmem_rmu.memory.estimate import plan as memory_plan
     from lowmem_rmu.model.loading import resolve_device
-    from lowmem_rmu.model.memory import gib, memory_available
-    from lowmem_rmu.model.memory import plan as memory_plan
     from lowmem_rmu.model.spec import ModelSpec
 
     on, console, spec = resolve_device(device), Console(), ModelSpec.of_preset(preset)
@@ -65,8 +65,8 @@ def print_left_out(sources: "Sources") -> None:
 
 def plan_lines(preset: Preset, spec: "ModelSpec", evaluates: bool) -> dict[str, str]:
     """Return in words what would be loaded, downloaded and trained."""
-    from lowmem_rmu.model.memory import gib
-    from lowmem_rmu.presets import is_local
+    from lowmem_rmu.config.paths import is_local
+    from lowmem_rmu.memory.estimate import gib
 
     weights, rmu, model = spec.weights(preset.rmu.modules), preset.rmu, preset.model
     corpora = [*(topic.corpus for topic in preset.topics.values()), *preset.retain.corpora]

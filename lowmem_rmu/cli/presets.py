@@ -5,8 +5,8 @@ from pathlib import Path
 from rich.table import Table
 
 from lowmem_rmu.cli.startup import quiet_libraries
+from lowmem_rmu.config.loading import load_preset, preset_names
 from lowmem_rmu.console import Console
-from lowmem_rmu.presets import load_preset, preset_names
 
 
 def presets() -> None:
@@ -19,8 +19,8 @@ def presets_table() -> Table:
     """Make the table of the presets: model, size, memory, topics."""
     import torch
 
-    from lowmem_rmu.model.memory import gib
-    from lowmem_rmu.model.memory import plan as memory_plan
+    from lowmem_rmu.memory.estimate import gib
+    from lowmem_rmu.memory.estimate import plan as memory_plan
     from lowmem_rmu.model.spec import ModelSpec
 
     table = Table(title="Presets", title_justify="left")

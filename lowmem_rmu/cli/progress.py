@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from lowmem_rmu.console import Console
-from lowmem_rmu.runs import Stopped, Watcher
+from lowmem_rmu.runs.status import Stopped, Watcher
 
 PLAIN_SECONDS = 5.0  # between two progress lines where the output is no terminal
 

@@ -17,11 +17,23 @@ from lowmem_rmu.cli.presets import presets_table
 from lowmem_rmu.cli.progress import show_waiting, watched
 from lowmem_rmu.cli.startup import quiet_libraries
 from lowmem_rmu.cli.tables import accuracy_table, text_table
+from lowmem_rmu.config.loading import find_preset, load_preset
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.console import Console, print_json
 from lowmem_rmu.errors import UserError, command_line, nearest
-from lowmem_rmu.presets import Preset, differences, find_preset, load_preset, read_preset
-from lowmem_rmu.runs import STAGES, RunFolder, Stopped, present, write_json
-from lowmem_rmu.turns import check_free, free_name, one_at_a_time, process_of, take_ticket, turn, world_size
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import STAGES, RunFolder, present
+from lowmem_rmu.runs.queue import (
+    check_free,
+    free_name,
+    one_at_a_time,
+    process_of,
+    take_ticket,
+    turn,
+    world_size,
+)
+from lowmem_rmu.runs.recorded import differences, read_preset
+from lowmem_rmu.runs.status import Stopped
 
 
 def run(
@@ -104,11 +116,11 @@ def main_job(
         from lowmem_rmu.distributed import Distributed
         from lowmem_rmu.evaluation.workers import work
         from lowmem_rmu.inputs import read_inputs
-        from lowmem_rmu.model.fit import check_fits
+        from lowmem_rmu.memory.advice import check_fits
         from lowmem_rmu.model.loading import resolve_device
         from lowmem_rmu.model.spec import ModelSpec
         from lowmem_rmu.pipeline import RunContext, is_done, run_config, run_stages
-        from lowmem_rmu.status import StatusWriter
+        from lowmem_rmu.runs.status import StatusWriter
 
         if existing is not None:
             # The model may have a new commit on the Hub since the run began.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_rmu.config.paths import is_local
+from lowmem_rmu.config.schema import Corpus
 from lowmem_rmu.data.detokenize import detokenize, is_tokenized
 from lowmem_rmu.data.documents import SourceFiles, find_files, is_text, nothing_to_read, read_utf8
 from lowmem_rmu.data.forms import Passage, chat_samples, find_passages, question_prompts, question_samples
@@ -19,7 +21,6 @@ from lowmem_rmu.data.tokens import split_text
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.special_tokens import special_tokens
 from lowmem_rmu.parsing import ParseError, parse_json
-from lowmem_rmu.presets import Corpus, is_local
 
 TEXT_FILES = (".txt", ".md", ".jsonl")
 GUARDED = 8

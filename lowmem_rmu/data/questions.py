@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_rmu.config.paths import is_local
+from lowmem_rmu.config.schema import Evaluation, Role, Task
 from lowmem_rmu.data.documents import SourceFiles, find_files, is_text, nothing_to_read, read_utf8
 from lowmem_rmu.data.hub import load_rows
 from lowmem_rmu.errors import UserError, shown
 from lowmem_rmu.parsing import ParseError, parse_json
-from lowmem_rmu.presets import Evaluation, Role, Task, is_local
 
 LETTERS = "ABCD"
 QUESTION_FILES = (".jsonl", ".csv")

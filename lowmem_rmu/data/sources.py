@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from lowmem_rmu.config.paths import is_local
+from lowmem_rmu.config.schema import Corpus, Evaluation, Preset
 from lowmem_rmu.data.corpora import find_documents
 from lowmem_rmu.data.documents import SourceFiles
 from lowmem_rmu.data.questions import find_questions
-from lowmem_rmu.presets import Corpus, Evaluation, Preset, is_local
 
 Sources = dict[str, list[SourceFiles]]
 """Files by the dotted path of a corpus or a task in the preset; a task has those of its examples too."""

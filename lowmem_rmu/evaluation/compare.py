@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from lowmem_rmu.config.schema import Role
 from lowmem_rmu.data.questions import LETTERS, QuestionSet
 from lowmem_rmu.evaluation.multiple_choice import CHANCE, score
 from lowmem_rmu.evaluation.statistics import (
@@ -37,8 +38,7 @@ from lowmem_rmu.evaluation.statistics import (
 )
 from lowmem_rmu.evaluation.statistics import NOISE as NOISE  # both were defined here
 from lowmem_rmu.evaluation.statistics import change_interval as change_interval
-from lowmem_rmu.presets import Role
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 
 TOLERATED = 1 / 4
 """Of what a model knows above guessing: so much may be left of what it forgot, or come back in an export or

@@ -29,7 +29,7 @@ from lowmem_rmu.evaluation.multiple_choice import (
     by_prompt,
     score,
 )
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 
 KEY = "OPENAI_API_KEY"
 AT_ONCE = 8  # requests

@@ -9,9 +9,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from lowmem_rmu.config.schema import known_tasks
 from lowmem_rmu.data.questions import LETTERS, QuestionSet
 from lowmem_rmu.evaluation.prompts import prompt
-from lowmem_rmu.presets import known_tasks
 
 METRICS = {"letters": "acc", "cloze": "acc_norm"}
 # The harness's own word: for a version that there is not, and for the standard error of a single question.

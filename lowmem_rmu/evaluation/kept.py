@@ -12,8 +12,8 @@ from lowmem_rmu.data.questions import QuestionSet
 from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.evaluation.multiple_choice import Evaluated, evaluate
 from lowmem_rmu.evaluation.scorer import find_batch_tokens
-from lowmem_rmu.records import Answer, KnownAnswer, file_digest, read_record
-from lowmem_rmu.runs import add_lines, make_private, read_lines, write_json, write_lines
+from lowmem_rmu.runs.files import add_lines, make_private, read_lines, write_json, write_lines
+from lowmem_rmu.runs.records import Answer, KnownAnswer, file_digest, read_record
 
 BASE_ANSWERS = ".base_answers"
 """The folder next to all runs that holds what base models have answered, for runs to come."""

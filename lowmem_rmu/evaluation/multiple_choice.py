@@ -19,7 +19,7 @@ from lowmem_rmu.evaluation.prompts import Prompt, prompt
 from lowmem_rmu.evaluation.scorer import Request, Scorer, plan_batches
 from lowmem_rmu.model.layers import can_share_prefix
 from lowmem_rmu.model.logits import NOT_FINITE
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 
 CHANCE = 1 / len(LETTERS)
 ROUND = 4  # batches that each process takes before they tell each other

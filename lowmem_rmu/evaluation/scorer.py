@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lowmem_rmu.config.schema import SMALLEST_BATCH
 from lowmem_rmu.data.corpora import pad
-from lowmem_rmu.model.fit import is_out_of_memory
+from lowmem_rmu.memory.advice import is_out_of_memory
 from lowmem_rmu.model.logits import logits_at
-from lowmem_rmu.presets import SMALLEST_BATCH
 
 LARGEST_BATCH = 32768  # tokens, of the batches that are tried out
 PROBE_ROW = 128  # tokens of a prompt in that trial, about those of a question

@@ -9,8 +9,9 @@ from typing import Any
 
 from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import Row
-from lowmem_rmu.records import Object, StageCost, checked_json
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.records import Object, StageCost, checked_json
 
 GRADES = {
     "yes": "Yes",

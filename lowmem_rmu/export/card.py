@@ -12,6 +12,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from lowmem_rmu.config.paths import is_local, short_name
+from lowmem_rmu.config.schema import Corpus, ModelSettings, Preset
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import asked_how, counted
 from lowmem_rmu.evaluation.multiple_choice import CHANCE
@@ -25,10 +27,11 @@ from lowmem_rmu.evaluation.summary import (
 )
 from lowmem_rmu.export.reproduce import sha256
 from lowmem_rmu.export.verification import Compared, Verification
-from lowmem_rmu.model.source import locate
 from lowmem_rmu.parsing import parse_yaml
-from lowmem_rmu.presets import Corpus, ModelSettings, Preset, is_local, read_preset, short_name
-from lowmem_rmu.runs import RunFolder, write_atomically
+from lowmem_rmu.runs.files import write_atomically
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.recorded import read_preset
+from lowmem_rmu.weights.source import locate
 
 CARD, SUMS = "README.md", "SHA256SUMS"
 Row = dict[str, Any]

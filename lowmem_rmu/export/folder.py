@@ -11,8 +11,8 @@ from io import FileIO
 from pathlib import Path
 
 from lowmem_rmu.errors import UserError, is_disk_full
-from lowmem_rmu.model.shards import cut_short
-from lowmem_rmu.runs import folder_replaced
+from lowmem_rmu.runs.files import folder_replaced
+from lowmem_rmu.weights.shards import cut_short
 
 COPIED_AT_ONCE = 2**26  # bytes in one call to the system, which Ctrl-C does not interrupt
 MOVED_AT_ONCE = (

@@ -9,18 +9,19 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from lowmem_rmu.config.paths import is_local, short_name
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export.card import write_card
 from lowmem_rmu.export.folder import link_or_copy, new_folder
-from lowmem_rmu.export.gguf import Kind, write_gguf, write_gguf_adapter
-from lowmem_rmu.export.merge import Merged, companion_files, write_merged
-from lowmem_rmu.export.modelfile import modelfile
+from lowmem_rmu.export.gguf.modelfile import modelfile
+from lowmem_rmu.export.gguf.writer import Kind, write_gguf, write_gguf_adapter
+from lowmem_rmu.export.merge.streamed import Merged, companion_files, write_merged
+from lowmem_rmu.export.merge.update import Base, Update, adapter_of, model_settings, update_of
 from lowmem_rmu.export.reproduce import write_reproduce
-from lowmem_rmu.export.update import Base, Update, adapter_of, model_settings, update_of
 from lowmem_rmu.export.verification import Follow, Verification, follow_nothing, verify
 from lowmem_rmu.model.saved import CONFIG, WEIGHTS, read_adapter_settings
-from lowmem_rmu.presets import is_local, short_name
-from lowmem_rmu.runs import RunFolder, write_atomically, write_json
+from lowmem_rmu.runs.files import write_atomically, write_json
+from lowmem_rmu.runs.folder import RunFolder
 
 Format = Literal["adapter", "merged", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)

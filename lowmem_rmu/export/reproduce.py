@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 
+from lowmem_rmu.config.paths import is_local, short_name
+from lowmem_rmu.config.schema import Corpus, Preset
 from lowmem_rmu.data.corpora import TEXT_FILES, read_documents
 from lowmem_rmu.data.documents import find_files
 from lowmem_rmu.data.questions import QUESTION_FILES
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
-from lowmem_rmu.presets import Corpus, Preset, is_local, read_preset, short_name
-from lowmem_rmu.runs import RunFolder, folder_replaced, write_atomically, write_json
+from lowmem_rmu.runs.files import folder_replaced, write_atomically, write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.recorded import read_preset
 
 PRESET, REQUIREMENTS, RECORD = "preset.yaml", "requirements.txt", "record.json"
 TEXTS, BASE = "texts", "base_model"

@@ -34,6 +34,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_rmu.config.schema import ModelSettings, Preset, Role
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import TOLERATED, compare_tasks, rows_as_json
@@ -41,16 +42,17 @@ from lowmem_rmu.evaluation.kept import fixed_batch_tokens
 from lowmem_rmu.evaluation.multiple_choice import Progress, ask, evaluate
 from lowmem_rmu.evaluation.statistics import LUCK, by_luck, change_interval
 from lowmem_rmu.evaluation.summary import EARLIER_WORDS
-from lowmem_rmu.export.llama import ask_llama, is_adapter, llama_is_there
+from lowmem_rmu.export.gguf.llama import ask_llama, is_adapter, llama_is_there
+from lowmem_rmu.memory.advice import is_out_of_memory
+from lowmem_rmu.memory.estimate import gib, memory_available, plan
 from lowmem_rmu.model.adapters import load_adapter
-from lowmem_rmu.model.fit import is_out_of_memory
 from lowmem_rmu.model.loading import Quantisation
-from lowmem_rmu.model.memory import gib, memory_available, plan
-from lowmem_rmu.model.shards import give_back_freed_memory
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import ModelSettings, Preset, Role, read_preset
-from lowmem_rmu.records import Answer, checked_json
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.recorded import read_preset
+from lowmem_rmu.runs.records import Answer, checked_json
+from lowmem_rmu.weights.shards import give_back_freed_memory
 
 FILE = "verification.json"
 

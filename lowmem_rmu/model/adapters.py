@@ -17,11 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.errors import UserError, nearest
 from lowmem_rmu.model.experts import expert_parameters, expert_shapes, with_removable_experts
 from lowmem_rmu.model.layers import decoder_layers, layers_name, linear_shapes
 from lowmem_rmu.model.saved import WEIGHTS, read_adapter_settings
-from lowmem_rmu.presets import ModelSettings, Rmu
 
 
 def check_layers(rmu: Rmu, layer_count: int) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.names import model_parts
 from lowmem_rmu.model.saved import WEIGHTS, read_adapter_settings
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.model.stored import Part, StoredTensor, checkpoint_tensors, stored_tensors
+from lowmem_rmu.weights.names import model_parts
+from lowmem_rmu.weights.stored import Part, StoredTensor, checkpoint_tensors, stored_tensors
 
 BEFORE, FIRST_FACTOR, SECOND_FACTOR = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 """Of the names in a PEFT adapter: before those of modules, and after."""

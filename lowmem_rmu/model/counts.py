@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowmem_rmu.config.schema import Rmu
 from lowmem_rmu.model.experts import expert_shapes
 from lowmem_rmu.model.layers import decoder_layers, linear_shapes
-from lowmem_rmu.presets import Rmu
 
 
 class Linear(NamedTuple):

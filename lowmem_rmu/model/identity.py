@@ -11,9 +11,9 @@ import torch
 from transformers import PretrainedConfig
 
 from lowmem_rmu import __version__
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.model.loading import resolve_dtype
-from lowmem_rmu.model.shards import find_files
-from lowmem_rmu.presets import ModelSettings
+from lowmem_rmu.weights.shards import find_files
 
 DECIDING = ("torch", "transformers", "tokenizers", "bitsandbytes")
 """Packages another version of which may answer otherwise."""

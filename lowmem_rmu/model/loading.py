@@ -22,13 +22,14 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from lowmem_rmu.config.depth import DEPTH_KEYS
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.contents import check_contents, tied_otherwise
-from lowmem_rmu.model.quantisation import READ_DIRECTLY, Nf4Config
-from lowmem_rmu.model.shards import is_needed, open_weights
-from lowmem_rmu.model.source import COPY_AGAIN, Source, locate, read_json
-from lowmem_rmu.model.stored import StoredTensor, checkpoint_tensors
-from lowmem_rmu.presets import DEPTH_KEYS, ModelSettings
+from lowmem_rmu.model.quantization import READ_DIRECTLY, Nf4Config
+from lowmem_rmu.weights.contents import check_contents, tied_otherwise
+from lowmem_rmu.weights.shards import is_needed, open_weights
+from lowmem_rmu.weights.source import COPY_AGAIN, Source, locate, read_json
+from lowmem_rmu.weights.stored import StoredTensor, checkpoint_tensors
 
 LOGGER = logging.getLogger(__name__)
 Quantisation = Literal["nf4", "int8", "none"]

@@ -11,7 +11,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from lowmem_rmu.errors import Fix, ResumeRun, UserError, with_more
-from lowmem_rmu.records import DIGESTS, check_digest, checked_json, file_digest
+from lowmem_rmu.runs.records import DIGESTS, check_digest, checked_json, file_digest
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 WHOLE_FORWARD = ("XLORA", "POLY")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_rmu.config.paths import is_local
+from lowmem_rmu.config.schema import ModelSettings, Preset, Rmu
 from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.counts import Weights, count_weights
 from lowmem_rmu.model.identity import model_digest
@@ -29,7 +31,6 @@ from lowmem_rmu.model.loading import (
     skeleton,
 )
 from lowmem_rmu.model.special_tokens import SpecialTokens, special_tokens
-from lowmem_rmu.presets import ModelSettings, Preset, Rmu, is_local
 
 
 class ModelSpec:

@@ -21,12 +21,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lowmem_rmu.config.schema import Evaluation, ModelSettings, Task
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.data.questions import load_questions
 from lowmem_rmu.evaluation.multiple_choice import evaluate
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import Evaluation, ModelSettings, Task
-from lowmem_rmu.runs import write_lines
+from lowmem_rmu.runs.files import write_lines
 from lowmem_rmu.tiny.world import DOMAINS, Domain, Fact, World, conversation, multiple_choice, paragraph
 
 HERE = Path(__file__).parent

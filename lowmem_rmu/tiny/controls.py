@@ -20,16 +20,17 @@ import typer
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from lowmem_rmu.audit.audited import prepare
+from lowmem_rmu.audit.context import prepare
 from lowmem_rmu.audit.suite import ATTACKS, Audit
 from lowmem_rmu.audit.tables import audit_tables
 from lowmem_rmu.audit.verdict import CONTROLS
 from lowmem_rmu.cli.progress import watched
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.console import Console, prepare_streams
 from lowmem_rmu.model.adapters import save_adapter
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import ModelSettings, load_preset
-from lowmem_rmu.runs import write_json
+from lowmem_rmu.runs.files import write_json
 from lowmem_rmu.tiny.build import (
     FORGOTTEN,
     HERE,

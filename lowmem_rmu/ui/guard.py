@@ -21,7 +21,7 @@ from lowmem_rmu.errors import (
     is_disk_full,
     recorded_error,
 )
-from lowmem_rmu.records import Status
+from lowmem_rmu.runs.records import Status
 from lowmem_rmu.ui.markup import complaint, joined, paragraph
 
 LOG = logging.getLogger(__name__)

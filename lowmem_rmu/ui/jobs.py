@@ -14,15 +14,19 @@ import psutil
 import torch
 import yaml
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.summary import read_summary
-from lowmem_rmu.model.memory import peak_of, plan
+from lowmem_rmu.memory.estimate import peak_of, plan
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.parsing import ParseError, parse_yaml
-from lowmem_rmu.presets import Preset, load_preset, read_preset
-from lowmem_rmu.records import Status, StepTime
-from lowmem_rmu.runs import STAGES, RunFolder, read_lines, write_atomically, write_json, write_status
-from lowmem_rmu.turns import Ticket, free_name, one_at_a_time, process_of, take_ticket, tickets
+from lowmem_rmu.runs.files import read_lines, write_atomically, write_json
+from lowmem_rmu.runs.folder import STAGES, RunFolder
+from lowmem_rmu.runs.queue import Ticket, free_name, one_at_a_time, process_of, take_ticket, tickets
+from lowmem_rmu.runs.recorded import read_preset
+from lowmem_rmu.runs.records import Status, StepTime
+from lowmem_rmu.runs.status import write_status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE_SECONDS = 20.0

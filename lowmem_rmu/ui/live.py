@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import pandas as pd
 from markupsafe import Markup
 
-from lowmem_rmu.chat import SIDES
-from lowmem_rmu.records import StepRow, TaskMark
-from lowmem_rmu.runs import STAGES, RunFolder, read_lines
+from lowmem_rmu.chat.conversation import SIDES
+from lowmem_rmu.runs.files import read_lines
+from lowmem_rmu.runs.folder import STAGES, RunFolder
+from lowmem_rmu.runs.records import StepRow, TaskMark
 from lowmem_rmu.ui import markup
 from lowmem_rmu.ui.jobs import RunState
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
+from lowmem_rmu.config.loading import load_preset, preset_names
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.memory import gib, memory_available, peak_of, plan
+from lowmem_rmu.memory.estimate import gib, memory_available, peak_of, plan
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import Preset, load_preset, preset_names
 from lowmem_rmu.ui import markup
 
 TIGHT = 0.85

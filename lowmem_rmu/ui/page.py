@@ -6,13 +6,14 @@ from typing import Any
 import gradio as gr
 import torch
 
-from lowmem_rmu.report import app_stylesheet
-from lowmem_rmu.ui import chat, jobs, offers, results, unlearn
-from lowmem_rmu.ui.audit import AuditTab
-from lowmem_rmu.ui.export import ExportTab
+from lowmem_rmu.report.html import app_stylesheet
+from lowmem_rmu.ui import jobs, offers
 from lowmem_rmu.ui.guard import guarded
-from lowmem_rmu.ui.runs import RunsTab
-from lowmem_rmu.ui.texts import Own
+from lowmem_rmu.ui.tabs import chat, results, unlearn
+from lowmem_rmu.ui.tabs.audit import AuditTab
+from lowmem_rmu.ui.tabs.export import ExportTab
+from lowmem_rmu.ui.tabs.runs import RunsTab
+from lowmem_rmu.ui.uploads import Own
 
 TITLE = "lowmem-rmu"
 CSS = """

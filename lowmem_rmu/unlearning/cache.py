@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_rmu.runs import replaced
+from lowmem_rmu.runs.files import replaced
 
 Entry = dict[str, Tensor]
 SUFFIX = ".safetensors"

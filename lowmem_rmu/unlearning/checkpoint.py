@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
-from lowmem_rmu.presets import differences, with_recorded_defaults
-from lowmem_rmu.runs import replaced
+from lowmem_rmu.runs.files import replaced
+from lowmem_rmu.runs.recorded import differences, with_recorded_defaults
 from lowmem_rmu.unlearning.guard import Check
 
 NAME = "state.safetensors"

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from lowmem_rmu.config.schema import Rmu
 from lowmem_rmu.data.corpora import Batches
-from lowmem_rmu.presets import Rmu
 
 RETAIN = -1
 """Stands for the retain set where corpora are numbered; topics are numbered from 0."""

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowmem_rmu.config.schema import Rmu, Topic
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Rmu, Topic
 from lowmem_rmu.unlearning.losses import mean_norm, median_norm
 
 CUES = {

@@ -19,12 +19,12 @@ from bitsandbytes.optim import AdamW8bit
 from peft import PeftModel
 from torch import Tensor
 
+from lowmem_rmu.config.schema import Rmu, Topic
 from lowmem_rmu.data.corpora import Batch, pad
 from lowmem_rmu.errors import UserError
+from lowmem_rmu.memory.estimate import memory_in_use
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.layers import Trunk, run_layers, run_trunk
-from lowmem_rmu.model.memory import memory_in_use
-from lowmem_rmu.presets import Rmu, Topic
 from lowmem_rmu.unlearning.cache import HiddenStateCache
 from lowmem_rmu.unlearning.checkpoint import (
     BestWeights,

@@ -15,13 +15,14 @@ from lowmem_rmu.audit.answering import (
     perplexity,
     repetition,
 )
-from lowmem_rmu.audit.audited import Audited, Sides, prepare
+from lowmem_rmu.audit.context import Audited, Sides, prepare
 from lowmem_rmu.audit.knowledge import evenly
-from lowmem_rmu.chat import Sampling, answer
+from lowmem_rmu.chat.conversation import Sampling
+from lowmem_rmu.chat.generation import answer
 from lowmem_rmu.data.questions import Question
 from lowmem_rmu.evaluation.perplexity import divergence as divergence_everywhere
-from lowmem_rmu.presets import recorded_preset
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.recorded import recorded_preset
 
 ASKED = [
     "What colour is the compound Yarinoxol?",

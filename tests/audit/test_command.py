@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lowmem_rmu.__main__ import app
 from lowmem_rmu.audit.suite import Settings, claim
 from lowmem_rmu.cli.run import print_summary
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
 from tests.texts import plain
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benchmarks.robustness import Silent
-from lowmem_rmu.audit import relearning, suffix
-from lowmem_rmu.audit.audited import prepare
+from lowmem_rmu.audit.attacks import relearning, suffix
+from lowmem_rmu.audit.context import prepare
 from lowmem_rmu.audit.suite import ATTACKS, Audit
 from lowmem_rmu.audit.verdict import controls
-from lowmem_rmu.presets import ModelSettings, load_preset
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.tiny.build import FORGOTTEN
 from lowmem_rmu.tiny.controls import FOLDER
 

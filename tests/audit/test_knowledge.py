@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.audit.knowledge import Questions, Texts, answers_of, held_out_documents, untold
+from lowmem_rmu.config.schema import Corpus, Evaluation, ModelSettings, Task
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.evaluation.multiple_choice import ask, evaluate
 from lowmem_rmu.evaluation.perplexity import text_loss
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import Corpus, Evaluation, ModelSettings, Task
 
 TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny"
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_rmu.audit.residual import leaving, spread
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.evaluation.scorer import Request, RequestBatch, Scorer
 from lowmem_rmu.model.layers import decoder_layers
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings
 
 
 @pytest.mark.parametrize(

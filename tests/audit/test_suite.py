@@ -11,8 +11,8 @@ import torch
 from inline_snapshot import snapshot
 
 from lowmem_rmu.audit import suite
-from lowmem_rmu.audit.attack import Attack, Cost, Pieces, Tried
-from lowmem_rmu.audit.audited import Audited
+from lowmem_rmu.audit.attacks.attack import Attack, Cost, Pieces, Tried
+from lowmem_rmu.audit.context import Audited
 from lowmem_rmu.audit.suite import (
     ATTACKS,
     FAMILY,
@@ -26,9 +26,11 @@ from lowmem_rmu.audit.suite import (
     planned,
     read_forgotten,
 )
+from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import load_preset
-from lowmem_rmu.runs import RunFolder, Stopped, read_lines, write_json
+from lowmem_rmu.runs.files import read_lines, write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.status import Stopped
 from tests.texts import plain
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from inline_snapshot import snapshot
 from transformers import AutoModelForCausalLM
 
 from benchmarks.export import main, make_checkpoint, make_run, measure, shards_of
-from lowmem_rmu.export.merge import merge
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.export.merge.streamed import merge
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.model.stored import checkpoint_tensors
-from lowmem_rmu.presets import load_preset
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.weights.stored import checkpoint_tensors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 

@@ -17,8 +17,8 @@ from benchmarks.rmu_step import (
     largest_difference,
     main,
 )
+from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import load_preset
 from tests.texts import plain
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")

@@ -6,7 +6,7 @@ import pytest
 from inline_snapshot import snapshot
 
 from benchmarks import robustness
-from lowmem_rmu.audit import relearning
+from lowmem_rmu.audit.attacks import relearning
 
 FEW = ["rmu.steps=2", "rmu.batch_size=2", "rmu.retain_batch_size=2"]
 

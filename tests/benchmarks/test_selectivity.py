@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from benchmarks.selectivity import TOPICS, group_result, preset_of, run_name
-from lowmem_rmu.presets import load_preset
-from lowmem_rmu.records import Answer
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.runs.records import Answer
 from tests.records import answer_row
 
 

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.shapes import random_model
+from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.model.counts import count_weights
 from lowmem_rmu.model.experts import expert_shapes
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import describe_weights, skeleton
-from lowmem_rmu.presets import load_preset
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 37).reshape(2, 16)

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.yardstick import Padded, Yardstick
+from lowmem_rmu.config.schema import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.model.adapters import add_adapter, trained_modules
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import trainable
 from lowmem_rmu.unlearning.steering import unit_vector
 from lowmem_rmu.unlearning.trainer import Trainer, TrainingData

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Corpus
 from lowmem_rmu.data.corpora import (
     POOL,
     Batches,
@@ -23,7 +25,6 @@ from lowmem_rmu.data.corpora import (
     wikitext_articles,
 )
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Corpus, load_preset
 
 WIKITEXT = Path(__file__).resolve().parents[3] / "shared/data/wikitext-2/test.txt"
 CPU = torch.device("cpu")

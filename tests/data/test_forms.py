@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.data.forms import (
     REQUESTS,
     Passage,
@@ -15,7 +17,6 @@ from lowmem_rmu.data.forms import (
     question_samples,
 )
 from lowmem_rmu.model.loading import load_tokenizer
-from lowmem_rmu.presets import ModelSettings, load_preset
 
 PARAGRAPH = (
     "The river rises in the hills above the old town and runs south. It passes three mills before it reaches the wide plain. "

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Evaluation, Task, known_tasks
 from lowmem_rmu.data.questions import (
     Question,
     QuestionSet,
@@ -15,7 +17,7 @@ from lowmem_rmu.data.questions import (
     stratified,
 )
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Evaluation, Task, known_tasks, load_preset, recorded_preset
+from lowmem_rmu.runs.recorded import recorded_preset
 
 MMLU = Path(__file__).resolve().parents[3] / "shared/data/mmlu"
 CHOICES = ["red", "green", "blue", "white"]

@@ -6,7 +6,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.chat import encode_prompt
+from lowmem_rmu.chat.generation import encode_prompt
 from lowmem_rmu.data.corpora import tokenise
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.data.tokens import encode_texts, split_text

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from inline_snapshot import snapshot
 
+from lowmem_rmu.config.schema import Role
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.evaluation.compare import (
     Row,
@@ -18,8 +19,7 @@ from lowmem_rmu.evaluation.compare import (
 )
 from lowmem_rmu.evaluation.multiple_choice import score
 from lowmem_rmu.evaluation.statistics import mcnemar
-from lowmem_rmu.presets import Role
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 from tests.records import answer_row
 
 QUESTION = Question("?", ("a", "b", "c", "d"), 0)

@@ -19,14 +19,14 @@ import torch
 from inline_snapshot import snapshot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_rmu.config.schema import ModelSettings, Task
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet, load_task
 from lowmem_rmu.errors import UserError, causes
 from lowmem_rmu.evaluation import endpoint as module
 from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
 from lowmem_rmu.evaluation.multiple_choice import Evaluated, Interrupted, ask, evaluate
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings, Task
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 from tests.texts import plain
 
 TINY = Path(__file__).parent.parent.parent / "lowmem_rmu/tiny"

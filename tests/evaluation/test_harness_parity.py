@@ -18,11 +18,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.harness import TASKS, harness_model, mmlu, quiet_harness, task
+from lowmem_rmu.config.schema import ModelSettings, Task, known_tasks
 from lowmem_rmu.data.questions import QuestionSet, load_task
 from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.multiple_choice import Evaluated, ask, evaluate, score
 from lowmem_rmu.model.loading import load_model, load_tokenizer
-from lowmem_rmu.presets import ModelSettings, Task, known_tasks
 from tests.records import answer_row
 
 FORMS = {"letters": "default", "cloze": "continuation"}

@@ -7,11 +7,11 @@ import torch
 from inline_snapshot import snapshot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_rmu.config.schema import ModelSettings, Role
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.evaluation.known import perplexity_of, unknown_topic, unlike_texts
 from lowmem_rmu.evaluation.perplexity import text_loss
 from lowmem_rmu.model.loading import load_model, load_tokenizer
-from lowmem_rmu.presets import ModelSettings, Role
 
 
 def score(correct: int, questions: int) -> dict[str, Any]:

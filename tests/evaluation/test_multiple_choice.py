@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.multiple_choice import (
@@ -26,8 +27,7 @@ from lowmem_rmu.evaluation.multiple_choice import (
 from lowmem_rmu.evaluation.prompts import prompt
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings
-from lowmem_rmu.records import Answer
+from lowmem_rmu.runs.records import Answer
 from tests.records import answer_row
 from tests.texts import plain
 

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.data.tokens import split_text
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
 from lowmem_rmu.model.adapters import base_only
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings
 from tests.texts import plain
 
 PAD = 2

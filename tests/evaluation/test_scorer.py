@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.evaluation import scorer as scorer_module
 from lowmem_rmu.evaluation.scorer import Request, RequestBatch, Scorer, cost, find_batch_tokens, plan_batches
 from lowmem_rmu.model.layers import can_share_prefix
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings
 from tests.families import Family
 
 PAD = 2

@@ -19,8 +19,9 @@ from lowmem_rmu.evaluation.summary import (
     read_audit,
     recovered_in_words,
 )
-from lowmem_rmu.records import Object, checked_json
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.records import Object, checked_json
 from tests.texts import plain
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_rmu.config.schema import Corpus, ModelSettings, Preset, Retain, Rmu, Topic
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.changes import adapted_digests
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.pipeline import run_config
-from lowmem_rmu.presets import Corpus, ModelSettings, Preset, Retain, Rmu, Topic
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
 
 CPU = torch.device("cpu")
 RMU = {

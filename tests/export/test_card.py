@@ -15,14 +15,15 @@ from inline_snapshot import snapshot
 from markdown_it import MarkdownIt
 
 from lowmem_rmu.audit.verdict import Condition, Result, as_json
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.errors import UserError, not_reachable
 from lowmem_rmu.export import card
 from lowmem_rmu.export.card import base_terms, escaped, sum_line, write_card
 from lowmem_rmu.export.reproduce import sha256, write_reproduce
 from lowmem_rmu.export.verification import Checked, Verification, verify
-from lowmem_rmu.model.source import Source
-from lowmem_rmu.presets import ModelSettings
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.weights.source import Source
 from tests.texts import plain
 
 ROOT = Path(__file__).parent.parent.parent

@@ -16,8 +16,8 @@ from inline_snapshot import snapshot
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export import folder as folder_module
 from lowmem_rmu.export.folder import copy_bytes, link_or_copy, new_folder
-from lowmem_rmu.export.merge import merge
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.export.merge.streamed import merge
+from lowmem_rmu.runs.folder import RunFolder
 from tests.texts import plain
 
 TINY = Path(__file__).parents[2] / "lowmem_rmu/tiny/model"
@@ -109,7 +109,7 @@ def process_of(
     target: Callable[..., object], args: tuple[object, ...]
 ) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")  # a plain fork would hang where torch has had threads
-    context.set_forkserver_preload(["lowmem_rmu.export.merge"])
+    context.set_forkserver_preload(["lowmem_rmu.export.merge.streamed"])
     return context.Process(target=target, args=args)
 
 

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lowmem_rmu.__main__ import app
-from lowmem_rmu.export import merge as merge_module
-from lowmem_rmu.export.llama import llama_is_there
-from lowmem_rmu.runs import RunFolder
-from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
+from lowmem_rmu.export.gguf.llama import llama_is_there
+from lowmem_rmu.export.merge import streamed as merge_module
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.queue import one_at_a_time, take_ticket, tickets
 from tests.texts import plain
 
 IDS = torch.arange(5, 37).reshape(2, 16)

@@ -12,12 +12,14 @@ from inline_snapshot import snapshot
 from typer.testing import CliRunner
 
 from lowmem_rmu.cli import run as command_line
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.data.corpora import read_documents
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.export import reproduce
 from lowmem_rmu.export.reproduce import write_reproduce
-from lowmem_rmu.presets import Preset, load_preset
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
 from tests.texts import plain
 
 QUESTION = '{"question": "Colour?", "choices": ["a", "b", "c", "d"], "answer": 0}\n'

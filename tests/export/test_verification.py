@@ -13,6 +13,8 @@ from inline_snapshot import snapshot
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import ModelSettings, Role
 from lowmem_rmu.data.questions import Question, QuestionSet
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.multiple_choice import Interrupted
@@ -32,9 +34,8 @@ from lowmem_rmu.export.verification import (
 )
 from lowmem_rmu.model.loading import Quantisation
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import ModelSettings, Role, load_preset
-from lowmem_rmu.records import Answer
-from lowmem_rmu.runs import RunFolder
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.records import Answer
 from tests.records import answer_row
 from tests.texts import plain
 

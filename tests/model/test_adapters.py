@@ -11,11 +11,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter, trained_modules
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import load_config, load_model, skeleton
-from lowmem_rmu.presets import ModelSettings, Rmu
 from tests.families import Family
 
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, save_adapter
 from lowmem_rmu.model.changes import LowRank, Stacked, adapted_digests, read_changes
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.model.stored import checkpoint_tensors
-from lowmem_rmu.presets import ModelSettings, Rmu
+from lowmem_rmu.weights.stored import checkpoint_tensors
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.1.mlp.down_proj.weight"

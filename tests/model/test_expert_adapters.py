@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, base_only, check_modules, load_adapter, save_adapter
 from lowmem_rmu.model.experts import expert_shapes
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings, Rmu
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 37).reshape(2, 16)

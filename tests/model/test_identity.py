@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.model import identity
 from lowmem_rmu.model.identity import content_digest
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import ModelSettings
 
 CPU = torch.device("cpu")
 

@@ -17,11 +17,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings, Rmu
 from tests.families import Family
 
 SHAPE: dict[str, Any] = {

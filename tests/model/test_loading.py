@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model import loading, shards
+from lowmem_rmu.model import loading
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import (
@@ -26,7 +27,7 @@ from lowmem_rmu.model.loading import (
     resolve_dtype,
 )
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import ModelSettings, Rmu
+from lowmem_rmu.weights import shards
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 37).reshape(2, 16)

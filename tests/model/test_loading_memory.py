@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, PretrainedConfig
 
-from lowmem_rmu.model.quantisation import PIECE
+from lowmem_rmu.model.quantization import PIECE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE: dict[str, Any] = {
@@ -29,7 +29,7 @@ import gc, json, sys
 from pathlib import Path
 import torch
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import ModelSettings
+from lowmem_rmu.config.schema import ModelSettings
 
 def memory():  # in bytes
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())

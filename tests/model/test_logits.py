@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
 
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.model.logits import POSITIONS, logits_at
-from lowmem_rmu.presets import ModelSettings, Rmu
 from tests.families import Family
 
 SHAPE = {

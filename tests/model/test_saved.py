@@ -24,14 +24,14 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.changes import SavedAdapter
 from lowmem_rmu.model.loading import load_model
 from lowmem_rmu.model.logits import logits_at
 from lowmem_rmu.model.saved import CONFIG, PICKLED_WEIGHTS, WEIGHTS, adapter_digests, read_adapter_settings
-from lowmem_rmu.presets import ModelSettings
-from lowmem_rmu.runs import write_json
+from lowmem_rmu.runs.files import write_json
 
 CPU, IDS = torch.device("cpu"), torch.arange(3, 15)[None]
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}

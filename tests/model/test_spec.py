@@ -15,6 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import ModelSettings, Rmu
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model import spec as spec_module
 from lowmem_rmu.model.adapters import trained_modules
@@ -22,7 +24,6 @@ from lowmem_rmu.model.layers import can_share_prefix, decoder_layers
 from lowmem_rmu.model.loading import load_config, load_model, load_tokenizer
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.model.special_tokens import SpecialTokens
-from lowmem_rmu.presets import ModelSettings, Rmu, load_preset
 from tests.families import NO_4_BIT, Family
 
 CPU = torch.device("cpu")

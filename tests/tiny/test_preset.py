@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from lowmem_rmu.cli import run as command_line
-from lowmem_rmu.presets import load_preset
+from lowmem_rmu.config.loading import load_preset
 
 
 def test_it_steers_a_quarter_of_the_way_up_as_the_paper_does() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_rmu.presets import load_preset
+from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.tiny.build import Lessons, write_data
 from lowmem_rmu.tiny.world import DOMAINS, World, multiple_choice, paragraph
 

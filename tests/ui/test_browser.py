@@ -18,7 +18,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from lowmem_rmu import __version__
 from lowmem_rmu.audit.suite import Settings
-from lowmem_rmu.runs import RunFolder, read_lines, write_json
+from lowmem_rmu.runs.files import read_lines, write_json
+from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.ui import jobs
 from tests.texts import plain
 from tests.waiting import wait_until

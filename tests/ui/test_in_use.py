@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from lowmem_rmu.runs import RunFolder, write_json
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.ui import jobs
 
 HOSTILE = "<img src=x onerror=\"document.title='run'\">${document.title='run'}"

@@ -15,10 +15,11 @@ import pytest
 import yaml
 from inline_snapshot import snapshot
 
+from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.errors import UserError, readable
-from lowmem_rmu.presets import load_preset
-from lowmem_rmu.runs import RunFolder, write_json
-from lowmem_rmu.turns import one_at_a_time, take_ticket, tickets
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.queue import one_at_a_time, take_ticket, tickets
 from lowmem_rmu.ui import jobs
 from tests.texts import plain
 from tests.waiting import wait_until

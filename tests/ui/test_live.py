@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from inline_snapshot import snapshot
 
-from lowmem_rmu.runs import STAGES, RunFolder, add_lines, write_json
+from lowmem_rmu.runs.files import add_lines, write_json
+from lowmem_rmu.runs.folder import STAGES, RunFolder
 from lowmem_rmu.ui import live
 from lowmem_rmu.ui.jobs import RunState
 from tests.texts import plain, text_with

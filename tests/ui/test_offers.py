@@ -10,12 +10,12 @@ import torch
 import yaml
 from inline_snapshot import snapshot
 
-from lowmem_rmu import presets
+from lowmem_rmu.config import loading
+from lowmem_rmu.config.loading import load_preset, preset_names
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.model.memory import StageNeed, peak_of
+from lowmem_rmu.memory.estimate import StageNeed, peak_of
 from lowmem_rmu.model.spec import ModelSpec
-from lowmem_rmu.presets import load_preset, preset_names
-from lowmem_rmu.runs import STAGES
+from lowmem_rmu.runs.folder import STAGES
 from lowmem_rmu.ui import offers
 from lowmem_rmu.ui.guard import on_the_page
 from tests.texts import plain
@@ -36,7 +36,7 @@ def own_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     settings["title"] = HOSTILE
     settings["topics"] = {HOSTILE: settings["topics"]["locks"]}
     (tmp_path / "<b>mine.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.setattr(presets, "PRESETS_FOLDER", tmp_path)
+    monkeypatch.setattr(loading, "PRESETS_FOLDER", tmp_path)
     offers.offers.cache_clear()
     yield tmp_path
     offers.offers.cache_clear()

@@ -12,10 +12,11 @@ import pytest
 import torch
 from inline_snapshot import snapshot
 
-from lowmem_rmu.presets import load_preset, preset_names
-from lowmem_rmu.runs import RunFolder, write_json
-from lowmem_rmu.ui.chat import LoadedModel
+from lowmem_rmu.config.loading import load_preset, preset_names
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.ui.page import build_page, style
+from lowmem_rmu.ui.tabs.chat import LoadedModel
 from tests.texts import plain
 
 CPU = torch.device("cpu")
@@ -188,7 +189,7 @@ def test_too_little_memory_is_told_before_anything_is_made(
     endpoint: Callable[..., Any], runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "lowmem_rmu.model.fit.memory_available", lambda device: 2**20
+        "lowmem_rmu.memory.advice.memory_available", lambda device: 2**20
     )  # a full machine cannot be had otherwise
     assert "1 MiB are free on cpu." in refused(endpoint, "start", "tiny", "new", "")
     assert not (runs_dir / "new").exists()

@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lowmem_rmu.config.schema import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning import checkpoint
 from lowmem_rmu.unlearning.checkpoint import Progress, load_checkpoint, save_checkpoint, trainable
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from lowmem_rmu.config.loading import load_preset
+from lowmem_rmu.config.schema import ModelSettings, Preset, Rmu
 from lowmem_rmu.model.adapters import add_adapter, base_only, load_adapter, save_adapter
 from lowmem_rmu.model.layers import decoder_layers, run_layers, run_trunk
 from lowmem_rmu.model.loading import describe_weights, load_model
-from lowmem_rmu.presets import ModelSettings, Preset, Rmu, load_preset
 from lowmem_rmu.unlearning.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")

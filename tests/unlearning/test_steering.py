@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem_rmu.config.schema import Corpus, Rmu, Topic
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.presets import Corpus, Rmu, Topic
 from lowmem_rmu.unlearning.steering import check_scale, cues, make_target, unit_vector
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lowmem_rmu.config.schema import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.data.corpora import Batch, pad
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter, base_only
 from lowmem_rmu.model.layers import decoder_layers
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning import trainer
 from lowmem_rmu.unlearning.checkpoint import trainable
 from lowmem_rmu.unlearning.steering import unit_vector

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
+from lowmem_rmu.config.schema import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.model.adapters import add_adapter
 from lowmem_rmu.model.layers import run_layers, run_trunk
 from lowmem_rmu.model.loading import load_model
-from lowmem_rmu.presets import Corpus, ModelSettings, Rmu, Topic
 from lowmem_rmu.unlearning.checkpoint import BestWeights, trainable
 from lowmem_rmu.unlearning.guard import (
     Check,
