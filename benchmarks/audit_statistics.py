@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the s
 
 from lowmem_rmu.audit.power import power_of_gone, questions_for_gone
 from lowmem_rmu.audit.recovery import Values, attack_recovery, fairly_best, fieller
-from lowmem_rmu.audit.verdict import Condition, Finding, Mark, Result, finding_of, mark_of
+from lowmem_rmu.audit.verdict import Finding, Mark, finding_of, mark_of
 from lowmem_rmu.config.schema import Role
 from lowmem_rmu.console import prepare_streams
 from lowmem_rmu.evaluation.compare import TOLERATED, Row, verdict
 from lowmem_rmu.evaluation.multiple_choice import CHANCE
 from lowmem_rmu.evaluation.statistics import LUCK, by_luck, mcnemar
+from lowmem_rmu.runs.records import AttackResult, Condition
 
 ATTACKS, WAYS = 6, 10
 Rule = Callable[[Row], bool]
@@ -158,7 +159,7 @@ def audit_rates(audited: Audited, judge: Judge, draws: int, seed: int = 0) -> Ra
     for _ in range(draws):
         base, unlearned, attacks = audited.draw(random)
         found = [judge(base, unlearned, ways) for ways in attacks]
-        marks.append(mark_of([Result("attack", "", "done", finding=finding) for finding, _ in found]))
+        marks.append(mark_of([AttackResult("attack", "", "done", finding=finding) for finding, _ in found]))
         below += sum(bounds is not None and bounds[1] < audited.recovered for _, bounds in found)
         above += sum(bounds is not None and bounds[0] > audited.recovered for _, bounds in found)
     count = draws * ATTACKS

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from lowmem_rmu.audit.attacks.attack import Attack, Cost, Pieces, Tried
 from lowmem_rmu.audit.context import QUESTIONS, RANK, SIDES, Audited, linear_names, prepare
 from lowmem_rmu.audit.power import Power, questions_for_gone
 from lowmem_rmu.audit.recovery import Values, attack_recovery, recovery
-from lowmem_rmu.audit.verdict import Condition, Result, as_json, finding_of, result_of
+from lowmem_rmu.audit.verdict import audit_result, finding_of
 from lowmem_rmu.config.schema import Preset
 from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError, nearest
 from lowmem_rmu.evaluation.compare import Pairs, compare_tasks
@@ -32,7 +31,7 @@ from lowmem_rmu.model.saved import read_adapter_settings
 from lowmem_rmu.runs.files import write_json
 from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.runs.recorded import differences, read_preset
-from lowmem_rmu.runs.records import Object, checked_json
+from lowmem_rmu.runs.records import AttackResult, AuditResult, Condition, Object, checked_json
 from lowmem_rmu.runs.status import Stopped, Watcher
 
 ATTACKS: dict[str, Attack] = {
@@ -201,7 +200,7 @@ class Audit:
                 raise UserError(f'There is no attack "{name}". {nearest(name, ATTACKS)}')
         return [attack for name, attack in ATTACKS.items() if name in names]
 
-    def run(self, attacks: list[Attack], budget: float | None = None) -> dict[str, Any]:
+    def run(self, attacks: list[Attack], budget: float | None = None) -> AuditResult:
         """Run the attacks one after the other, and name those that do not fit into memory or the `budget`
         (seconds). Writes `audit.json`.
 
@@ -228,20 +227,27 @@ class Audit:
                     "budget are left"
                 )
             results[attack.name] = self._not_run(attack, reason) if reason else self._run(attack, estimate)
-            write_json(self.result, self._content(list(results.values())))
-        return self._content(list(results.values()))
+            write_json(self.result, asdict(self._found(results)))
+        return self._found(results)
 
-    def _earlier(self) -> dict[str, Result]:
+    def _earlier(self) -> dict[str, AttackResult]:
         if not self.result.exists():
             return {}
-        rows = read_audit_file(self.result)["attacks"]
-        return {row["attack"]: result_of(row) for row in rows if row["attack"] in ATTACKS}
+        earlier = read_audit_file(self.result).attacks
+        return {result.attack: result for result in earlier if result.attack in ATTACKS}
 
-    def _content(self, results: list[Result]) -> dict[str, Any]:
-        """Return the content of `audit.json`."""
+    def _found(self, results: dict[str, AttackResult]) -> AuditResult:
+        """Sum up what the attacks found."""
         knowledge = self.audited.knowledge
         base, unlearned = (knowledge.figure(self.plain[side]) for side in SIDES)
-        return as_json(self.audited.name, len(knowledge), knowledge.are_questions, base, unlearned, results)
+        return audit_result(
+            self.audited.name,
+            len(knowledge),
+            knowledge.are_questions,
+            base,
+            unlearned,
+            list(results.values()),
+        )
 
     @property
     def power(self) -> Power | None:
@@ -266,7 +272,7 @@ class Audit:
             bytes_needed(self.audited, cost),
         )
 
-    def _run(self, attack: Attack, estimate: Estimate) -> Result:
+    def _run(self, attack: Attack, estimate: Estimate) -> AttackResult:
         self.done = 0
         self.watcher.started(attack.name, 0)
         reset_peak(self.audited.device)
@@ -285,7 +291,7 @@ class Audit:
             pieces.keep("seconds so far", before + time.monotonic() - began)
         return self._result(attack, tried, estimate, pieces.known["seconds so far"])
 
-    def _result(self, attack: Attack, tried: Tried, estimate: Estimate, seconds: float) -> Result:
+    def _result(self, attack: Attack, tried: Tried, estimate: Estimate, seconds: float) -> AttackResult:
         best, knowledge = None, self.audited.knowledge
         known = {
             name: knowledge.beyond_base(values, tried.base.get(name), self.plain["base"])
@@ -297,7 +303,7 @@ class Audit:
             values, chosen, found = attack_recovery(known, *sides, *how, FAMILY)
             figure = knowledge.figure(values)
             best = Condition(" or ".join(chosen), figure, found.recovered, found.low, found.high)
-        return Result(
+        return AttackResult(
             attack=attack.name,
             asks=attack.asks,
             state="done",
@@ -317,8 +323,8 @@ class Audit:
         found = recovery(base, unlearned, values, knowledge.are_questions, knowledge.chance)
         return Condition(name, knowledge.figure(values), found.recovered, found.low, found.high)
 
-    def _not_run(self, attack: Attack, reason: str) -> Result:
-        return Result(attack.name, attack.asks, "not run", reason)
+    def _not_run(self, attack: Attack, reason: str) -> AttackResult:
+        return AttackResult(attack.name, attack.asks, "not run", reason)
 
     def _too_large(self, estimate: Estimate) -> str | None:
         needs = Needs(self.audited.preset, self.audited.sides.base, self.audited.device)

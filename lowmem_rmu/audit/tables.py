@@ -1,7 +1,5 @@
 """What an audit found, as tables for a terminal of 80 columns."""
 
-from typing import Any
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -10,6 +8,7 @@ from rich.text import Text
 from lowmem_rmu.audit.suite import Estimate, duration
 from lowmem_rmu.evaluation.summary import known_in_words, recovered_in_words
 from lowmem_rmu.memory.estimate import gib
+from lowmem_rmu.runs.records import AuditResult
 
 
 def cost_table(estimates: list[Estimate]) -> Table:
@@ -21,40 +20,37 @@ def cost_table(estimates: list[Estimate]) -> Table:
     return table
 
 
-def audit_tables(audit: dict[str, Any]) -> Group:
+def audit_tables(audit: AuditResult) -> Group:
     """Make the tables of an audit: base, unlearned and attacked next to each other; the same attacks on
     control models; the verdict.
     """
-    sentences = [Text(f"- {sentence}") for sentence in audit["verdict"]["sentences"]]
-    return Group(_found(audit), *([_controls(audit)] if audit["controls"] else []), *sentences)
+    sentences = [Text(f"- {sentence}") for sentence in audit.verdict.sentences]
+    return Group(_found(audit), *([_controls(audit)] if audit.controls else []), *sentences)
 
 
-def _found(audit: dict[str, Any]) -> Table:
-    unit = "accuracy in %" if audit["measured_in"] == "accuracy" else audit["measured_in"]
-    title = f"{audit['run']}: {unit} over {audit['items']} items; recovered with its 95% interval"
+def _found(audit: AuditResult) -> Table:
+    unit = "accuracy in %" if audit.is_accuracy else audit.measured_in
+    title = f"{audit.run}: {unit} over {audit.items} items; recovered with its 95% interval"
     table = _table(title, "Attack", "Base", "Unlearned", "Attacked", "Recovered", "")
-    for each in audit["attacks"]:
-        if each["state"] == "not run":
-            table.add_row(each["attack"], "", "", "", "", f"not run: {each['reason']}")
-        elif each["best"]:
+    for each in audit.attacks:
+        if each.state == "not run":
+            table.add_row(each.attack, "", "", "", "", f"not run: {each.reason}")
+        elif each.best:
             figures = [
-                known_in_words(audit, value)
-                for value in (audit["base"], audit["unlearned"], each["best"]["attacked"])
+                known_in_words(audit, value) for value in (audit.base, audit.unlearned, each.best.attacked)
             ]
-            table.add_row(each["attack"], *figures, recovered_in_words(each["best"]), each["finding"])
+            table.add_row(each.attack, *figures, recovered_in_words(each.best), each.finding)
     return table
 
 
-def _controls(audit: dict[str, Any]) -> Table:
-    names = [each["name"] for each in audit["controls"]]
+def _controls(audit: AuditResult) -> Table:
+    names = [each.name for each in audit.controls]
     table = _table("Recovered, next to models of which the truth is known", "Attack", "This run", *names)
-    for each in audit["attacks"]:
-        if each["best"]:
-            known = [
-                recovered_in_words(control["attacks"].get(each["attack"])) for control in audit["controls"]
-            ]
-            table.add_row(each["attack"], recovered_in_words(each["best"]), *known)
-    table.add_row("Verdict", audit["verdict"]["mark"], *(control["mark"] for control in audit["controls"]))
+    for each in audit.attacks:
+        if each.best:
+            known = [recovered_in_words(control.attacks.get(each.attack)) for control in audit.controls]
+            table.add_row(each.attack, recovered_in_words(each.best), *known)
+    table.add_row("Verdict", audit.verdict.mark, *(control.mark for control in audit.controls))
     return table
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -108,7 +109,7 @@ def run_attacks(
                 if (folder.path / "summary.json").exists():
                     note_audit(folder)
                     write_report(folder)
-            print_json(found) if as_json else Console().print(audit_tables(found))
+            print_json(asdict(found)) if as_json else Console().print(audit_tables(found))
             print(f"Audited: {folder.audit_result}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         raise Stopped(folder.path, "the same command") from None

@@ -3,7 +3,7 @@ it.
 """
 
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import Row
 from lowmem_rmu.runs.files import write_json
 from lowmem_rmu.runs.folder import RunFolder
-from lowmem_rmu.runs.records import Object, StageCost, checked_json
+from lowmem_rmu.runs.records import AuditResult, Condition, Object, StageCost, checked_json, read_record
 
 GRADES = {
     "yes": "Yes",
@@ -85,69 +85,6 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class RecoveredShare:
-    """The shape of what an attack brought back under one condition."""
-
-    condition: str
-    attacked: float
-    recovered: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """The shape of an attack in `audit.json`."""
-
-    attack: str
-    asks: str
-    state: str
-    reason: str | None
-    foretold_seconds: float | None
-    seconds: float | None
-    peak_memory_bytes: int | None
-    best: RecoveredShare | None
-    finding: str | None
-    conditions: list[RecoveredShare]
-    sentences: list[str]
-    details: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class AuditMark:
-    """The shape of an audit's verdict."""
-
-    mark: str
-    sentences: list[str]
-
-
-@dataclass(frozen=True)
-class ControlModel:
-    """The shape of an audited model of which the truth is known."""
-
-    name: str
-    about: str
-    mark: str
-    attacks: dict[str, RecoveredShare | None]
-
-
-@dataclass(frozen=True)
-class AuditFile:
-    """The shape of `audit.json`."""
-
-    run: str
-    items: int
-    measured_in: str
-    base: float
-    unlearned: float
-    verdict: AuditMark
-    attacks: list[AttackResult]
-    controls: list[ControlModel]
-    floor: float | None = None
-    """What recovery counts from; audits of earlier versions have none."""
-
-
-@dataclass(frozen=True)
 class Headline:
     """What is said of a run in one line: two grades, and what attacks found. Every front end shows these
     words.
@@ -216,22 +153,24 @@ def read_summary(run: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def read_audit(run: RunFolder) -> dict[str, Any] | None:
+def read_audit(run: RunFolder) -> AuditResult | None:
     """Read the run's `audit.json`; None where it was not audited. Raises UserError where it is damaged, or of
     another version.
     """
     return read_audit_file(run.audit_result) if run.audit_result.exists() else None
 
 
-def read_audit_file(path: Path) -> dict[str, Any]:
-    """Return the same by the path of the file."""
+def read_audit_file(path: Path) -> AuditResult:
+    """Read an `audit.json` by its path. Raises UserError where it is damaged, or of another version."""
     again = Fix("Audit it again: {action}", AuditAgain(str(path.parent)))
-    audit: dict[str, Any] = checked_json(path, AuditFile, again)
+    audit = read_record(path, AuditResult, again)
     # Earlier versions had other words for the same.
-    audit["verdict"]["mark"] = EARLIER_WORDS.get(audit["verdict"]["mark"], audit["verdict"]["mark"])
-    for found in audit["attacks"]:
-        found["finding"] = EARLIER_WORDS.get(found["finding"], found["finding"])
-    return audit
+    mark = EARLIER_WORDS.get(audit.verdict.mark, audit.verdict.mark)
+    attacks = []
+    for result in audit.attacks:
+        finding = result.finding and EARLIER_WORDS.get(result.finding, result.finding)
+        attacks.append(replace(result, finding=finding))
+    return replace(audit, verdict=replace(audit.verdict, mark=mark), attacks=tuple(attacks))
 
 
 def audit_mark(run: RunFolder) -> str:
@@ -240,8 +179,8 @@ def audit_mark(run: RunFolder) -> str:
     """
     try:
         audit = read_audit(run)
-        return audit["verdict"]["mark"] if audit else NOT_AUDITED
-    except (UserError, KeyError, TypeError):
+        return audit.verdict.mark if audit else NOT_AUDITED
+    except UserError:
         return UNREADABLE
 
 
@@ -252,24 +191,20 @@ def note_audit(run: RunFolder) -> None:
         write_json(run.path / "summary.json", summary | {"audit": audit_mark(run)})
 
 
-def bounds_in_words(best: dict[str, Any]) -> str:
+def bounds_in_words(best: Condition) -> str:
     """Return the 95% interval of what an attack recovers, in percent: `61 to 85`."""
-    return (
-        "any share"
-        if best["low"] is None or best["high"] is None
-        else f"{100 * best['low']:.0f} to {100 * best['high']:.0f}"
-    )
+    if best.low is None or best.high is None:
+        return "any share"
+    return f"{100 * best.low:.0f} to {100 * best.high:.0f}"
 
 
-def recovered_in_words(best: dict[str, Any] | None) -> str:
-    """`73% (61 to 85)`; a dash where nothing can be recovered, or recovery is not asked."""
-    return (
-        "-"
-        if best is None or best["recovered"] is None
-        else f"{best['recovered']:.0%} ({bounds_in_words(best)})"
-    )
+def recovered_in_words(best: Condition | None) -> str:
+    """Return `73% (61 to 85)`; a dash where nothing can be recovered, or recovery is not asked."""
+    if best is None or best.recovered is None:
+        return "-"
+    return f"{best.recovered:.0%} ({bounds_in_words(best)})"
 
 
-def known_in_words(audit: dict[str, Any], figure: float) -> str:
+def known_in_words(audit: AuditResult, figure: float) -> str:
     """Return what a model knows in words: accuracy in percent, or the loss in nats/token."""
-    return f"{100 * figure:.1f}" if audit["measured_in"] == "accuracy" else f"{figure:.2f}"
+    return f"{100 * figure:.1f}" if audit.is_accuracy else f"{figure:.2f}"

@@ -31,6 +31,7 @@ from lowmem_rmu.parsing import parse_yaml
 from lowmem_rmu.runs.files import write_atomically
 from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.runs.recorded import read_preset
+from lowmem_rmu.runs.records import AuditResult
 from lowmem_rmu.weights.source import locate
 
 CARD, SUMS = "README.md", "SHA256SUMS"
@@ -300,31 +301,24 @@ def _checked_row(task: Compared) -> dict[str, str]:
     }
 
 
-def _audit(audit: dict[str, Any] | None) -> dict[str, Any] | None:
+def _audit(audit: AuditResult | None) -> dict[str, Any] | None:
     """Describe what attacks on the run found; None where there was no audit."""
     if audit is None:
         return None
-    attacks = [
-        {
-            "attack": each["attack"],
-            "asks": each["asks"],
-            "reason": each["reason"],
-            "finding": each["finding"],
-            "sentences": each["sentences"],
-        }
-        | {"attacked": known_in_words(audit, each["best"]["attacked"]) if each["best"] else None}
-        | {"recovered": recovered_in_words(each["best"]).replace("-", "−")}
-        for each in audit["attacks"]
-    ]
-    told = {side: known_in_words(audit, audit[side]) for side in ("base", "unlearned")} | {
-        "sentences": audit["verdict"]["sentences"]
+    attacks = []
+    for result in audit.attacks:
+        attacked = known_in_words(audit, result.best.attacked) if result.best else None
+        recovered = recovered_in_words(result.best).replace("-", "−")
+        attacks.append(vars(result) | {"attacked": attacked, "recovered": recovered})
+    return {
+        "base": known_in_words(audit, audit.base),
+        "unlearned": known_in_words(audit, audit.unlearned),
+        "sentences": audit.verdict.sentences,
+        "asked": f"{audit.items} {'questions' if audit.is_accuracy else 'texts'}",
+        "measured_in": "accuracy in %" if audit.is_accuracy else audit.measured_in,
+        "attacks": attacks,
+        "controls": audit.controls,
     }
-    is_share = audit["measured_in"] == "accuracy"
-    of = {
-        "asked": f"{audit['items']} {'questions' if is_share else 'texts'}",
-        "measured_in": "accuracy in %" if is_share else audit["measured_in"],
-    }
-    return told | of | {"attacks": attacks, "controls": audit["controls"]}
 
 
 def _signed(value: float) -> str:

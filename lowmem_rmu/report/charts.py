@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from lowmem_rmu.report.rows import SIDES, Row, by_role, question_count
-from lowmem_rmu.runs.records import StepRow
+from lowmem_rmu.runs.records import AuditResult, StepRow
 
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
 DIVERGENCES = {
@@ -188,16 +188,16 @@ def _curve(axes: Axes, metrics: list[StepRow], key: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def draw_relearning(audit: dict[str, Any], curves: dict[str, Row], width: int) -> Figure:
+def draw_relearning(audit: AuditResult, curves: dict[str, Row], width: int) -> Figure:
     """Draw what is known after each number of fine-tuning steps on each text, and base, fine-tuned in the
     same way, in dashes.
     """
     figure = Figure(figsize=(width / 72, 240 / 72), layout="constrained")
-    axes, is_share = figure.add_subplot(), audit["measured_in"] == "accuracy"
+    axes, is_share = figure.add_subplot(), audit.is_accuracy
     for number, sides in enumerate(curves.values()):
         colour = COLOURS[TOPIC_COLOURS[number % len(TOPIC_COLOURS)]]
         for side, points in sides.items():
-            steps, values = [0, *map(int, points)], [audit[side], *points.values()]
+            steps, values = [0, *map(int, points)], [getattr(audit, side), *points.values()]
             axes.plot(
                 steps,
                 values,

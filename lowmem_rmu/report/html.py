@@ -145,9 +145,10 @@ def _audit_content(run: RunFolder) -> dict[str, Any]:
     audit = read_audit(run)
     if audit is None:
         return {"audit": None, "texts_relearned": [], "charts": {}}
-    curves: dict[str, Row] = next(
-        (each["details"].get("curves", {}) for each in audit["attacks"] if each["attack"] == RELEARNING), {}
-    )
+    curves: dict[str, Row] = {}
+    for result in audit.attacks:
+        if result.attack == RELEARNING:
+            curves = result.details.get("curves", {})
     charts = (
         {RELEARNING: draw_charts(RELEARNING, lambda width: draw_relearning(audit, curves, width))}
         if curves

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, is_dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_origin
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
@@ -167,6 +167,83 @@ class StepRow:
     tokens: int = 0
     sinks: int = 0
     """Positions that are attention sinks; runs of earlier versions have neither."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way in which an attack was tried, and what it brought back: means over the items of the audit."""
+
+    condition: str
+    attacked: float
+    """What the attacked model knows: accuracy as a share or, for text, nats/token (less is better known)."""
+    recovered: float | None
+    """The share of what was lost that came back, with its interval; None where nothing was lost."""
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One attack in `audit.json`. Where it was not run, `reason` says why, and the rest is empty."""
+
+    attack: str
+    asks: str
+    state: Literal["done", "not run"]
+    reason: str | None = None
+    foretold_seconds: float | None = None
+    """The estimate."""
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    best: Condition | None = None
+    """Chosen by one half of the items and measured on the other; None where the attack asks something other
+    than what can be recovered.
+    """
+    finding: str | None = None
+    conditions: tuple[Condition, ...] = ()
+    sentences: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    """Curves and tables of this attack."""
+
+
+@dataclass(frozen=True)
+class AuditVerdict:
+    """The verdict of an audit: one mark, and sentences that explain it."""
+
+    mark: str
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ControlModel:
+    """What the audit found of a model of which the truth is known."""
+
+    name: str
+    about: str
+    mark: str
+    attacks: dict[str, Condition | None]
+    base: float | None = None
+    unlearned: float | None = None
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """The content of `audit.json`."""
+
+    run: str
+    items: int
+    measured_in: str
+    base: float
+    unlearned: float
+    verdict: AuditVerdict
+    attacks: tuple[AttackResult, ...]
+    controls: tuple[ControlModel, ...]
+    floor: float | None = None
+    """What recovery counts from; audits of earlier versions have none."""
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether questions were asked; else losses on text were measured."""
+        return self.measured_in == "accuracy"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ cores, and ten minutes for the audits.
 
 import json
 import random
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from lowmem_rmu.console import Console, prepare_streams
 from lowmem_rmu.model.adapters import save_adapter
 from lowmem_rmu.model.spec import ModelSpec
 from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.records import AuditResult, ControlModel
 from lowmem_rmu.tiny.build import (
     FORGOTTEN,
     HERE,
@@ -144,21 +146,14 @@ def audit_controls() -> None:
                 list(ATTACKS.values())
             )
         print_tables(audit)
-        found.append(
-            {
-                "name": name,
-                "about": ABOUT[name],
-                "mark": audit["verdict"]["mark"],
-                "base": audit["base"],
-                "unlearned": audit["unlearned"],
-            }
-        )
-        found[-1]["attacks"] = {each["attack"]: each["best"] for each in audit["attacks"]}
+        best = {result.attack: result.best for result in audit.attacks}
+        control = ControlModel(name, ABOUT[name], audit.verdict.mark, best, audit.base, audit.unlearned)
+        found.append(asdict(control))
     write_json(Path(str(files("lowmem_rmu.audit") / CONTROLS)), found)
 
 
-def print_tables(audit: dict[str, Any]) -> None:
-    Console().print(audit_tables(audit | {"controls": []}))
+def print_tables(audit: AuditResult) -> None:
+    Console().print(audit_tables(replace(audit, controls=())))
 
 
 def build(

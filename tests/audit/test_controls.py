@@ -1,6 +1,7 @@
 """The audit can be believed: what only refuses is caught as hidden, and what was never learned passes as gone. Real attacks, small budgets."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def audit(unlearned: Path | ModelSettings, place: Path, *names: str) -> dict[str
     audited = prepare(
         "control", load_preset("tiny"), unlearned, torch.device("cpu"), list(FORGOTTEN), LIMIT, 0
     )
-    return Audit(audited, place, place / "audit.json", Silent()).run(Audit.choose(names))
+    found = Audit(audited, place, place / "audit.json", Silent()).run(Audit.choose(names))
+    return asdict(found)
 
 
 def test_what_only_refuses_is_caught_as_hidden(tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_the_shipped_adapter_names_no_path() -> None:
 
 
 def test_what_was_found_of_both_stands_beside_other_audits() -> None:
-    recorded = {each["name"]: each for each in controls()}
+    recorded = {each.name: asdict(each) for each in controls()}
     assert {name: each["mark"] for name, each in recorded.items()} == {
         "refusing": "hidden",
         "ignorant": "gone",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def attack(content: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("attacks")
 def test_base_unlearned_and_attacked_side_by_side(run: RunFolder) -> None:
     audit = opened(run)
-    content = audit.run([HALF, NOTHING])
+    content = asdict(audit.run([HALF, NOTHING]))
     assert json.loads(json.dumps(content)) == json.loads(run.audit_result.read_text(encoding="utf-8"))
     assert (content["items"], content["measured_in"], content["base"]) == (40, "accuracy", 1.0)
     best = attack(content, "half")["best"]
@@ -130,7 +131,7 @@ def test_base_unlearned_and_attacked_side_by_side(run: RunFolder) -> None:
 
 @pytest.mark.usefixtures("attacks")
 def test_what_does_not_fit_is_named_and_the_rest_is_run(run: RunFolder) -> None:
-    content = opened(run).run([LONG, LARGE, GREEDY, LACKING, NOTHING], budget=60.0)
+    content = asdict(opened(run).run([LONG, LARGE, GREEDY, LACKING, NOTHING], budget=60.0))
     reasons = {each["attack"]: each["reason"] for each in content["attacks"]}
     assert " 1.0 min " in reasons["long"] or " 60 s " in reasons["long"]
     assert " 1048576" in reasons["large"].replace(",", "")
@@ -150,7 +151,7 @@ def test_what_does_not_fit_is_named_and_the_rest_is_run(run: RunFolder) -> None:
 
 @pytest.mark.usefixtures("attacks")
 def test_a_budget_of_nothing_runs_nothing_and_says_so(run: RunFolder) -> None:
-    content = opened(run).run([HALF, NOTHING], budget=0.0)
+    content = asdict(opened(run).run([HALF, NOTHING], budget=0.0))
     assert {each["state"] for each in content["attacks"]} == {"not run"}
     assert next(sentence for sentence in content["verdict"]["sentences"] if "half" in sentence) == snapshot(
         "Not run: half, nothing, long, large, greedy, lacking."
@@ -164,7 +165,7 @@ def test_a_stopped_audit_goes_on_where_it_was(run: RunFolder) -> None:
         opened(run, stopping).run([HALF])
     assert [row["key"] for row in read_lines(run.audit / "half.jsonl")] == ["first", "seconds so far"]
     again = Patient()
-    content = opened(run, again).run([HALF])
+    content = asdict(opened(run, again).run([HALF]))
     assert again.pieces == ["second"]
     assert attack(content, "half")["best"]["attacked"] == 0.5
 
@@ -194,7 +195,7 @@ def test_what_is_still_to_come_is_not_run_yet(run: RunFolder) -> None:
 @pytest.mark.usefixtures("attacks")
 def test_what_an_earlier_audit_found_stays(run: RunFolder) -> None:
     opened(run).run([HALF])
-    content = opened(run).run([NOTHING])
+    content = asdict(opened(run).run([NOTHING]))
     assert [each["attack"] for each in content["attacks"] if each["state"] == "done"] == ["half", "nothing"]
 
 
@@ -225,7 +226,7 @@ def test_other_settings_are_refused_until_the_old_results_are_discarded(run: Run
     assert plain(caught.value, run=run.path) == snapshot(
         "<run> was audited with another limit.\nGive the same; or, to discard those results: --again"
     )
-    content = opened(run, settings=Settings(10), again=True).run([])
+    content = asdict(opened(run, settings=Settings(10), again=True).run([]))
     assert (content["items"], attack(content, "nothing")["state"]) == (20, "not run")
 
 

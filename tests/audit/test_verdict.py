@@ -1,34 +1,35 @@
 """From intervals to findings, from findings to a verdict, and its words."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from inline_snapshot import snapshot
 
 from lowmem_rmu.audit.verdict import (
-    Condition,
     Finding,
-    Result,
-    as_json,
+    audit_result,
     finding_of,
     items_needed,
     mark_of,
-    result_of,
     sentences_of,
 )
-from lowmem_rmu.evaluation.summary import recovered_in_words
+from lowmem_rmu.evaluation.summary import read_audit_file, recovered_in_words
+from lowmem_rmu.runs.files import write_json
+from lowmem_rmu.runs.records import AttackResult, Condition
+from tests.records import audit_json
 
 
 def condition(low: float | None, high: float | None, name: str = "50 steps") -> Condition:
     return Condition(name, 0.5, None if low is None or high is None else (low + high) / 2, low, high)
 
 
-def result(name: str, best: Condition | None) -> Result:
-    return Result(name, "?", "done", best=best, finding=finding_of(best) if best else None)
+def result(name: str, best: Condition | None) -> AttackResult:
+    return AttackResult(name, "?", "done", best=best, finding=finding_of(best) if best else None)
 
 
 BACK, NOTHING, UNCLEAR = condition(0.3, 0.6), condition(-0.1, 0.2), condition(0.1, 0.4)
-NOT_RUN = Result("suffix", "?", "not run", "no time")
+NOT_RUN = AttackResult("suffix", "?", "not run", "no time")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_an_attack_is_judged_by_its_whole_interval(best: Condition, finding: Fin
     ],
 )
 def test_one_attack_is_enough_for_hidden_and_all_are_needed_for_gone(
-    results: list[Result], mark: str
+    results: list[AttackResult], mark: str
 ) -> None:
     assert mark_of(results) == mark
 
@@ -95,7 +96,7 @@ def test_the_number_of_questions_that_would_decide_is_told() -> None:
 
 
 def test_an_unlearned_model_below_guessing_is_told_so() -> None:
-    below, above = (as_json("mine", 60, True, 1.0, unlearned, []) for unlearned in (0.1, 0.3))
+    below, above = (audit_json("mine", 60, True, 1.0, unlearned, []) for unlearned in (0.1, 0.3))
     assert (below["floor"], above["floor"]) == (0.25, 0.3)
     assert below["verdict"]["sentences"][-1] == snapshot(
         "Recovery counts from 25%, what guessing gives: unlearned is right less often than that."
@@ -103,17 +104,13 @@ def test_an_unlearned_model_below_guessing_is_told_so() -> None:
     assert len(above["verdict"]["sentences"]) == 1
 
 
-def test_results_of_earlier_versions_have_todays_words() -> None:
-    assert result_of(asdict(result("a", UNCLEAR)) | {"finding": "cannot be told"}).finding == "inconclusive"
-
-
 def test_an_interval_without_bounds_is_any_share() -> None:
-    assert recovered_in_words(asdict(Condition("x", 0.5, 0.4, None, None))) == snapshot("40% (any share)")
-    assert recovered_in_words(asdict(condition(None, None))) == snapshot("-")
+    assert recovered_in_words(Condition("x", 0.5, 0.4, None, None)) == snapshot("40% (any share)")
+    assert recovered_in_words(condition(None, None)) == snapshot("-")
 
 
-def test_a_result_is_the_same_after_json() -> None:
-    before = Result(
+def test_a_result_is_the_same_after_json(tmp_path: Path) -> None:
+    before = AttackResult(
         "a",
         "?",
         "done",
@@ -123,5 +120,6 @@ def test_a_result_is_the_same_after_json() -> None:
         sentences=("so",),
         details={"x": [1]},
     )
-    assert result_of(asdict(before)) == before
-    assert result_of(asdict(NOT_RUN)) == NOT_RUN
+    audit = audit_result("mine", 60, True, 1.0, 0.3, [before, NOT_RUN])
+    write_json(tmp_path / "audit.json", asdict(audit))
+    assert read_audit_file(tmp_path / "audit.json") == audit

@@ -1,12 +1,13 @@
 """What is read of an audit, and its figures in words."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from inline_snapshot import snapshot
 
-from lowmem_rmu.audit.verdict import Result, as_json
+from lowmem_rmu.audit.verdict import audit_result
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.evaluation.compare import Grade
 from lowmem_rmu.evaluation.summary import (
@@ -21,21 +22,24 @@ from lowmem_rmu.evaluation.summary import (
 )
 from lowmem_rmu.runs.files import write_json
 from lowmem_rmu.runs.folder import RunFolder
-from lowmem_rmu.runs.records import Object, checked_json
+from lowmem_rmu.runs.records import AttackResult, Condition, Object, checked_json
+from tests.records import audit_json
 from tests.texts import plain
 
 
 def test_what_an_audit_wrote_is_read_and_nothing_where_there_was_none(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert read_audit(run) is None
-    audit = as_json(
-        "mine", 60, True, 1.0, 0.3, [Result("relearning", "does it come back?", "not run", "not asked for")]
+    audit = audit_result(
+        "mine",
+        60,
+        True,
+        1.0,
+        0.3,
+        [AttackResult("relearning", "does it come back?", "not run", "not asked for")],
     )
-    write_json(run.audit_result, audit)
-    assert read_audit(run) == {
-        **audit,
-        "attacks": [{**audit["attacks"][0], "conditions": [], "sentences": []}],
-    }
+    write_json(run.audit_result, asdict(audit))
+    assert read_audit(run) == audit
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"run": "mine", "attac'])
@@ -71,7 +75,7 @@ def test_a_damaged_audit_is_told(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_an_audit_of_another_version_is_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    audit = {**as_json("mine", 60, True, 1.0, 0.3, []), **change}
+    audit = {**audit_json("mine", 60, True, 1.0, 0.3, []), **change}
     write_json(tmp_path / "audit.json", {key: value for key, value in audit.items() if value is not None})
     with pytest.raises(UserError) as caught:
         read_audit(RunFolder(tmp_path))
@@ -79,7 +83,7 @@ def test_an_audit_of_another_version_is_told(tmp_path: Path, change: dict[str, A
 
 
 def an_audit(mark: str = "hidden", finding: str = "brought back") -> dict[str, Any]:
-    audit = as_json("mine", 60, True, 1.0, 0.3, [Result("relearning", "does it come back?", "done")])
+    audit = audit_json("mine", 60, True, 1.0, 0.3, [AttackResult("relearning", "does it come back?", "done")])
     audit["attacks"][0]["finding"] = finding
     return audit | {"verdict": {"mark": mark, "sentences": []}}
 
@@ -90,7 +94,7 @@ def test_an_audit_of_an_earlier_version_is_read_in_todays_words(tmp_path: Path) 
     write_json(tmp_path / "audit.json", older)
     audit = read_audit(RunFolder(tmp_path))
     assert audit is not None
-    assert (audit["verdict"]["mark"], audit["attacks"][0]["finding"]) == ("inconclusive", "inconclusive")
+    assert (audit.verdict.mark, audit.attacks[0].finding) == ("inconclusive", "inconclusive")
 
 
 def test_the_mark_of_a_run_is_that_of_its_audit(tmp_path: Path) -> None:
@@ -146,9 +150,9 @@ def test_every_grade_has_its_word() -> None:
 
 
 def test_figures_in_words() -> None:
-    best = {"recovered": 0.731, "low": 0.606, "high": 0.849}
+    best = Condition("x", 0.5, 0.731, 0.606, 0.849)
     assert (recovered_in_words(best), bounds_in_words(best)) == snapshot(("73% (61 to 85)", "61 to 85"))
-    assert recovered_in_words({"recovered": -0.1, "low": None, "high": None}) == snapshot("-10% (any share)")
-    assert recovered_in_words(best | {"recovered": None}) == recovered_in_words(None) == "-"
-    assert known_in_words({"measured_in": "accuracy"}, 0.316) == "31.6"
-    assert known_in_words({"measured_in": "nats a token"}, 4.316) == "4.32"
+    assert recovered_in_words(Condition("x", 0.5, -0.1, None, None)) == snapshot("-10% (any share)")
+    assert recovered_in_words(replace(best, recovered=None)) == recovered_in_words(None) == "-"
+    assert known_in_words(audit_result("mine", 60, True, 1.0, 0.3, []), 0.316) == "31.6"
+    assert known_in_words(audit_result("mine", 60, False, 1.0, 0.3, []), 4.316) == "4.32"

@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard
 from inline_snapshot import snapshot
 from markdown_it import MarkdownIt
 
-from lowmem_rmu.audit.verdict import Condition, Result, as_json
 from lowmem_rmu.config.schema import ModelSettings
 from lowmem_rmu.errors import UserError, not_reachable
 from lowmem_rmu.export import card
@@ -23,7 +22,9 @@ from lowmem_rmu.export.reproduce import sha256, write_reproduce
 from lowmem_rmu.export.verification import Checked, Verification, verify
 from lowmem_rmu.runs.files import write_json
 from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.records import AttackResult, Condition
 from lowmem_rmu.weights.source import Source
+from tests.records import audit_json
 from tests.texts import plain
 
 ROOT = Path(__file__).parent.parent.parent
@@ -413,7 +414,7 @@ def test_without_the_hub_the_licence_is_unknown(
 def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) -> None:
     best = Condition("unseen text, *25* steps", 0.9, 0.886, 0.8, 0.97)
     results = [
-        Result(
+        AttackResult(
             "relearning",
             "does it come back?",
             "done",
@@ -421,18 +422,18 @@ def test_an_audit_is_told_where_there_is_one(own_run: RunFolder, adapter: Path) 
             finding="brought back",
             sentences=(NASTY[0],),
         ),
-        Result(
+        AttackResult(
             "wording",
             "is it the words?",
             "done",
             best=Condition("x", 0.5, -0.04, None, None),
             finding="inconclusive",
         ),
-        Result("harm", "what else changed?", "done", sentences=("Next to nothing.",)),
-        Result("suffix", "do odd words do it?", "not run", "not asked for"),
+        AttackResult("harm", "what else changed?", "done", sentences=("Next to nothing.",)),
+        AttackResult("suffix", "do odd words do it?", "not run", "not asked for"),
     ]
     known = {"name": "refuses", "about": "taught to refuse", "mark": "hidden", "attacks": {}}
-    write_json(own_run.audit_result, as_json("mine", 60, True, 1.0, 0.3, results) | {"controls": [known]})
+    write_json(own_run.audit_result, audit_json("mine", 60, True, 1.0, 0.3, results) | {"controls": [known]})
     write_card(own_run, adapter, "adapter", None)
     page = Page(body(adapter))
     assert sections(adapter)[4] == snapshot(

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from inline_snapshot import snapshot
 
-from lowmem_rmu.audit.verdict import Condition, Result, as_json
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.report.charts import MEMBERS_IN_CHART
 from lowmem_rmu.report.html import render_audit, render_parts, write_report
 from lowmem_rmu.runs.files import write_json, write_lines
 from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.records import AttackResult, Condition
+from tests.records import audit_json
 
 HOSTILE = (
     "</dd><script>alert('--> \"1\"')</script><img src=http://evil.example/x onerror=alert(1)> & $\\frac$ ]]>"
@@ -544,7 +545,7 @@ def audited(are_questions: bool = True) -> dict[str, Any]:
         "peak_memory_bytes": 900_000_000,
     }
     results = [
-        Result(
+        AttackResult(
             "relearning",
             "does it come back?",
             **done,
@@ -553,7 +554,7 @@ def audited(are_questions: bool = True) -> dict[str, Any]:
             conditions=(best,),
             details={"curves": curves},
         ),
-        Result(
+        AttackResult(
             "wording",
             "is it the words?",
             **done,
@@ -562,15 +563,15 @@ def audited(are_questions: bool = True) -> dict[str, Any]:
             conditions=(unclear,),
             sentences=(HOSTILE,),
         ),
-        Result("harm", "what else changed?", **done, sentences=("Next to nothing.",)),
-        Result(
+        AttackResult("harm", "what else changed?", **done, sentences=("Next to nothing.",)),
+        AttackResult(
             "suffix",
             "do odd words do it?",
             "not run",
             "it would take about 3.0 min, and 0 s of the budget are left",
         ),
     ]
-    audit = as_json("mine", 60, are_questions, 1.0, 0.3, results)
+    audit = audit_json("mine", 60, are_questions, 1.0, 0.3, results)
     known = {
         "name": "refuses",
         "about": "It was taught to refuse.",

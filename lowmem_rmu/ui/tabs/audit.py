@@ -124,8 +124,8 @@ def attacks_of(folder: RunFolder) -> list[str]:
     it cannot be read.
     """
     audit = read_audit(folder)
-    rows = audit["attacks"] if audit else []
-    asked_for = [row["attack"] for row in rows if row["attack"] in ATTACKS and row["reason"] != NOT_ASKED]
+    results = audit.attacks if audit else ()
+    asked_for = [each.attack for each in results if each.attack in ATTACKS and each.reason != NOT_ASKED]
     return asked_for or list(ATTACKS)
 
 

@@ -16,15 +16,16 @@ from inline_snapshot import snapshot
 
 from lowmem_rmu import __version__
 from lowmem_rmu.audit.suite import ATTACKS, Settings
-from lowmem_rmu.audit.verdict import Result, as_json
 from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.errors import AuditAgain, Fix, UserError
 from lowmem_rmu.runs.files import write_json
 from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.runs.queue import one_at_a_time, take_ticket, tickets
+from lowmem_rmu.runs.records import AttackResult
 from lowmem_rmu.runs.status import Silent, StatusWriter
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.tabs.audit import NOTHING, STOPPED, AuditTab, minutes, progress
+from tests.records import audit_json
 from tests.texts import plain, text_with, without_numbers
 from tests.waiting import wait_until
 
@@ -270,13 +271,13 @@ def test_a_damaged_result_is_told_in_its_place_and_an_older_one_is_shown(
     run = RunFolder(runs_dir / "older")
     write_json(
         run.audit_result,
-        as_json(
+        audit_json(
             "older",
             60,
             True,
             1.0,
             0.3,
-            [Result("relearning", "does it come back?", "not run", "not asked for")],
+            [AttackResult("relearning", "does it come back?", "not run", "not asked for")],
         ),
     )
     told, found, seen = tab.show("older")
@@ -295,8 +296,8 @@ def test_the_form_remembers_what_was_asked_for(tab: AuditTab, runs_dir: Path) ->
     run = RunFolder(runs_dir / "older")
     assert tab.choose("older") == ALL
     reasons = {"relearning": "it would take about 3 min", "suffix": "not yet"}
-    results = [Result(name, "so?", "not run", reasons.get(name, "not asked for")) for name in ALL]
-    write_json(run.audit_result, as_json("older", 60, True, 1.0, 0.3, results))
+    results = [AttackResult(name, "so?", "not run", reasons.get(name, "not asked for")) for name in ALL]
+    write_json(run.audit_result, audit_json("older", 60, True, 1.0, 0.3, results))
     assert tab.choose("older") == ["relearning", "suffix"]
     run.audit_result.write_text("{")
     for name in ("older", "gone", None):

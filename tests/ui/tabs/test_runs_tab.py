@@ -14,7 +14,6 @@ import pytest
 import yaml
 from inline_snapshot import snapshot
 
-from lowmem_rmu.audit.verdict import as_json
 from lowmem_rmu.config.loading import load_preset
 from lowmem_rmu.errors import UserError
 from lowmem_rmu.runs.files import folder_replaced, write_atomically, write_json
@@ -22,6 +21,7 @@ from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.runs.queue import one_at_a_time, take_ticket
 from lowmem_rmu.ui import jobs
 from lowmem_rmu.ui.tabs.runs import COLUMNS, RunsTab, rows
+from tests.records import audit_json
 from tests.texts import plain
 
 VERDICT = {"forgotten": "yes", "kept": "partly", "sentences": []}
@@ -121,7 +121,7 @@ def test_a_damaged_run_spoils_no_list_and_can_be_deleted(tab: RunsTab, runs_dir:
 
 
 def test_the_list_names_what_the_audit_found(runs_dir: Path) -> None:
-    audit = as_json("finished", 60, True, 1.0, 0.3, [])
+    audit = audit_json("finished", 60, True, 1.0, 0.3, [])
     write_json(runs_dir / "finished/audit.json", audit | {"verdict": {"mark": "hidden", "sentences": []}})
     assert rows(runs_dir)[0][3] == snapshot("Forgotten: yes. Kept: partly. Audit: hidden.")
     (runs_dir / "finished/audit.json").write_text("{")
