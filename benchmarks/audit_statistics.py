@@ -116,11 +116,11 @@ def forgotten_before(row: Row) -> bool:
 
 
 def kept_after(row: Row) -> bool:
-    return verdict([row], [])["kept"] == "yes"
+    return verdict([row], []).kept == "yes"
 
 
 def forgotten_after(row: Row) -> bool:
-    return verdict([row], [])["forgotten"] == "yes"
+    return verdict([row], []).forgotten == "yes"
 
 
 def finding_before(base: Values, unlearned: Values, ways: dict[str, Values]) -> Judged:

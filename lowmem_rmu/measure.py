@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from lowmem_rmu.data.questions import QuestionSet, load_questions, unasked_subje
 from lowmem_rmu.data.sources import find_task_sources, sources_record
 from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.errors import UserError, command_line, nearest
-from lowmem_rmu.evaluation.compare import compare_tasks, rows_as_json
+from lowmem_rmu.evaluation.compare import compare_tasks
 from lowmem_rmu.evaluation.endpoint import Endpoint, evaluate_endpoint
 from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.multiple_choice import Interrupted
+from lowmem_rmu.evaluation.summary import EvaluationSummary
 from lowmem_rmu.model.adapters import base_only, load_adapter
 from lowmem_rmu.model.identity import content_digest
 from lowmem_rmu.model.saved import CONFIG, WEIGHTS, read_adapter_settings
@@ -185,11 +186,11 @@ def measure(
     to: Path,
     watcher: Watcher | None,
     distributed: Distributed,
-) -> dict[str, Any]:
+) -> EvaluationSummary | None:
     """Ask all questions, of base and of unlearned where there is an adapter, and leave the scores in `to`; go
     on where it was stopped.
 
-    Gives what `summary.json` holds. Of several processes, each asks its share; only the first, which has a
+    Returns what `summary.json` holds. Of several processes, each asks its share; only the first, which has a
     watcher, writes.
     """
     spec = subject.spec
@@ -223,7 +224,7 @@ def measure(
             )
         if distributed.is_main_process:
             write_scores(to, side, evaluated.scores, questions, subject.name)
-    return summary(to, subject.name, questions, evaluation.limit) if distributed.is_main_process else {}
+    return summary(to, subject.name, questions, evaluation.limit) if distributed.is_main_process else None
 
 
 def check_base(subject: Subject) -> None:
@@ -239,7 +240,7 @@ def check_base(subject: Subject) -> None:
 
 def measure_endpoint(
     endpoint: Endpoint, evaluation: Evaluation, to: Path, watcher: Watcher
-) -> dict[str, Any]:
+) -> EvaluationSummary:
     """Return the same of a model behind a server."""
     questions, path, name = (
         load_questions(evaluation),
@@ -330,11 +331,11 @@ def stopped_in(to: Path) -> Iterator[None]:
         raise Stopped(to, f"the same command with {command_line('--to', to)}") from stop
 
 
-def summary(to: Path, name: str, questions: list[QuestionSet], limit: int | None) -> dict[str, Any]:
+def summary(to: Path, name: str, questions: list[QuestionSet], limit: int | None) -> EvaluationSummary:
     """Return the table of all sides, as a run's `summary.json` has it."""
     base = read_lines(to / "answers_base.jsonl", Answer)
     unlearned = read_lines(to / "answers_unlearned.jsonl", Answer) or None
-    rows = rows_as_json(compare_tasks(questions, base, unlearned))
-    content = {"model": name, "rows": rows, "limit": limit, "unasked": unasked_subjects(questions)}
-    write_json(to / "summary.json", content)
-    return content
+    rows = compare_tasks(questions, base, unlearned)
+    found = EvaluationSummary(name, rows, limit, unasked_subjects(questions))
+    write_json(to / "summary.json", asdict(found))
+    return found

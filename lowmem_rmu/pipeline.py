@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from platform import machine, processor, python_version
@@ -29,13 +29,13 @@ from lowmem_rmu.data.questions import unasked_subjects
 from lowmem_rmu.data.sources import Sources, sources_record
 from lowmem_rmu.distributed import Distributed
 from lowmem_rmu.errors import Fix, ResumeRun, UserError, is_disk_full
-from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json, verdict
+from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, verdict
 from lowmem_rmu.evaluation.harness import harness_results
 from lowmem_rmu.evaluation.kept import evaluate_and_keep, fixed_batch_tokens, shared_answers
 from lowmem_rmu.evaluation.known import perplexity_of, unknown_topic, unlike_texts
 from lowmem_rmu.evaluation.multiple_choice import Interrupted
 from lowmem_rmu.evaluation.perplexity import divergence, text_loss
-from lowmem_rmu.evaluation.summary import audit_mark
+from lowmem_rmu.evaluation.summary import BothAnswers, Summary, audit_mark
 from lowmem_rmu.evaluation.workers import announce, dismiss
 from lowmem_rmu.inputs import SIDE_OF, Inputs
 from lowmem_rmu.memory.advice import is_out_of_memory, out_of_memory
@@ -243,25 +243,28 @@ def report(context: RunContext) -> None:
     texts = compare_texts(context.inputs.text_roles, base["texts"], unlearned and unlearned["texts"])
 
     answers = {sample["prompt"]: sample["answer"] for sample in unlearned["samples"]} if unlearned else {}
-    samples = [
-        {"prompt": sample["prompt"], "base": sample["answer"], "unlearned": answers.get(sample["prompt"])}
-        for sample in base["samples"]
-    ]
-    summary = {
-        "preset": folder.config["preset"],
-        "title": preset.title,
-        "model": short_name(preset.model.name),
-        "verdict": verdict(rows, texts),
-        "audit": audit_mark(folder),
-        "rows": rows_as_json(rows),
-        "texts": texts,
-        "samples": samples,
-        "stages": [as_json(cost) for cost in folder.read_stages()],
-        "limit": preset.evaluation.limit,
-        "notes": [sentence for sentences in folder.read_notes().values() for sentence in sentences],
-        "unasked": unasked_subjects(context.inputs.questions),
-    }
-    write_json(folder.path / "summary.json", summary)
+    samples = []
+    for sample in base["samples"]:
+        prompt = sample["prompt"]
+        samples.append(BothAnswers(prompt, sample["answer"], answers.get(prompt)))
+    notes = []
+    for sentences in folder.read_notes().values():
+        notes += sentences
+    summary = Summary(
+        preset=folder.config["preset"],
+        title=preset.title,
+        model=short_name(preset.model.name),
+        verdict=verdict(rows, texts),
+        audit=audit_mark(folder),
+        rows=rows,
+        texts=texts,
+        samples=samples,
+        stages=folder.read_stages(),
+        limit=preset.evaluation.limit,
+        notes=notes,
+        unasked=unasked_subjects(context.inputs.questions),
+    )
+    write_json(folder.path / "summary.json", asdict(summary))
     write_report(folder)
 
 

@@ -40,8 +40,9 @@ from lowmem_rmu.cli.tables import accuracy_table, text_table
 from lowmem_rmu.config.loading import load_preset, preset_names
 from lowmem_rmu.data.questions import Question, QuestionSet, load_questions, stratified, unasked_subjects
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.compare import compare_tasks, compare_texts, rows_as_json
+from lowmem_rmu.evaluation.compare import Row, compare_tasks, compare_texts
 from lowmem_rmu.evaluation.multiple_choice import evaluate
+from lowmem_rmu.evaluation.summary import read_summary
 from lowmem_rmu.model.adapters import load_adapter
 from lowmem_rmu.model.loading import load_model, load_tokenizer
 from lowmem_rmu.runs import status
@@ -1265,21 +1266,21 @@ def asked(name: str, count: int, group: str | None = None, **more: Any) -> Quest
     return QuestionSet(name, name, "kept", group, (Question("?", ("a", "b", "c", "d"), 0),) * count, **more)
 
 
-def rows_of(sets: list[QuestionSet], lost: int = 0) -> list[dict[str, Any]]:
+def rows_of(sets: list[QuestionSet], lost: int = 0) -> list[Row]:
     """Base is right everywhere; unlearned has lost the first questions of every set."""
 
     def answers(wrong: int) -> list[Answer]:
         marks = [(each.name, index >= wrong) for each in sets for index in range(len(each.questions))]
         return [answer_row(task=task, answer=int(not right), correct=right) for task, right in marks]
 
-    return rows_as_json(compare_tasks(sets, answers(0), answers(lost)))
+    return compare_tasks(sets, answers(0), answers(lost))
 
 
 def test_the_tables_of_a_run_fit_in_80_columns(finished: Path) -> None:
-    summary = json.loads((finished / "summary.json").read_text())
-    lines = printed(accuracy_table(summary))
+    summary = read_summary(RunFolder(finished))
+    lines = printed(accuracy_table(summary.rows, summary.unasked))
     names = [line.split()[0] for line in lines if " ± " in line and line.split()[0] != "Accuracy"]
-    assert names == [row["task"].removeprefix(f"{row['group']}_") for row in summary["rows"]], (
+    assert names == [row.task.removeprefix(f"{row.group}_") for row in summary.rows], (
         "each on one line of its own"
     )
     assert names.index("gates") < names.index("birds")
@@ -1287,7 +1288,7 @@ def test_the_tables_of_a_run_fit_in_80_columns(finished: Path) -> None:
 
 
 def test_changes_that_are_larger_than_noise_are_marked() -> None:
-    five, six = (printed(accuracy_table({"rows": rows_of([asked("quiz", 30)], lost)})) for lost in (5, 6))
+    five, six = (printed(accuracy_table(rows_of([asked("quiz", 30)], lost))) for lost in (5, 6))
     assert "*" not in line_of("quiz", five)
     assert line_of("quiz", six).endswith(" *")
 
@@ -1297,14 +1298,14 @@ def test_averages_are_shown_where_subjects_are_too_many() -> None:
         asked(f"m_{index}", 1, "m", averages=("m_even", "both") if index % 2 == 0 else ("both",))
         for index in range(14)
     ]
-    lines = printed(accuracy_table({"rows": rows_of([*sets, asked("quiz", 1, averages=("both",))])}))
+    lines = printed(accuracy_table(rows_of([*sets, asked("quiz", 1, averages=("both",))])))
     assert [line.split()[0] for line in lines if "kept" in line] == ["m", "even", "quiz", "both"]
 
 
 def test_tables_say_of_what_they_show_a_sample_and_how_it_was_asked() -> None:
     five = (Question("?", ("a", "b", "c", "d"), 0),) * 5
     sets = [asked("m_a", 3, "m", sampled_from=1200, examples=five), asked("quiz", 1400, scoring="cloze")]
-    lines = printed(accuracy_table({"rows": rows_of(sets)}), width=120)
+    lines = printed(accuracy_table(rows_of(sets)), width=120)
     assert line_of("m", lines).split()[:3] == ["m", "5-shot", "kept"]
     assert "3 of 1,200" in line_of("a", lines)
     assert "shot" not in line_of("a", lines), "its task says so"
@@ -1313,7 +1314,7 @@ def test_tables_say_of_what_they_show_a_sample_and_how_it_was_asked() -> None:
 
 def test_the_table_says_which_subjects_a_limit_left_without_a_question() -> None:
     sets = stratified([asked("m_a", 300, "m"), asked("m_b", 200, "m"), asked("m_small", 3, "m")], 2)
-    lines = printed(accuracy_table({"rows": rows_of(sets), "unasked": unasked_subjects(sets)}), width=120)
+    lines = printed(accuracy_table(rows_of(sets), unasked_subjects(sets)), width=120)
     assert "2 of 503" in line_of("m", lines)
     assert plain(lines[-1].strip()) == snapshot("Fewer questions than subjects. m: no question on small.")
 
@@ -1329,13 +1330,13 @@ def test_the_text_table_has_bits_a_byte_and_the_divergence_and_fits_in_80_column
             "retain": before | {"kl": 0.0312, "kl_stderr": 0.0021},
         },
     )
-    lines = printed(text_table({"texts": texts}))
+    lines = printed(text_table(texts))
     assert (
         line_of("compounds", lines).split(maxsplit=2)[2]
         == "123,456  3.00      13.50  10.50 ± 0.05  1.50 → 6.75"
     )
     assert plain(lines[-1]) == snapshot("KL from base to unlearned in nats/token: retain 0.0312 ± 0.0021")
-    alone = printed(text_table({"texts": compare_texts({"retain": "kept"}, {"retain": before}, None)}))
+    alone = printed(text_table(compare_texts({"retain": "kept"}, {"retain": before}, None)))
     assert line_of("retain", alone).split()[-5:] == ["-", "-", "1.50", "→", "-"]
     assert not any("KL" in line for line in alone)
 

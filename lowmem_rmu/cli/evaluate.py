@@ -1,8 +1,9 @@
 """The verb `evaluate`: any model, adapter or run on any tasks."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +18,9 @@ from lowmem_rmu.errors import UserError
 from lowmem_rmu.runs.folder import RunFolder
 
 EVALUATIONS = Path("evaluations")
+
+if TYPE_CHECKING:
+    from lowmem_rmu.evaluation.summary import EvaluationSummary
 
 
 def evaluate(
@@ -79,14 +83,18 @@ def evaluate(
             summary = ask_server(endpoint, model, asked, to)
         else:
             raise UserError("Which model? Give either a model or a run, or --endpoint URL with --model NAME.")
-        if summary:
-            print_json(summary) if as_json else Console().print(accuracy_table(summary))
+        if summary is None:  # another process of several
+            return
+        if as_json:
+            print_json(asdict(summary))
+        else:
+            Console().print(accuracy_table(summary.rows, summary.unasked))
 
 
 def ask_model(
     name: str, quantisation: str | None, dtype: str | None, device: str, asked: Evaluation, to: Path | None
-) -> dict[str, Any]:
-    """Return the summary; empty in all processes but the first."""
+) -> "EvaluationSummary | None":
+    """Return the summary; None in all processes but the first."""
     from lowmem_rmu.data.sources import find_task_sources
     from lowmem_rmu.distributed import Distributed
     from lowmem_rmu.measure import find_subject, measure
@@ -102,7 +110,7 @@ def ask_model(
         )
 
 
-def ask_server(url: str, model: str, asked: Evaluation, to: Path | None) -> dict[str, Any]:
+def ask_server(url: str, model: str, asked: Evaluation, to: Path | None) -> "EvaluationSummary":
     from lowmem_rmu.data.sources import find_task_sources
     from lowmem_rmu.evaluation.endpoint import Endpoint
     from lowmem_rmu.measure import as_file_name, measure_endpoint

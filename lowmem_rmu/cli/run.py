@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -281,15 +282,15 @@ def print_summary(folder: RunFolder, as_json: bool) -> None:
 
     summary = read_summary(folder)
     if as_json:
-        print_json(summary)
+        print_json(asdict(summary))
         return
     console = Console()
-    if summary["rows"]:
-        console.print(accuracy_table(summary))
-    if summary["texts"]:
-        console.print(text_table(summary))
-    headline = Headline.of(folder, summary["verdict"])
-    for sentence in [*summary.get("notes", []), *summary["verdict"]["sentences"]]:
+    if summary.rows:
+        console.print(accuracy_table(summary.rows, summary.unasked))
+    if summary.texts:
+        console.print(text_table(summary.texts))
+    headline = Headline.of(folder, summary.verdict)
+    for sentence in [*summary.notes, *summary.verdict.sentences]:
         console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"\n{headline.sentence}", highlight=False, style="bold")
     if headline.audit == NOT_AUDITED and headline.forgotten not in ("no", "unknown"):

@@ -1,66 +1,64 @@
 """Tables of what a run or an evaluation measured."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from lowmem_rmu.evaluation.compare import Row, TextRow
 
-def accuracy_table(summary: dict[str, Any]) -> Table:
+
+def accuracy_table(rows: "list[Row]", unasked: dict[str, list[str]] | None = None) -> Table:
     """Accuracy in percent with its standard error; subjects only where they are few, or next to what is
-    forgotten.
+    forgotten. `unasked` names the subjects of a task that have no question.
     """
     from lowmem_rmu.evaluation.compare import counted
     from lowmem_rmu.evaluation.statistics import LUCK
 
     title = "Accuracy in % (± standard error); chance 25; * larger than noise"
     table = _table(title, ["Task", "Should be"], ["Questions", "Base", "Unlearned", "Change", ""])
-    subjects = sum(row["group"] is not None and not row["is_group"] for row in summary["rows"])
-    for row in summary["rows"]:
-        if row["group"] and not row["is_group"] and subjects > 12 and row["role"] != "adjacent":
+    subjects = sum(row.group is not None and not row.is_group for row in rows)
+    for row in rows:
+        if row.group and not row.is_group and subjects > 12 and row.role != "adjacent":
             continue
-        cells = [_percent(row[side], row[f"{side}_stderr"]) for side in ("base", "unlearned", "change")]
-        mark = "*" if row["p_value"] is not None and row["p_value"] < LUCK else ""
-        table.add_row(_task(row), row["role"], counted(row["questions"], row["sampled_from"]), *cells, mark)
-    # A summary of an older version says nothing of subjects without a question: there, each had one.
-    unasked = [
-        f"{task}: no question on {', '.join(subjects)}"
-        for task, subjects in summary.get("unasked", {}).items()
-    ]
-    table.caption = f"Fewer questions than subjects. {'; '.join(unasked)}." if unasked else None
+        cells = [
+            _percent(getattr(row, side), getattr(row, f"{side}_stderr"))
+            for side in ("base", "unlearned", "change")
+        ]
+        mark = "*" if row.p_value is not None and row.p_value < LUCK else ""
+        table.add_row(_task(row), row.role, counted(row.questions, row.sampled_from), *cells, mark)
+    if unasked:
+        missing = [f"{task}: no question on {', '.join(names)}" for task, names in unasked.items()]
+        table.caption = f"Fewer questions than subjects. {'; '.join(missing)}."
     return table
 
 
-def _task(row: dict[str, Any]) -> str:
+def _task(row: "Row") -> str:
     """Return a task, and how it was asked where that is unusual; its averages and subjects stand under it,
     without its name.
     """
     from lowmem_rmu.evaluation.compare import asked_how
 
-    if row["group"] is None:
-        return " ".join(filter(None, (row["task"], asked_how(row["num_fewshot"], row["scoring"]))))
-    return f"  {row['task'].removeprefix(row['group'] + '_')}"
+    if row.group is None:
+        return " ".join(filter(None, (row.task, asked_how(row.num_fewshot, row.scoring))))
+    return f"  {row.task.removeprefix(row.group + '_')}"
 
 
-def text_table(summary: dict[str, Any]) -> Table:
+def text_table(texts: "list[TextRow]") -> Table:
     """Return losses on texts that training never saw; below them how far unlearned predicts from base, where
     that was measured.
     """
     title = "Loss on held-out text in nats/token (change ± standard error)"
     table = _table(title, ["Text", "Should be"], ["Tokens", "Base", "Unlearned", "Change", "Bits/byte"])
-    for row in summary["texts"]:
+    for row in texts:
         base, unlearned, *bits = (
-            _nats(row[key]) for key in ("base", "unlearned", "base_bits_per_byte", "unlearned_bits_per_byte")
+            _nats(getattr(row, key))
+            for key in ("base", "unlearned", "base_bits_per_byte", "unlearned_bits_per_byte")
         )
-        change = "-" if row["change"] is None else f"{_nats(row['change'])} ± {_nats(row['change_stderr'])}"
-        table.add_row(
-            row["name"], row["role"], f"{row['tokens']:,}", base, unlearned, change, " → ".join(bits)
-        )
-    far = [
-        f"{row['name']} {row['kl']:.4f} ± {row['kl_stderr']:.4f}"
-        for row in summary["texts"]
-        if row["kl"] is not None
-    ]
+        change = "-" if row.change is None else f"{_nats(row.change)} ± {_nats(row.change_stderr)}"
+        table.add_row(row.name, row.role, f"{row.tokens:,}", base, unlearned, change, " → ".join(bits))
+    far = [f"{row.name} {row.kl:.4f} ± {row.kl_stderr:.4f}" for row in texts if row.kl is not None]
     table.caption = f"KL from base to unlearned in nats/token: {', '.join(far)}" if far else None
     return table
 

@@ -17,7 +17,7 @@ that nothing was measured, or that base only guessed.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lowmem_rmu.config.schema import Role
@@ -102,6 +102,38 @@ class Row:
     base_balanced: float | None = None
     unlearned_balanced: float | None = None
     """The accuracy with every right letter weighted the same; None in runs of earlier versions."""
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A held-out text: its loss on both sides in nats/token, and how far unlearned predicts from base (`kl`,
+    in nats/token too) where that was measured.
+    """
+
+    name: str
+    role: Role
+    tokens: int
+    base: float
+    base_stderr: float
+    unlearned: float | None
+    unlearned_stderr: float | None
+    change: float | None
+    change_stderr: float | None
+    base_bits_per_byte: float
+    unlearned_bits_per_byte: float | None
+    kl: float | None
+    kl_stderr: float | None
+    sequences: int | None = None
+    """Runs of earlier versions have none."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the topics were forgotten and the rest was kept (a `Grade` each), and why."""
+
+    forgotten: str
+    kept: str
+    sentences: list[str]
 
 
 @dataclass(frozen=True)
@@ -217,31 +249,29 @@ def compare_tasks(
 
 def compare_texts(
     roles: dict[str, Role], base: dict[str, Any], unlearned: dict[str, Any] | None
-) -> list[dict[str, Any]]:
-    """Held-out losses in nats per token, and how far unlearned predicts from base (`kl`, in nats too) where
-    that was measured.
-    """
+) -> list[TextRow]:
+    """Compare the losses on held-out texts, as the evaluation of each side holds them."""
     rows = []
     for name, before in base.items():
         after = (unlearned or {}).get(name)
         change, change_stderr = _text_change(before, after) if after else (None, None)
         rows.append(
-            {
-                "name": name,
-                "role": roles[name],
-                "tokens": before["tokens"],
-                "sequences": before.get("sequences"),
-                "base": before["loss"],
-                "base_stderr": before["stderr"],
-                "unlearned": after and after["loss"],
-                "unlearned_stderr": after and after["stderr"],
-                "change": change,
-                "change_stderr": change_stderr,
-                "base_bits_per_byte": before["bits_per_byte"],
-                "unlearned_bits_per_byte": after and after["bits_per_byte"],
-                "kl": after and after.get("kl"),
-                "kl_stderr": after and after.get("kl_stderr"),
-            }
+            TextRow(
+                name=name,
+                role=roles[name],
+                tokens=before["tokens"],
+                sequences=before.get("sequences"),
+                base=before["loss"],
+                base_stderr=before["stderr"],
+                unlearned=after and after["loss"],
+                unlearned_stderr=after and after["stderr"],
+                change=change,
+                change_stderr=change_stderr,
+                base_bits_per_byte=before["bits_per_byte"],
+                unlearned_bits_per_byte=after and after["bits_per_byte"],
+                kl=after and after.get("kl"),
+                kl_stderr=after and after.get("kl_stderr"),
+            )
         )
     return rows
 
@@ -258,10 +288,8 @@ def _text_change(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, 
     return change, ratio_of_means(differences, counts)[1]
 
 
-def verdict(rows: list[Row], texts: list[dict[str, Any]]) -> dict[str, Any]:
-    """`forgotten` and `kept`, a `Grade` each by the rule above, and sentences that say what was lost and what
-    was not.
-    """
+def verdict(rows: list[Row], texts: list[TextRow]) -> Verdict:
+    """Grade by the rule above what was forgotten and what was kept, and say what was lost."""
     forgotten: list[Grade] = []
     kept: list[Grade] = []
     sentences: list[str] = []
@@ -290,20 +318,16 @@ def verdict(rows: list[Row], texts: list[dict[str, Any]]) -> dict[str, Any]:
         sentences += said
 
     for text in texts:
-        if text["change"] is not None:
+        if text.change is not None:
             grade, words = _judge_text(text)
-            sentences.append(f"{text['name']} (held-out text): {words}")
-            (forgotten if text["role"] == "forgotten" else kept).append(grade)
-    return {"forgotten": _overall(forgotten), "kept": _overall(kept), "sentences": sentences}
+            sentences.append(f"{text.name} (held-out text): {words}")
+            (forgotten if text.role == "forgotten" else kept).append(grade)
+    return Verdict(_overall(forgotten), _overall(kept), sentences)
 
 
 def most_left(base: float, chance: float) -> float:
     """Give the accuracy that a forgotten task may have left."""
     return chance + min(LEFT_ABOVE_CHANCE, TOLERATED * max(0.0, base - chance))
-
-
-def rows_as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]
 
 
 def counted(questions: int, sampled_from: int | None) -> str:
@@ -559,14 +583,16 @@ def _hardly_chooses(row: Row) -> str:
     )
 
 
-def _judge_text(text: dict[str, Any]) -> tuple[Grade, str]:
-    moved = f"{text['base']:.2f} nats/token as base, {text['unlearned']:.2f} unlearned"
-    is_forgotten, sequences = text["role"] == "forgotten", text.get("sequences")
+def _judge_text(text: TextRow) -> tuple[Grade, str]:
+    assert text.change is not None, "unlearned was measured"
+    assert text.change_stderr is not None
+    moved = f"{text.base:.2f} nats/token as base, {text.unlearned:.2f} unlearned"
+    is_forgotten, sequences = text.role == "forgotten", text.sequences
     if sequences is not None and sequences < FEWEST_TEXTS:
         few = f"{sequences} sequences are too few to tell the change from noise"
         return "inconclusive", f"inconclusive: {moved}. {few}."
-    reach = text["change_stderr"] * (student(sequences - 1) if sequences else student(math.inf))
-    low, high = text["change"] - reach, text["change"] + reach
+    reach = text.change_stderr * (student(sequences - 1) if sequences else student(math.inf))
+    low, high = text.change - reach, text.change + reach
     if is_forgotten and low >= FORGOTTEN_NATS:
         return "yes", f"the model no longer follows it: {moved}."
     if is_forgotten and high < FORGOTTEN_NATS:
@@ -578,8 +604,8 @@ def _judge_text(text: dict[str, Any]) -> tuple[Grade, str]:
     limit = FORGOTTEN_NATS if is_forgotten else KEPT_NATS
     interval = f"a rise of {low:.2f} to {high:.2f} (95%)"
     words = f"inconclusive: {moved}, {interval}; the limit is {limit}."
-    if text.get("tokens"):
-        words += f" {_needed(text['tokens'], (text['change'] - limit) / text['change_stderr'], 'tokens')}"
+    if text.tokens:
+        words += f" {_needed(text.tokens, (text.change - limit) / text.change_stderr, 'tokens')}"
     return "inconclusive", words
 
 

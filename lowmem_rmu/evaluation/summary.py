@@ -3,12 +3,11 @@ it.
 """
 
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError
-from lowmem_rmu.evaluation.compare import Row
+from lowmem_rmu.evaluation.compare import Row, TextRow, Verdict
 from lowmem_rmu.runs.files import write_json
 from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.runs.records import AuditResult, Condition, Object, StageCost, checked_json, read_record
@@ -23,31 +22,10 @@ GRADES = {
 """The grades of a verdict (`compare.Grade`) as they are shown."""
 NOT_AUDITED, UNREADABLE = "not audited", "not readable"
 """What stands for an audit's mark where there is none."""
-ADDED_LATER = {"base_balanced": None, "unlearned_balanced": None}
+ADDED_LATER = {"base_balanced", "unlearned_balanced"}
 """Fields of a row that runs of earlier versions do not have."""
 EARLIER_WORDS = {"cannot be told": "inconclusive"}
 """Marks and findings as earlier versions called them in `audit.json` and `verification.json`."""
-
-
-@dataclass(frozen=True)
-class TextRow:
-    """The shape of a held-out text in `summary.json`."""
-
-    name: str
-    role: str
-    tokens: int
-    base: float
-    base_stderr: float
-    unlearned: float | None
-    unlearned_stderr: float | None
-    change: float | None
-    change_stderr: float | None
-    base_bits_per_byte: float
-    unlearned_bits_per_byte: float | None
-    kl: float | None
-    kl_stderr: float | None
-    sequences: int | None = None
-    """Runs of earlier versions have none."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +37,49 @@ class BothAnswers:
     unlearned: str | None
 
 
-@dataclass(frozen=True)
-class Grades:
-    """The shape of a run's verdict."""
-
-    forgotten: str
-    kept: str
-    sentences: list[str]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The shape of `summary.json`."""
+    """The content of `summary.json`."""
 
+    preset: str = ""
     title: str
     model: str
-    verdict: Grades
+    verdict: Verdict
+    audit: str = NOT_AUDITED
+    """The audit's mark, once there is one."""
     rows: list[Row]
     texts: list[TextRow]
     samples: list[BothAnswers]
     stages: list[StageCost]
     limit: int | None
-    audit: str = "not audited"
-    """The audit's mark, once there is one."""
+    notes: list[str] = field(default_factory=list)
+    unasked: dict[str, list[str]] = field(default_factory=dict)
+    """By task: subjects without a question. Runs of earlier versions have neither."""
+
+
+@dataclass(frozen=True)
+class Grades:
+    """The grades of a verdict without its sentences."""
+
+    forgotten: str
+    kept: str
+
+
+@dataclass(frozen=True)
+class ListedSummary:
+    """What a list of runs shows of `summary.json`."""
+
+    verdict: Grades
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """The content of `summary.json` in the folder of an evaluation."""
+
+    model: str
+    rows: list[Row]
+    limit: int | None
+    unasked: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ class Headline:
     """The audit's mark, or NOT_AUDITED."""
 
     @classmethod
-    def of(cls, run: RunFolder, verdict: dict[str, Any]) -> "Headline":
-        return cls(verdict["forgotten"], verdict["kept"], audit_mark(run))
+    def of(cls, run: RunFolder, verdict: Verdict | Grades) -> "Headline":
+        return cls(verdict.forgotten, verdict.kept, audit_mark(run))
 
     @property
     def sentence(self) -> str:
@@ -126,7 +124,7 @@ class Headline:
         return {"gone": "yes", "hidden": "no"}.get(self.audit, "unknown")
 
 
-def read_summary(run: RunFolder) -> dict[str, Any]:
+def read_summary(run: RunFolder) -> Summary:
     """Read the run's `summary.json`.
 
     Raises UserError where it is missing, damaged, or of another version, or where the answers that it sums up
@@ -139,14 +137,15 @@ def read_summary(run: RunFolder) -> dict[str, Any]:
             Fix("Go on with it: {action}", again),
         )
     what_next = Fix("Have it written again: {action}", again)
-    summary: dict[str, Any] = checked_json(path, Summary, what_next)
-    summary["rows"] = [ADDED_LATER | row for row in summary["rows"]]
-    row_fields = {field.name for field in fields(Row)}
-    if lacking := [name for row in summary["rows"] for name in row_fields - row.keys()]:
-        raise UserError(
-            f"{path} was written by another version of this program, or is damaged: it lacks {lacking[0]}.",
-            what_next,
-        )
+    summary = read_record(path, Summary, what_next)
+    # Every field of a row is written, also those with a default: a row that lacks one is damaged.
+    row_fields = {each.name for each in fields(Row)} - ADDED_LATER
+    for row in checked_json(path, Object, what_next)["rows"]:
+        for name in row_fields - row.keys():
+            raise UserError(
+                f"{path} was written by another version of this program, or is damaged: it lacks {name}.",
+                what_next,
+            )
     for side in ("base", "unlearned"):
         if run.evaluation(side).exists():
             run.read_answers(side)

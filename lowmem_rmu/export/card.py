@@ -15,11 +15,12 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from lowmem_rmu.config.paths import is_local, short_name
 from lowmem_rmu.config.schema import Corpus, ModelSettings, Preset
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.compare import asked_how, counted
+from lowmem_rmu.evaluation.compare import Row, TextRow, asked_how, counted
 from lowmem_rmu.evaluation.multiple_choice import CHANCE
 from lowmem_rmu.evaluation.statistics import LUCK
 from lowmem_rmu.evaluation.summary import (
     Headline,
+    Summary,
     known_in_words,
     read_audit,
     read_summary,
@@ -35,7 +36,6 @@ from lowmem_rmu.runs.records import AuditResult
 from lowmem_rmu.weights.source import locate
 
 CARD, SUMS = "README.md", "SHA256SUMS"
-Row = dict[str, Any]
 Kind = Literal["adapter", "merged", "gguf"]
 
 
@@ -131,7 +131,7 @@ def model_card(
         "versions": config["versions"] | {"lowmem-rmu": config["versions"].get("lowmem-rmu", "not recorded")},
         "device": config["device"],
         "chance": f"{CHANCE:.0%}",
-        "verdict_line": Headline.of(run, summary["verdict"]).sentence if summary else None,
+        "verdict_line": Headline.of(run, summary.verdict).sentence if summary else None,
         "verification": verification and _verification(verification),
         "audit": _audit(read_audit(run)),
         "reproduce": "reproduce/preset.yaml" in files,
@@ -160,31 +160,36 @@ def base_terms(model: ModelSettings, revision: str | None) -> dict[str, str]:
     }
 
 
-def eval_results(preset: Preset, summary: dict[str, Any]) -> Iterator[EvalResult]:
+def eval_results(preset: Preset, summary: Summary) -> Iterator[EvalResult]:
     """Yield the accuracy on every task and the loss on every held-out text, unlearned and base, with standard
     errors, for the card's `model-index`.
     """
-    for row in headline(summary["rows"]):
-        task = preset.evaluation.tasks.get(row["task"])
-        of: dict[str, Any] = {"dataset_type": row["task"], "dataset_name": row["task"]}
+    for row in headline(summary.rows):
+        task = preset.evaluation.tasks.get(row.task)
+        of: dict[str, Any] = {"dataset_type": row.task, "dataset_name": row.task}
         if task and not is_local(task.source):
             of |= {"dataset_type": task.source, "dataset_config": task.subset, "dataset_split": task.split}
         yield from _both_sides(
             "accuracy", row, of, ("role", "questions", "sampled_from", "num_fewshot", "scoring")
         )
-    for text in summary["texts"]:
+    for text in summary.texts:
         yield from _both_sides(
             "loss",
             text,
-            {"dataset_type": text["name"], "dataset_name": f"{text['name']} (held-out text)"},
+            {"dataset_type": text.name, "dataset_name": f"{text.name} (held-out text)"},
             ("role", "tokens"),
         )
 
 
-def _both_sides(metric: str, row: Row, of: dict[str, Any], told: tuple[str, ...]) -> Iterator[EvalResult]:
-    how = {key: row[key] for key in told if row[key] is not None}
+def _both_sides(
+    metric: str, row: Row | TextRow, of: dict[str, Any], told: tuple[str, ...]
+) -> Iterator[EvalResult]:
+    how = {key: getattr(row, key) for key in told if getattr(row, key) is not None}
     for side in ("unlearned", "base"):
-        for name, value in {metric: row[side], f"{metric}_stderr": row[f"{side}_stderr"]}.items():
+        for name, value in {
+            metric: getattr(row, side),
+            f"{metric}_stderr": getattr(row, f"{side}_stderr"),
+        }.items():
             if value is not None:
                 called = f"{name} on {of['dataset_name']}, {side}"
                 yield EvalResult(
@@ -199,7 +204,7 @@ def _both_sides(metric: str, row: Row, of: dict[str, Any], told: tuple[str, ...]
 
 def headline(rows: list[Row]) -> list[Row]:
     """Return the rows of whole tasks and of averages over tasks, without subjects."""
-    return [row for row in rows if row["group"] is None]
+    return [row for row in rows if row.group is None]
 
 
 def _method(preset: Preset) -> dict[str, Any]:
@@ -254,26 +259,32 @@ def _steering(topic: Any) -> str:
     return f"{topic.steering}, {'scale' if topic.steering == 'adaptive' else 'coefficient'} {number:g}"
 
 
-def _results(summary: dict[str, Any] | None) -> dict[str, Any]:
+def _results(summary: Summary | None) -> dict[str, Any]:
     if summary is None:
         return {"rows": [], "texts": [], "sentences": []}
     rows = [
         {
-            "task": row["task"],
-            "role": row["role"],
-            "questions": counted(row["questions"], row["sampled_from"]),
-            "asked": asked_how(row["num_fewshot"], row["scoring"]) or "0-shot",
-            **{side: _percent(row[side], row[f"{side}_stderr"]) for side in ("base", "unlearned", "change")},
-            "beyond_luck": row["p_value"] is not None and row["p_value"] < LUCK,
+            "task": row.task,
+            "role": row.role,
+            "questions": counted(row.questions, row.sampled_from),
+            "asked": asked_how(row.num_fewshot, row.scoring) or "0-shot",
+            **{
+                side: _percent(getattr(row, side), getattr(row, f"{side}_stderr"))
+                for side in ("base", "unlearned", "change")
+            },
+            "beyond_luck": row.p_value is not None and row.p_value < LUCK,
         }
-        for row in headline(summary["rows"])
+        for row in headline(summary.rows)
     ]
     texts = [
-        {"name": text["name"], "role": text["role"], "tokens": f"{text['tokens']:,}"}
-        | {side: _nats(text[side], text[f"{side}_stderr"]) for side in ("base", "unlearned", "change")}
-        for text in summary["texts"]
+        {"name": text.name, "role": text.role, "tokens": f"{text.tokens:,}"}
+        | {
+            side: _nats(getattr(text, side), getattr(text, f"{side}_stderr"))
+            for side in ("base", "unlearned", "change")
+        }
+        for text in summary.texts
     ]
-    return {"rows": rows, "texts": texts, "sentences": summary["verdict"]["sentences"]}
+    return {"rows": rows, "texts": texts, "sentences": summary.verdict.sentences}
 
 
 def _verification(verification: Verification) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from rich.text import Text
 from lowmem_rmu.config.schema import ModelSettings, Preset, Role
 from lowmem_rmu.data.questions import QuestionSet, load_questions
 from lowmem_rmu.errors import Fix, ResumeRun, UserError
-from lowmem_rmu.evaluation.compare import TOLERATED, compare_tasks, rows_as_json
+from lowmem_rmu.evaluation.compare import TOLERATED, compare_tasks
 from lowmem_rmu.evaluation.kept import fixed_batch_tokens
 from lowmem_rmu.evaluation.multiple_choice import Progress, ask, evaluate
 from lowmem_rmu.evaluation.statistics import LUCK, by_luck, change_interval
@@ -305,7 +305,7 @@ def compare_export(
 ) -> Iterator[Compared]:
     """Compare each task as a whole, by the rule above."""
     in_run, moved, from_base = (
-        rows_as_json(compare_tasks(sets, *pair))
+        [asdict(row) for row in compare_tasks(sets, *pair)]
         for pair in ((base, unlearned), (unlearned, exported), (base, exported))
     )
     for run_row, row, base_row in zip(in_run, moved, from_base, strict=True):

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from lowmem_rmu.report.rows import SIDES, Row, by_role, question_count
+from lowmem_rmu.evaluation.compare import Row
+from lowmem_rmu.report.rows import SIDES, by_role, question_count
 from lowmem_rmu.runs.records import AuditResult, StepRow
 
 LOSSES = {"forget_loss": "Forget loss", "retain_loss": "Retain loss"}
@@ -32,6 +33,8 @@ ACTIVATIONS = {
 }
 RELEARNING = "relearning"
 """The attack whose `details` have curves: what is known after so many steps, by text and side."""
+Curves = dict[str, dict[str, float]]
+"""By side and number of fine-tuning steps: what is known then."""
 MEMBERS_IN_CHART = 12
 """More members of groups than this (MMLU has 57 subjects) are shown in the folded table only."""
 
@@ -122,13 +125,13 @@ def draw_bars(rows: list[Row], width: int) -> Figure:
 def _tick(row: Row, width: int) -> str:
     """Return a task's name in at most about a third of the width, and of what its questions are a sample."""
     longest = width // 24
-    name = row["task"] if len(row["task"]) <= longest else f"{row['task'][: longest - 1]}…"
-    return f"{name}\n{question_count(row)}" if row["sampled_from"] else name
+    name = row.task if len(row.task) <= longest else f"{row.task[: longest - 1]}…"
+    return f"{name}\n{question_count(row)}" if row.sampled_from else name
 
 
 def _pair_of_bars(axes: Axes, y: float, row: Row) -> None:
     for side, middle in zip(SIDES, (y - 0.19, y + 0.19), strict=True):
-        value, error = row[side], row[f"{side}_stderr"] or 0
+        value, error = getattr(row, side), getattr(row, f"{side}_stderr") or 0
         if value is None:
             continue
         axes.barh(middle, value, 0.34, color=COLOURS[side])
@@ -140,7 +143,7 @@ def _pair_of_bars(axes: Axes, y: float, row: Row) -> None:
             "pad": 0.5,
         }
         axes.text(value + error + 0.015, middle, f"{value:.1%}", va="center", size=10.5, bbox=box)
-    axes.vlines(row["chance"], y - 0.5, y + 0.5, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1.2)
+    axes.vlines(row.chance, y - 0.5, y + 0.5, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1.2)
 
 
 def draw_curves(
@@ -188,7 +191,7 @@ def _curve(axes: Axes, metrics: list[StepRow], key: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def draw_relearning(audit: AuditResult, curves: dict[str, Row], width: int) -> Figure:
+def draw_relearning(audit: AuditResult, curves: dict[str, Curves], width: int) -> Figure:
     """Draw what is known after each number of fine-tuning steps on each text, and base, fine-tuned in the
     same way, in dashes.
     """
@@ -215,7 +218,7 @@ def draw_relearning(audit: AuditResult, curves: dict[str, Row], width: int) -> F
     return figure
 
 
-def count_sinks(metrics: list[StepRow], config: Row) -> Row:
+def count_sinks(metrics: list[StepRow], config: dict[str, Any]) -> dict[str, Any]:
     """Return in words how many positions were attention sinks, and whether steering left them out."""
     return {
         "count": sum(row.sinks for row in metrics),

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import yaml
 from markupsafe import Markup
 
 from lowmem_rmu.config.paths import without_places
-from lowmem_rmu.evaluation.compare import asked_how
+from lowmem_rmu.evaluation.compare import Row, TextRow, asked_how
 from lowmem_rmu.evaluation.statistics import LUCK, NOISE
 from lowmem_rmu.evaluation.summary import Headline, bounds_in_words, known_in_words, read_audit, read_summary
 from lowmem_rmu.report.charts import (
@@ -21,6 +21,7 @@ from lowmem_rmu.report.charts import (
     LOSSES,
     MEMBERS_IN_CHART,
     RELEARNING,
+    Curves,
     count_sinks,
     draw_bars,
     draw_charts,
@@ -28,10 +29,12 @@ from lowmem_rmu.report.charts import (
     draw_relearning,
     topic_names,
 )
-from lowmem_rmu.report.rows import Row, by_role, question_count
+from lowmem_rmu.report.rows import PairOfRows, by_role, question_count
 from lowmem_rmu.runs.files import write_atomically
 from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.runs.recorded import differences
+
+Shown = TypeVar("Shown", Row, PairOfRows)
 
 
 def write_report(run: RunFolder) -> Path:
@@ -68,12 +71,12 @@ def render_comparison(first: RunFolder, second: RunFolder) -> str:
         [read_summary(run) for run in (first, second)],
         [run.config["settings"] for run in (first, second)],
     )
-    headline, members = _split(_pairs(*(summary["rows"] for summary in summaries)))
+    headline, members = _split(_pairs(*(summary.rows for summary in summaries)))
     content = {
         "names": [first.path.name, second.path.name],
         "summaries": summaries,
         "headlines": [
-            Headline.of(run, each["verdict"]) for run, each in zip((first, second), summaries, strict=True)
+            Headline.of(run, each.verdict) for run, each in zip((first, second), summaries, strict=True)
         ],
         "settings": [
             (path, [_setting(each, path) for each in settings]) for path in sorted(differences(*settings))
@@ -98,7 +101,7 @@ def _render(template: str, content: dict[str, Any]) -> str:
 def _content(run: RunFolder) -> dict[str, Any]:
     """Return what the templates show of a run."""
     summary, config, metrics, audit = read_summary(run), run.config, run.read_metrics(), _audit_content(run)
-    rows = summary["rows"]
+    rows = summary.rows
     headline, members = _split(rows)
     charted = rows if len(members) <= MEMBERS_IN_CHART else headline
     charts = {}
@@ -132,7 +135,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         ),
         "metrics": metrics,
         "topics_trained": topic_names(metrics),
-        "verdict_line": Headline.of(run, summary["verdict"]),
+        "verdict_line": Headline.of(run, summary.verdict),
         "headline": headline,
         "members": members,
         **audit,
@@ -145,7 +148,7 @@ def _audit_content(run: RunFolder) -> dict[str, Any]:
     audit = read_audit(run)
     if audit is None:
         return {"audit": None, "texts_relearned": [], "charts": {}}
-    curves: dict[str, Row] = {}
+    curves: dict[str, Curves] = {}
     for result in audit.attacks:
         if result.attack == RELEARNING:
             curves = result.details.get("curves", {})
@@ -157,22 +160,20 @@ def _audit_content(run: RunFolder) -> dict[str, Any]:
     return {"audit": audit, "texts_relearned": list(curves), "charts": charts}
 
 
-def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def _split(rows: list[Shown]) -> tuple[list[Shown], list[Shown]]:
     """Separate the rows that stand alone from the members of groups."""
-    members = [row for row in rows if row["group"] is not None and not row["is_group"]]
+    members = [row for row in rows if row.group is not None and not row.is_group]
     return [row for row in rows if row not in members], members
 
 
-def _pairs(first: list[Row], second: list[Row]) -> list[Row]:
-    """Pair the rows of two runs task by task: `sides` has the row of each, None where a run did not ask
-    it.
-    """
-    by_task = [{(row["group"], row["task"]): row for row in rows} for rows in (first, second)]
-    shared = ("task", "group", "is_group", "is_average", "role")
+def _pairs(first: list[Row], second: list[Row]) -> list[PairOfRows]:
+    """Pair the rows of two runs task by task."""
+    by_task = [{(row.group, row.task): row for row in rows} for rows in (first, second)]
     pairs = []
     for key, row in (by_task[1] | by_task[0]).items():
         sides = [rows.get(key) for rows in by_task]
-        pairs.append({name: row[name] for name in shared} | {"sides": sides, "notes": _notes_of_both(sides)})
+        notes = _notes_of_both(sides)
+        pairs.append(PairOfRows(row.task, row.group, row.is_group, row.is_average, row.role, sides, notes))
     return pairs
 
 
@@ -251,13 +252,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _above_noise(row: Row) -> str:
+def _above_noise(row: Row | TextRow) -> str:
     """Right answers are tested question by question; the loss on a text has its standard error only."""
-    if row["change"] is None:
+    if row.change is None:
         return "–"
-    is_above = (
-        row["p_value"] < LUCK if "p_value" in row else abs(row["change"]) > NOISE * row["change_stderr"]
-    )
+    if isinstance(row, Row):
+        is_above = row.p_value is not None and row.p_value < LUCK
+    else:
+        is_above = row.change_stderr is not None and abs(row.change) > NOISE * row.change_stderr
     return "yes" if is_above else "no"
 
 
@@ -274,9 +276,9 @@ def _notes(row: Row, with_sample: bool = False) -> str:
     """Return how a task was asked, which its numbers must not be read without; its subjects were asked the
     same way.
     """
-    how = asked_how(row["num_fewshot"], row["scoring"]) if row["group"] is None else ""
-    sample = f"{question_count(row)} questions" if with_sample and row["sampled_from"] else ""
-    return ", ".join(filter(None, ("average" if row["is_average"] else "", how, sample)))
+    how = asked_how(row.num_fewshot, row.scoring) if row.group is None else ""
+    sample = f"{question_count(row)} questions" if with_sample and row.sampled_from else ""
+    return ", ".join(filter(None, ("average" if row.is_average else "", how, sample)))
 
 
 def _in_words(items: list[str]) -> Markup:

@@ -1,10 +1,9 @@
 """Rows of the report's tables and charts."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from lowmem_rmu.evaluation.compare import counted
-
-Row = dict[str, Any]
+from lowmem_rmu.evaluation.compare import Role, Row, counted
 
 ROLES = {
     "forgotten": "To be forgotten",
@@ -16,11 +15,35 @@ ROLES = {
 SIDES = ("base", "unlearned")
 
 
-def by_role(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+class HasRole(Protocol):
+    """A row that is shown under the heading of its role."""
+
+    @property
+    def role(self) -> Role: ...
+
+
+WithRole = TypeVar("WithRole", bound=HasRole)
+
+
+@dataclass(frozen=True)
+class PairOfRows:
+    """The same task in two runs. `sides` has the row of each, None where a run did not ask it."""
+
+    task: str
+    group: str | None
+    is_group: bool
+    is_average: bool
+    role: Role
+    sides: list[Row | None]
+    notes: str
+    """How the task was asked in either run."""
+
+
+def by_role(rows: list[WithRole]) -> list[tuple[str, list[WithRole]]]:
     """Heading and rows of each role that occurs, in the order of ROLES."""
-    groups = [(heading, [row for row in rows if row["role"] == role]) for role, heading in ROLES.items()]
+    groups = [(heading, [row for row in rows if row.role == role]) for role, heading in ROLES.items()]
     return [(heading, group) for heading, group in groups if group]
 
 
 def question_count(row: Row) -> str:
-    return counted(row["questions"], row["sampled_from"])
+    return counted(row.questions, row.sampled_from)

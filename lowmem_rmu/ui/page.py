@@ -1,5 +1,6 @@
 """The page: its tabs in the order of the work, and the named endpoints of its API."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def add_api(unlearning: unlearn.Unlearning) -> None:
 
     def run_results(run: str) -> dict:
         """Return the summary.json of a finished run."""
-        return results.results(runs_dir, run)
+        return asdict(results.results(runs_dir, run))
 
     for function, name in (
         (list_presets, "list_presets"),

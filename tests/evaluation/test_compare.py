@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -9,12 +9,13 @@ from lowmem_rmu.config.schema import Role
 from lowmem_rmu.data.questions import LETTERS, Question, QuestionSet
 from lowmem_rmu.evaluation.compare import (
     Row,
+    TextRow,
+    Verdict,
     asked_how,
     compare_tasks,
     compare_texts,
     counted,
     most_left,
-    rows_as_json,
     verdict,
 )
 from lowmem_rmu.evaluation.multiple_choice import score
@@ -82,7 +83,7 @@ def letters(base: str, unlearned: str, role: Role = "forgotten", repeat: int = 2
         for side in (base, unlearned)
     ]
     rows = compare_tasks([question_set("quiz", len(sides[0]), role)], *sides)
-    return verdict(rows, [])["sentences"][1:]
+    return verdict(rows, []).sentences[1:]
 
 
 def wmdp(*sizes: int, roles: tuple[Role, ...] = ("forgotten", "forgotten", "measured")) -> list[QuestionSet]:
@@ -96,16 +97,23 @@ def right(sets: list[QuestionSet]) -> list[dict[str, Any]]:
     return answers(**{each.name: "1" * len(each.questions) for each in sets})
 
 
-def text(role: Role, base: float, unlearned: float | None, stderr: float = 0.05) -> dict[str, Any]:
-    change = None if unlearned is None else unlearned - base
-    return {
-        "name": "storms",
-        "role": role,
-        "base": base,
-        "unlearned": unlearned,
-        "change": change,
-        "change_stderr": stderr,
-    }
+def text(role: Role, base: float, unlearned: float | None, stderr: float = 0.05) -> TextRow:
+    """A text of unknown length, whose loss changed."""
+    return TextRow(
+        name="storms",
+        role=role,
+        tokens=0,
+        base=base,
+        base_stderr=stderr,
+        unlearned=unlearned,
+        unlearned_stderr=stderr,
+        change=None if unlearned is None else unlearned - base,
+        change_stderr=stderr,
+        base_bits_per_byte=1.0,
+        unlearned_bits_per_byte=None,
+        kl=None,
+        kl_stderr=None,
+    )
 
 
 def only_row(base: str, unlearned: str | None) -> Row:
@@ -292,7 +300,7 @@ def test_averages_add_nothing_to_the_verdict() -> None:
     sets = wmdp(100, 100, roles=("forgotten", "forgotten"))
     fell = answers(bio="1000" * 25, cyber="0001" * 25)
     result = verdict(compare_tasks(sets, right(sets), fell), [])
-    named = [sentence.partition(":")[0] for sentence in result["sentences"]]
+    named = [sentence.partition(":")[0] for sentence in result.sentences]
     assert set(named) == {"bio", "cyber"}
 
 
@@ -309,7 +317,7 @@ def test_samples_are_told_with_what_they_are_of_and_summed_up() -> None:
         ("m_b", 3, None),
         ("quiz", 4, None),
     ]
-    assert [sentence.partition(": ")[0] for sentence in verdict(rows, [])["sentences"][:2]] == snapshot(
+    assert [sentence.partition(": ")[0] for sentence in verdict(rows, []).sentences[:2]] == snapshot(
         ["m (5 of 103 questions)", "quiz"]
     )
 
@@ -342,7 +350,7 @@ def test_rows_know_how_they_were_asked() -> None:
     ]
     rows = compare_tasks(sets, right(sets), right(sets))
     assert [(each.num_fewshot, each.scoring) for each in rows] == [(5, "letters"), (0, "cloze"), (None, None)]
-    assert [sentence.partition(": ")[0] for sentence in verdict(rows, [])["sentences"][:2]] == snapshot(
+    assert [sentence.partition(": ")[0] for sentence in verdict(rows, []).sentences[:2]] == snapshot(
         ["bio (5-shot)", "chem (cloze)"]
     )
 
@@ -358,7 +366,7 @@ def test_a_group_has_the_role_of_its_members_that_are_not_adjacent(
 
 
 def test_rows_become_plain_data() -> None:
-    [plain] = rows_as_json([row("kept", 0.5, None)])
+    plain = asdict(row("kept", 0.5, None))
     assert plain["task"] == "quiz"
     assert plain["change"] is None
 
@@ -409,8 +417,8 @@ def test_rows_become_plain_data() -> None:
 )
 def test_what_should_be_forgotten_is_graded(base: float, unlearned: float, grade: str, sentence: str) -> None:
     result = verdict([row("forgotten", base, unlearned)], [])
-    assert (result["forgotten"], result["kept"]) == (grade, "unknown")
-    assert result["sentences"][0] == sentence
+    assert (result.forgotten, result.kept) == (grade, "unknown")
+    assert result.sentences[0] == sentence
 
 
 @pytest.mark.parametrize("role", ["kept", "adjacent"])
@@ -448,8 +456,8 @@ def test_what_should_be_kept_is_graded(
     role: Role, base: float, unlearned: float, grade: str, sentence: str
 ) -> None:
     result = verdict([row(role, base, unlearned)], [])
-    assert (result["forgotten"], result["kept"]) == ("unknown", grade)
-    assert result["sentences"][0] == sentence
+    assert (result.forgotten, result.kept) == ("unknown", grade)
+    assert result.sentences[0] == sentence
 
 
 @pytest.mark.parametrize(
@@ -492,15 +500,15 @@ def test_what_luck_explains_is_no_change(
     role: Role, unlearned: float, also: int, grade: str, sentence: str
 ) -> None:
     result = verdict([row(role, 0.6, unlearned, also=also)], [])
-    assert result["forgotten" if role == "forgotten" else "kept"] == grade
-    assert result["sentences"][0] == sentence
+    assert getattr(result, "forgotten" if role == "forgotten" else "kept") == grade
+    assert result.sentences[0] == sentence
 
 
 def test_a_loss_that_luck_explains_is_not_kept_for_that() -> None:
     """Five of twelve are lost: McNemar's p is 0.0625, and the true loss may well be half of all."""
     result = verdict([row("kept", 1.0, 7 / 12, questions=12)], [])
-    assert result["kept"] == "inconclusive"
-    assert result["sentences"] == snapshot(
+    assert result.kept == "inconclusive"
+    assert result.sentences == snapshot(
         [
             (
                 "quiz: inconclusive: 100.0% right as base, 58.3% unlearned; the loss lies between 7.3 and 68.0 "
@@ -511,11 +519,11 @@ def test_a_loss_that_luck_explains_is_not_kept_for_that() -> None:
 
 
 def test_few_questions_are_never_kept_and_a_limit_that_is_met_is_never_decided() -> None:
-    assert verdict([row("kept", 1.0, 1.0, questions=30)], [])["kept"] == "inconclusive"
-    assert verdict([row("kept", 1.0, 1.0, questions=80)], [])["kept"] == "yes"
+    assert verdict([row("kept", 1.0, 1.0, questions=30)], []).kept == "inconclusive"
+    assert verdict([row("kept", 1.0, 1.0, questions=80)], []).kept == "yes"
     on_the_limit = verdict([row("kept", 0.60, 0.55)], [])
-    assert on_the_limit["kept"] == "inconclusive"
-    assert on_the_limit["sentences"][0] == snapshot(
+    assert on_the_limit.kept == "inconclusive"
+    assert on_the_limit.sentences[0] == snapshot(
         "quiz: inconclusive: 60.0% right as base, 55.0% unlearned; the loss lies between 3.8 and 6.5 points "
         "(95%), and up to 5 may be lost. More questions would hardly decide it: what was measured is the "
         "limit itself."
@@ -524,16 +532,16 @@ def test_few_questions_are_never_kept_and_a_limit_that_is_met_is_never_decided()
 
 def test_near_guessing_is_not_forgotten_where_nothing_fell() -> None:
     result = verdict([row("forgotten", 0.5, 0.4, questions=20)], [])
-    assert result["forgotten"] == "inconclusive"
-    assert result["sentences"][0] == snapshot(
+    assert result.forgotten == "inconclusive"
+    assert result.sentences[0] == snapshot(
         "quiz: inconclusive: 50.0% right as base, 40.0% unlearned, between 22% and 61% (95%); forgotten "
         "would be a significant fall to at most 31.2%. About 230 questions would decide it; there were 20."
     )
 
 
 def test_a_base_that_may_only_guess_leaves_it_open_whether_something_was_forgotten() -> None:
-    assert verdict([row("forgotten", 0.5, 0.1, questions=10)], [])["forgotten"] == "inconclusive"
-    assert verdict([row("forgotten", 0.28, 0.25, questions=200)], [])["forgotten"] == "unknown"
+    assert verdict([row("forgotten", 0.5, 0.1, questions=10)], []).forgotten == "inconclusive"
+    assert verdict([row("forgotten", 0.28, 0.25, questions=200)], []).forgotten == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -547,9 +555,9 @@ def test_what_may_be_left_of_a_forgotten_task(base: float, limit: float) -> None
 def test_a_significant_fall_to_clearly_above_guessing_is_partly_forgotten_however_many_questions_there_are() -> (
     None
 ):
-    assert verdict([row("forgotten", 1.0, 0.40, questions=10_000)], [])["forgotten"] == "partly"
-    assert verdict([row("forgotten", 1.0, 0.40, questions=100)], [])["forgotten"] == "inconclusive"
-    assert verdict([row("forgotten", 1.0, 0.31, questions=264)], [])["forgotten"] == "yes"
+    assert verdict([row("forgotten", 1.0, 0.40, questions=10_000)], []).forgotten == "partly"
+    assert verdict([row("forgotten", 1.0, 0.40, questions=100)], []).forgotten == "inconclusive"
+    assert verdict([row("forgotten", 1.0, 0.31, questions=264)], []).forgotten == "yes"
 
 
 def subjects(*fallen: int, questions: int = 20) -> dict[str, Any]:
@@ -563,8 +571,8 @@ def subjects(*fallen: int, questions: int = 20) -> dict[str, Any]:
 
 def test_subjects_with_few_questions_each_are_graded_together() -> None:
     result = subjects(1, 0, 0, 2, *[0] * 20)
-    assert result["kept"] == "yes"
-    assert result["sentences"] == snapshot(
+    assert result.kept == "yes"
+    assert result.sentences == snapshot(
         [
             "m: kept: 100.0% right as base, 99.4% unlearned; the change is within noise.",
             (
@@ -578,18 +586,18 @@ def test_subjects_with_few_questions_each_are_graded_together() -> None:
 
 def test_damage_in_a_single_subject_does_not_drown_in_the_others() -> None:
     result = subjects(14, *[0] * 23)
-    assert result["kept"] == "partly"
-    assert result["sentences"][-1] == snapshot(
+    assert result.kept == "partly"
+    assert result.sentences[-1] == snapshot(
         "Damaged among 25 tasks and subjects (Holm's correction): m_0 (lost 70.0 points)."
     )
-    assert subjects(6, *[0] * 23)["kept"] == "yes", "p = 0.03 is nothing among 25"
+    assert subjects(6, *[0] * 23).kept == "yes", "p = 0.03 is nothing among 25"
 
 
 def test_a_small_adjacent_subject_is_not_inconclusive_for_all() -> None:
     sets = [question_set("m_near", 30, "adjacent", "m"), question_set("m_far", 300, group="m")]
     result = verdict(compare_tasks(sets, right(sets), right(sets)), [])
-    assert result["kept"] == "yes"
-    assert result["sentences"][1] == snapshot(
+    assert result.kept == "yes"
+    assert result.sentences[1] == snapshot(
         "m_near: on its own inconclusive: 100.0% right as base, 100.0% unlearned; the loss lies between "
         "-11.4 and 11.4 points (95%), and up to 5 may be lost. About 150 questions would decide it; there "
         "were 30."
@@ -603,7 +611,7 @@ def test_an_average_standard_error_away_is_not_enough_where_few_questions_change
     assert few.change_stderr is not None
     assert few.change < -1.96 * few.change_stderr
     assert few.p_value == 2 / 2**5
-    assert verdict([few], [])["kept"] == "inconclusive"
+    assert verdict([few], []).kept == "inconclusive"
 
 
 def test_one_letter_for_all_is_told_apart_from_guessing() -> None:
@@ -643,32 +651,32 @@ def test_letters_are_told_of_what_is_to_be_forgotten_only(role: Role) -> None:
 
 def test_letters_of_an_unmeasured_side_are_no_matter() -> None:
     alone = replace(row("forgotten", 0.6, 0.25), base_letters=(0.25,) * 4)
-    assert len(verdict([alone], [])["sentences"]) == 1
+    assert len(verdict([alone], []).sentences) == 1
 
 
 def test_few_questions_make_guessing_a_wide_range() -> None:
     """Of 16 questions 45% may be guessed; of 1,000 it is not. The first says nothing, rather than yes."""
-    assert verdict([row("forgotten", 0.9, 0.45, questions=16)], [])["forgotten"] == "inconclusive"
-    assert verdict([row("forgotten", 0.9, 0.45, questions=1000)], [])["forgotten"] == "partly"
+    assert verdict([row("forgotten", 0.9, 0.45, questions=16)], []).forgotten == "inconclusive"
+    assert verdict([row("forgotten", 0.9, 0.45, questions=1000)], []).forgotten == "partly"
 
 
 def test_measured_tasks_are_told_but_do_not_count() -> None:
     result = verdict([row("measured", 0.6, 0.2)], [])
-    assert (result["forgotten"], result["kept"]) == ("unknown", "unknown")
-    assert result["sentences"][0] == snapshot(
+    assert (result.forgotten, result.kept) == ("unknown", "unknown")
+    assert result.sentences[0] == snapshot(
         "quiz: lost 40.0 points: 60.0% right as base, 20.0% unlearned; the loss lies between 37.0 and 43.1 "
         "points (95%)."
     )
 
 
 def test_a_group_speaks_for_its_subjects_except_the_adjacent_ones() -> None:
-    sentences = verdict([row("kept", 0.6, 0.2, group="m"), row("kept", 0.6, 0.6, group="m")], [])["sentences"]
+    sentences = verdict([row("kept", 0.6, 0.2, group="m"), row("kept", 0.6, 0.6, group="m")], []).sentences
     assert not [sentence for sentence in sentences if sentence.startswith("quiz: ")]
-    assert verdict([row("adjacent", 0.6, 0.2, group="m")], [])["kept"] == "no"
+    assert verdict([row("adjacent", 0.6, 0.2, group="m")], []).kept == "no"
 
 
 def test_what_was_not_measured_afterwards_is_left_out() -> None:
-    nothing = {"forgotten": "unknown", "kept": "unknown", "sentences": []}
+    nothing = Verdict("unknown", "unknown", [])
     assert verdict([row("forgotten", 0.6, None)], [text("kept", 3.0, None)]) == nothing
 
 
@@ -685,11 +693,11 @@ def test_tasks_that_differ_make_the_whole_partly(
     roles_and_after: list[tuple[Role, float]], forgotten: str, kept: str
 ) -> None:
     result = verdict([row(role, 0.6, after) for role, after in roles_and_after], [])
-    assert (result["forgotten"], result["kept"]) == (forgotten, kept)
+    assert (result.forgotten, result.kept) == (forgotten, kept)
 
 
 def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
-    assert verdict([row("forgotten", 0.25, 0.25), row("forgotten", 0.6, 0.25)], [])["forgotten"] == "yes"
+    assert verdict([row("forgotten", 0.25, 0.25), row("forgotten", 0.6, 0.25)], []).forgotten == "yes"
 
 
 @pytest.mark.parametrize(
@@ -777,16 +785,16 @@ def test_a_task_with_nothing_to_forget_does_not_spoil_the_others() -> None:
 )
 def test_held_out_texts_are_graded_by_their_loss(role: Role, after: float, grade: str, sentence: str) -> None:
     result = verdict([], [text(role, 3.0, after)])
-    assert result[role] == grade
-    assert result["sentences"][0] == sentence
+    assert getattr(result, role) == grade
+    assert result.sentences[0] == sentence
 
 
 def test_few_sequences_leave_a_text_inconclusive() -> None:
-    assert verdict([], [text("kept", 3.0, 3.0, 0.0) | {"sequences": 1}])["kept"] == "inconclusive"
-    assert verdict([], [text("kept", 3.0, 3.14, 0.05) | {"sequences": 1000}])["kept"] == "yes"
-    few = verdict([], [text("kept", 3.0, 3.14, 0.05) | {"sequences": 6, "tokens": 600}])
-    assert few["kept"] == "inconclusive", "Student's t has wider intervals"
-    assert few["sentences"][0] == snapshot(
+    assert verdict([], [replace(text("kept", 3.0, 3.0, 0.0), sequences=1)]).kept == "inconclusive"
+    assert verdict([], [replace(text("kept", 3.0, 3.14, 0.05), sequences=1000)]).kept == "yes"
+    few = verdict([], [replace(text("kept", 3.0, 3.14, 0.05), sequences=6, tokens=600)])
+    assert few.kept == "inconclusive", "Student's t has wider intervals"
+    assert few.sentences[0] == snapshot(
         "storms (held-out text): inconclusive: 3.00 nats/token as base, 3.14 unlearned, a rise of 0.01 to "
         "0.27 (95%); the limit is 0.25. About 980 tokens would decide it; there were 600."
     )
@@ -805,7 +813,7 @@ def test_few_sequences_leave_a_text_inconclusive() -> None:
     ],
 )
 def test_what_is_inconclusive_never_makes_a_yes(rises: tuple[float, ...], whole: str) -> None:
-    assert verdict([], [text("forgotten", 3.0, 3.0 + rise) for rise in rises])["forgotten"] == whole
+    assert verdict([], [text("forgotten", 3.0, 3.0 + rise) for rise in rises]).forgotten == whole
 
 
 def test_text_losses_of_the_same_sequences_are_paired() -> None:
@@ -823,30 +831,30 @@ def test_text_losses_of_the_same_sequences_are_paired() -> None:
         }
 
     [both] = compare_texts({"storms": "forgotten"}, {"storms": side(0.0)}, {"storms": side(0.5)})
-    assert (both["change"], both["change_stderr"]) == (pytest.approx(0.5), pytest.approx(0.0))
+    assert (both.change, both.change_stderr) == (pytest.approx(0.5), pytest.approx(0.0))
 
 
 def test_text_losses_are_subtracted_and_their_errors_added_in_squares() -> None:
     base = {"storms": {"loss": 3.0, "stderr": 0.03, "tokens": 100, "bits_per_byte": 1.5}}
     after = {"storms": {"loss": 3.5, "stderr": 0.04, "tokens": 100, "bits_per_byte": 1.75}}
     [both] = compare_texts({"storms": "forgotten"}, base, after)
-    assert both["change"] == pytest.approx(0.5)
-    assert both["change_stderr"] == pytest.approx(0.05)
-    assert (both["role"], both["tokens"], both["base"], both["unlearned"]) == ("forgotten", 100, 3.0, 3.5)
-    assert (both["base_bits_per_byte"], both["unlearned_bits_per_byte"], both["kl"], both["kl_stderr"]) == (
+    assert both.change == pytest.approx(0.5)
+    assert both.change_stderr == pytest.approx(0.05)
+    assert (both.role, both.tokens, both.base, both.unlearned) == ("forgotten", 100, 3.0, 3.5)
+    assert (both.base_bits_per_byte, both.unlearned_bits_per_byte, both.kl, both.kl_stderr) == (
         1.5,
         1.75,
         None,
         None,
     )
     [alone] = compare_texts({"storms": "forgotten"}, base, None)
-    assert (alone["base"], alone["unlearned"], alone["change"], alone["change_stderr"]) == (
+    assert (alone.base, alone.unlearned, alone.change, alone.change_stderr) == (
         3.0,
         None,
         None,
         None,
     )
-    assert (alone["base_bits_per_byte"], alone["unlearned_bits_per_byte"], alone["kl"]) == (1.5, None, None)
+    assert (alone.base_bits_per_byte, alone.unlearned_bits_per_byte, alone.kl) == (1.5, None, None)
 
 
 def test_the_divergence_is_told_where_it_was_measured() -> None:
@@ -854,4 +862,4 @@ def test_the_divergence_is_told_where_it_was_measured() -> None:
     [both] = compare_texts(
         {"retain": "kept"}, {"retain": before}, {"retain": before | {"kl": 0.0, "kl_stderr": 0.001}}
     )
-    assert (both["kl"], both["kl_stderr"]) == (0.0, 0.001)
+    assert (both.kl, both.kl_stderr) == (0.0, 0.001)

@@ -12,7 +12,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from markupsafe import Markup
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.summary import read_summary
+from lowmem_rmu.evaluation.summary import Summary, read_summary
 from lowmem_rmu.report.html import render_comparison, render_parts
 from lowmem_rmu.runs.folder import RunFolder
 from lowmem_rmu.ui.choice import offered, run_dropdown
@@ -170,6 +170,6 @@ def choices(runs_dir: Path) -> list[str]:
     return [run.path.name for run in RunFolder.all(runs_dir) if (run.path / "summary.json").is_file()]
 
 
-def results(runs_dir: Path, run_name: str) -> dict[str, Any]:
+def results(runs_dir: Path, run_name: str) -> Summary:
     """Read a run's `summary.json`. Raises UserError where there is no such run or it has no results."""
     return read_summary(RunFolder.open(runs_dir, run_name))

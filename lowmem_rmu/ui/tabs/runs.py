@@ -1,6 +1,5 @@
 """The tab with every run: what it is, and what can be done with it."""
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,8 +10,9 @@ import gradio as gr
 import yaml
 
 from lowmem_rmu.errors import UserError
-from lowmem_rmu.evaluation.summary import Headline
+from lowmem_rmu.evaluation.summary import Headline, ListedSummary
 from lowmem_rmu.runs.folder import RunFolder
+from lowmem_rmu.runs.records import intact_record
 from lowmem_rmu.ui import jobs, live
 from lowmem_rmu.ui.choice import offered, run_dropdown
 from lowmem_rmu.ui.guard import guarded
@@ -43,11 +43,8 @@ def _config(folder: RunFolder) -> dict[str, Any]:
 
 
 def _verdict(folder: RunFolder) -> str:
-    path = folder.path / "summary.json"
-    try:
-        return Headline.of(folder, json.loads(path.read_text(encoding="utf-8"))["verdict"]).sentence
-    except (OSError, ValueError, KeyError, TypeError):
-        return "–"
+    summary = intact_record(folder.path / "summary.json", ListedSummary)
+    return Headline.of(folder, summary.verdict).sentence if summary else "–"
 
 
 def _size(folder: RunFolder) -> str:

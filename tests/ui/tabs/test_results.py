@@ -299,7 +299,7 @@ def test_results_that_cannot_be_read_are_told_and_nothing_old_stands(
 
 
 def test_rows_of_another_version_are_told(runs_dir: Path) -> None:
-    summary = results.results(runs_dir, "new")
+    summary = asdict(results.results(runs_dir, "new"))
     del summary["rows"][0]["p_value"]
     write_json(runs_dir / "new" / "summary.json", summary)
     with pytest.raises(UserError) as caught:
@@ -348,7 +348,7 @@ def test_a_run_without_a_report_has_nothing_to_download(tab: results.Results, ru
 
 
 def test_results_are_the_summary(runs_dir: Path) -> None:
-    assert results.results(runs_dir, "old")["verdict"]["forgotten"] == "yes"
+    assert results.results(runs_dir, "old").verdict.forgotten == "yes"
 
 
 def test_no_event_is_part_of_the_public_api(runs_dir: Path) -> None:
