@@ -5,6 +5,7 @@ it.
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from lowmem_rmu.errors import AuditAgain, Fix, ResumeRun, UserError
 from lowmem_rmu.evaluation.compare import Row, TextRow, Verdict
@@ -163,13 +164,14 @@ def read_audit_file(path: Path) -> AuditResult:
     """Read an `audit.json` by its path. Raises UserError where it is damaged, or of another version."""
     again = Fix("Audit it again: {action}", AuditAgain(str(path.parent)))
     audit = read_record(path, AuditResult, again)
-    # Earlier versions had other words for the same.
-    mark = EARLIER_WORDS.get(audit.verdict.mark, audit.verdict.mark)
-    attacks = []
-    for result in audit.attacks:
-        finding = result.finding and EARLIER_WORDS.get(result.finding, result.finding)
-        attacks.append(replace(result, finding=finding))
-    return replace(audit, verdict=replace(audit.verdict, mark=mark), attacks=tuple(attacks))
+    verdict = replace(audit.verdict, mark=in_todays_words(audit.verdict.mark))
+    attacks = tuple(replace(result, finding=in_todays_words(result.finding)) for result in audit.attacks)
+    return replace(audit, verdict=verdict, attacks=attacks)
+
+
+def in_todays_words(word: Any) -> Any:
+    """Return a mark or finding of an earlier version as this version calls it."""
+    return EARLIER_WORDS.get(word, word) if isinstance(word, str) else word
 
 
 def audit_mark(run: RunFolder) -> str:

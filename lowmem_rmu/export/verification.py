@@ -41,7 +41,7 @@ from lowmem_rmu.evaluation.compare import TOLERATED, compare_tasks
 from lowmem_rmu.evaluation.kept import fixed_batch_tokens
 from lowmem_rmu.evaluation.multiple_choice import Progress, ask, evaluate
 from lowmem_rmu.evaluation.statistics import LUCK, by_luck, change_interval
-from lowmem_rmu.evaluation.summary import EARLIER_WORDS
+from lowmem_rmu.evaluation.summary import in_todays_words
 from lowmem_rmu.export.gguf.llama import ask_llama, is_adapter, llama_is_there
 from lowmem_rmu.memory.advice import is_out_of_memory
 from lowmem_rmu.memory.estimate import gib, memory_available, plan
@@ -55,11 +55,6 @@ from lowmem_rmu.runs.records import Answer, checked_json
 from lowmem_rmu.weights.shards import give_back_freed_memory
 
 FILE = "verification.json"
-
-
-def in_todays_words(word: Any) -> Any:
-    """Return a mark or finding as this version calls it."""
-    return EARLIER_WORDS.get(word, word) if isinstance(word, str) else word
 
 
 Mark = Annotated[

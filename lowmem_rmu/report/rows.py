@@ -1,9 +1,9 @@
 """Rows of the report's tables and charts."""
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from lowmem_rmu.evaluation.compare import Role, Row, counted
+from lowmem_rmu.evaluation.compare import Role, Row, TextRow, counted
 
 ROLES = {
     "forgotten": "To be forgotten",
@@ -13,16 +13,6 @@ ROLES = {
 }
 """What is expected of a task, as the page says it and in its order."""
 SIDES = ("base", "unlearned")
-
-
-class HasRole(Protocol):
-    """A row that is shown under the heading of its role."""
-
-    @property
-    def role(self) -> Role: ...
-
-
-WithRole = TypeVar("WithRole", bound=HasRole)
 
 
 @dataclass(frozen=True)
@@ -37,6 +27,9 @@ class PairOfRows:
     sides: list[Row | None]
     notes: str
     """How the task was asked in either run."""
+
+
+WithRole = TypeVar("WithRole", Row, TextRow, PairOfRows)
 
 
 def by_role(rows: list[WithRole]) -> list[tuple[str, list[WithRole]]]:
